@@ -1,0 +1,1 @@
+"""From a context to layouts: templates and the engines that run a Dockerfile."""

@@ -1,0 +1,123 @@
+"""What can go wrong, and how the process says so.
+
+Every error that the program raises on purpose is a `BuilderError`. It says what failed and on which input, what the
+user can do about it, and which exit code the process ends with. The codes are those of sysexits(3), so that a Job's
+podFailurePolicy can tell a hopeless input from a service that is away.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# The password in `scheme://user:password@host`, and a user alone: either may be a token.
+_URL_CREDENTIAL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s'\"]+@")
+
+
+class ExitCode(IntEnum):
+    """Exit codes, from sysexits(3)."""
+
+    OK = 0
+    USAGE = 64
+    DATA = 65
+    NO_INPUT = 66
+    UNAVAILABLE = 69
+    SOFTWARE = 70
+    CANNOT_CREATE = 73
+    TEMPORARY = 75
+    NO_PERMISSION = 77
+    CONFIG = 78
+
+
+class BuilderError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        what: what failed and on which input: one or more sentences, no trailing newline.
+        remedy: what the user can do about it; empty only where nothing can be done.
+    """
+
+    exit_code = ExitCode.SOFTWARE
+
+    def __init__(self, what: str, *, remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        """Return what failed, and behind it the remedy."""
+        return f"{self.what} {self.remedy}".strip()
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same input can succeed later without anybody changing it."""
+        return self.exit_code in {ExitCode.UNAVAILABLE, ExitCode.TEMPORARY}
+
+    def one_line(self, limit: int = 1000) -> str:
+        """Return `Type: what remedy` on one line, without control characters or a URL's credential.
+
+        Args:
+            limit: the most characters to return.
+        """
+        return one_line(f"{type(self).__name__}: {self}", limit)
+
+
+class UsageError(BuilderError):
+    """The command line is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class InvalidVersion(BuilderError):
+    """A model version, its tags, artifacts or templates cannot be published as they are."""
+
+    exit_code = ExitCode.DATA
+
+
+class VersionNotFound(BuilderError):
+    """No such registered model, version or alias."""
+
+    exit_code = ExitCode.NO_INPUT
+
+
+class ServiceUnavailable(BuilderError):
+    """MLflow or a registry is away, or answers with what it should not."""
+
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class BuildFailed(BuilderError):
+    """An engine could not build the Dockerfile, or what it built cannot be used."""
+
+    exit_code = ExitCode.CANNOT_CREATE
+
+
+class TryAgain(BuilderError):
+    """The same command can succeed later: a race that was lost, a disk that is full."""
+
+    exit_code = ExitCode.TEMPORARY
+
+
+class PermissionRefused(BuilderError):
+    """A credential is missing, wrong, or may not do what was asked."""
+
+    exit_code = ExitCode.NO_PERMISSION
+
+
+class InvalidSettings(BuilderError):
+    """One or more settings are missing or malformed."""
+
+    exit_code = ExitCode.CONFIG
+
+
+def one_line(text: str, limit: int = 1000) -> str:
+    """Return `text` on one line: control characters become blanks, a URL's credential is cut out.
+
+    Args:
+        text: any text, such as another program's message.
+        limit: the most characters to return; what is cut is shown as an ellipsis.
+    """
+    line = _URL_CREDENTIAL.sub(r"\g<scheme>", _CONTROL.sub(" ", text)).strip()
+    line = re.sub(r" {2,}", " ", line)
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""OCI images: names, layouts, manifests, registries. Nothing here knows of MLflow."""

@@ -1,0 +1,231 @@
+"""Names of images: registry, repository, reference, digest, platform.
+
+The grammar is the distribution specification's (https://github.com/opencontainers/distribution-spec, "Pulling
+manifests"), with Docker's rules for what the first component of a name means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+
+from builder.errors import InvalidSettings, InvalidVersion
+
+_HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
+_COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+
+# A name that is not a valid component by itself becomes `<slug>--x<hash>`; one that only looks so is hashed as well,
+# so that no two names can meet.
+_HASHED = re.compile(r"--x[0-9a-f]{20}$")
+_SLUG_LENGTH = 80
+_PLAIN_LENGTH = 128
+RESERVED = frozenset({"wheel-layers"})
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A content digest, `sha256:` and 64 hexadecimal digits."""
+
+    value: str
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a digest."""
+        if not _DIGEST.fullmatch(self.value):
+            message = f"{self.value!r} is not a digest."
+            raise InvalidVersion(message, remedy="A digest is 'sha256:' and 64 hexadecimal digits.")
+
+    def __str__(self) -> str:
+        """Return `sha256:…`."""
+        return self.value
+
+    @property
+    def hex(self) -> str:
+        """The 64 hexadecimal digits."""
+        return self.value.removeprefix("sha256:")
+
+    @classmethod
+    def of(cls, content: bytes) -> Digest:
+        """Return the digest of `content`."""
+        return cls(f"sha256:{hashlib.sha256(content).hexdigest()}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Platform:
+    """An operating system, an architecture and perhaps a variant, as in an image index."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """Return the platform that `os/architecture[/variant]` names.
+
+        Synonyms become the index's own words (`x86_64` is `amd64`, `aarch64` is `arm64`), and arm's and arm64's
+        default variants are those that containerd normalises to: `linux/arm` is `linux/arm/v7`, `linux/arm64/v8` is
+        `linux/arm64`.
+
+        Raises:
+            InvalidVersion: the text is not of that form.
+        """
+        parts = text.strip().lower().split("/")
+        if len(parts) not in {2, 3} or not all(_WORD.fullmatch(part) for part in parts):
+            message = f"{text!r} is not a platform."
+            raise InvalidVersion(message, remedy="A platform is os/architecture or os/architecture/variant: linux/amd64.")
+        system, architecture, variant = (*parts, "")[:3]
+        architecture = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "armhf": "arm"}.get(
+            architecture, architecture
+        )
+        if architecture == "arm" and not variant:
+            variant = "v7"
+        if (architecture, variant) in {("arm64", "v8"), ("amd64", "v1")}:
+            variant = ""
+        return cls(system, architecture, variant)
+
+    def __str__(self) -> str:
+        """Return `os/architecture[/variant]`."""
+        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
+
+    @property
+    def folder(self) -> str:
+        """The name of this platform's layout folder: `linux-arm-v7`."""
+        return str(self).replace("/", "-")
+
+
+def parse_platforms(text: str) -> tuple[Platform, ...]:
+    """Return the platforms of a comma-separated list, each once, in the order of the list.
+
+    Raises:
+        InvalidVersion: one is not a platform, or there is none.
+    """
+    platforms = dict.fromkeys(Platform.parse(part) for part in text.split(",") if part.strip())
+    if not platforms:
+        message = f"{text!r} names no platform."
+        raise InvalidVersion(message, remedy="Name one or more, separated by commas: linux/amd64,linux/arm64.")
+    return tuple(platforms)
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A registry host (with its port) and a repository's path in it."""
+
+    host: str
+    path: str
+
+    def __str__(self) -> str:
+        """Return `host/path`."""
+        return f"{self.host}/{self.path}" if self.path else self.host
+
+    @classmethod
+    def parse_prefix(cls, text: str) -> Repository:
+        """Return what a REGISTRY_URL names: a host and an optional namespace.
+
+        Raises:
+            InvalidSettings: there is a scheme, a tag, a credential, or a character that no reference may have.
+        """
+        remedy = "It is a host and an optional namespace, without a scheme, tag or credential: quay.io/domino."
+        host, _, path = text.strip().rstrip("/").partition("/")
+        if "://" in text or "@" in text or not _HOST.fullmatch(host):
+            # The value may hold a credential, so it is not shown.
+            message = "REGISTRY_URL is not a registry."
+            raise InvalidSettings(message, remedy=remedy)
+        if path and not all(_COMPONENT.fullmatch(part) for part in path.split("/")):
+            message = f"REGISTRY_URL's namespace {path!r} is not valid: lower-case words joined by '.', '_' or '-'."
+            raise InvalidSettings(message, remedy=remedy)
+        return cls(host, path)
+
+    def child(self, component: str) -> Repository:
+        """Return the repository below this one, named by one path component."""
+        return replace(self, path=f"{self.path}/{component}" if self.path else component)
+
+    def tag(self, tag: str) -> Reference:
+        """Return the reference of a tag in this repository."""
+        return Reference(self, tag=tag)
+
+    def digest(self, digest: Digest) -> Reference:
+        """Return the reference of a digest in this repository."""
+        return Reference(self, digest=digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A repository with a tag, a digest, or both; valid once constructed."""
+
+    repository: Repository
+    tag: str = ""
+    digest: Digest | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a tag that is not one, and a reference without tag and digest."""
+        if self.tag and not _TAG.fullmatch(self.tag):
+            message = f"{self.tag!r} is not a tag."
+            raise InvalidVersion(message, remedy="A tag has at most 128 letters, digits, '_', '.' and '-'.")
+        if not self.tag and self.digest is None:
+            message = f"{self.repository} has neither a tag nor a digest."
+            raise InvalidVersion(message, remedy="Name one: repository:tag or repository@sha256:….")
+
+    def __str__(self) -> str:
+        """Return `host/path[:tag][@digest]`."""
+        tag = f":{self.tag}" if self.tag else ""
+        digest = f"@{self.digest}" if self.digest else ""
+        return f"{self.repository}{tag}{digest}"
+
+    @property
+    def target(self) -> str:
+        """What a manifest request names: the digest where there is one, else the tag."""
+        return str(self.digest) if self.digest else self.tag
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Return the reference that a user or a Dockerfile wrote, with Docker's defaults filled in.
+
+        `python:3.11-slim` is `docker.io/library/python:3.11-slim`; without tag and digest the tag is `latest`.
+
+        Raises:
+            InvalidVersion: the text is not a reference.
+        """
+        remedy = "A reference is [host[:port]/]repository[:tag][@sha256:…]."
+        name, at, digest = text.strip().partition("@")
+        head, slash, tail = name.rpartition("/")
+        tail, colon, tag = tail.partition(":")
+        name = f"{head}{slash}{tail}"
+        host, slash, path = name.partition("/")
+        if not slash or not ("." in host or ":" in host or host == "localhost"):
+            host, path = "docker.io", name
+        if host == "docker.io" and "/" not in path:
+            path = f"library/{path}"
+        well_formed = _HOST.fullmatch(host) and all(_COMPONENT.fullmatch(part) for part in path.split("/"))
+        if not well_formed or (colon and not tag) or (at and not digest):
+            message = f"{text!r} is not an image reference."
+            raise InvalidVersion(message, remedy=remedy)
+        if not tag and not digest:
+            tag = "latest"
+        return cls(Repository(host, path), tag=tag, digest=Digest(digest) if digest else None)
+
+
+def repository_component(model_name: str) -> str:
+    """Return the repository component for a registered model's name.
+
+    A name that is a valid component stands as it is. Any other becomes a readable slug and a hash of the name, so that
+    the mapping is deterministic and two different names never share a repository (80 bits of SHA-256).
+
+    Args:
+        model_name: any string that MLflow takes for a registered model.
+    """
+    plain = (
+        len(model_name) <= _PLAIN_LENGTH
+        and _COMPONENT.fullmatch(model_name)
+        and not _HASHED.search(model_name)
+        and model_name not in RESERVED
+    )
+    if plain:
+        return model_name
+    ascii_name = unicodedata.normalize("NFKD", model_name).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", ascii_name)[:_SLUG_LENGTH].strip("-") or "model"
+    digest = hashlib.sha256(model_name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{slug}--x{digest[:20]}"

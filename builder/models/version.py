@@ -1,0 +1,219 @@
+"""A registered model's version: what MLflow's search returns of it, and what its tags ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from builder.errors import InvalidVersion, VersionNotFound
+from builder.images.reference import Platform, parse_platforms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Raised when the same inputs would give another image: a version published before is then another source.
+LAYOUT_VERSION = 1
+
+TAG_MODEL_FOLDER = "MODEL_FOLDER"
+TAG_CLIENT_FOLDER = "MODEL_CLIENT_FOLDER"
+TAG_TEMPLATES_FOLDER = "MODEL_TEMPLATES_FOLDER"
+TAG_ENTRY_POINT = "MODEL_ENTRY_POINT"
+TAG_EXECUTE_PATH = "MODEL_EXECUTE_PATH"
+TAG_PLATFORMS = "MODEL_PLATFORMS"
+TAG_BASE_IMAGE = "MODEL_BASE_IMAGE"
+INPUT_TAGS = (
+    TAG_MODEL_FOLDER,
+    TAG_CLIENT_FOLDER,
+    TAG_TEMPLATES_FOLDER,
+    TAG_ENTRY_POINT,
+    TAG_EXECUTE_PATH,
+    TAG_BASE_IMAGE,
+    TAG_PLATFORMS,
+)
+
+DEFAULT_CLIENT_FOLDER = "client"
+DEFAULT_TEMPLATES_FOLDER = "templates"
+
+# What may stand in a Dockerfile and in a script without quoting, whatever stands around it.
+_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
+# A command line may hold blanks, '=' and ',' beside that.
+_COMMAND_LINE = re.compile(r"[A-Za-z0-9_./@%+=:, -]*")
+_VERSION = re.compile(r"[0-9]{1,10}")
+_ALIAS = re.compile(r"@[^\s/:@]{1,255}")
+
+
+class ModelVersion(BaseModel):
+    """One version of a registered model, as MLflow's search for versions returns it.
+
+    Attributes:
+        name: the registered model's name, any string MLflow allows.
+        version: the version's number, decimal digits.
+        created_ms: when it was registered, in milliseconds since the epoch.
+        source: the URI its artifacts were registered from: `runs:/…`, `models:/m-…` or an artifact store's own.
+        run_id: the run that logged it; empty where there is none.
+        model_id: the logged model (MLflow 3) it was registered from; empty where there is none.
+        tags: the version's tags.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str
+    created_ms: int
+    source: str = ""
+    run_id: str = ""
+    model_id: str = ""
+    tags: dict[str, str] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return `name version N`, with the name quoted where it holds anything unusual."""
+        return f"model {self.name!r} version {self.version}"
+
+    @property
+    def created(self) -> datetime:
+        """When the version was registered, in UTC."""
+        return datetime.fromtimestamp(self.created_ms / 1000, tz=UTC)
+
+    def selected_by(self, target_tag: str) -> bool:
+        """Return whether the version carries the target's tag with the value `true`, in any case."""
+        return self.tags.get(target_tag, "").strip().lower() == "true"
+
+    def source_id(self, build_method: str) -> str:
+        """Return the hash of all that decides whether this version's image has to be made again.
+
+        It is made from what MLflow's search for versions returns alone, so that a sweep needs no further request. The
+        platforms are not part of it: a platform that is added extends an index, and changes no image in it.
+
+        Args:
+            build_method: the value of BUILD_METHOD.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        inputs = {name: self.tags[name] for name in INPUT_TAGS if name in self.tags and name != TAG_PLATFORMS}
+        what = [
+            LAYOUT_VERSION,
+            self.name,
+            self.version,
+            self.created_ms,
+            self.source,
+            self.run_id,
+            sorted(inputs.items()),
+            build_method,
+        ]
+        return hashlib.sha256(json.dumps(what, ensure_ascii=True).encode()).hexdigest()
+
+
+class Inputs(BaseModel):
+    """What a version's tags ask for, checked. Empty strings stand for tags that are not set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_folder: str = ""
+    client_folder: str = DEFAULT_CLIENT_FOLDER
+    templates_folder: str = DEFAULT_TEMPLATES_FOLDER
+    entry_point: str = ""
+    command_line: str = ""
+    base_image: str = ""
+
+    @classmethod
+    def of(cls, version: ModelVersion) -> Inputs:
+        """Return the inputs that the version's tags name.
+
+        Raises:
+            InvalidVersion: one or more tags hold what may not stand in a path, a Dockerfile or a script; all are named.
+        """
+        problems: list[str] = []
+
+        def checked(tag: str, pattern: re.Pattern[str], hint: str, default: str = "") -> str:
+            value = version.tags.get(tag, "").strip()
+            if not value:
+                return default
+            if tag != TAG_EXECUTE_PATH:
+                value = value.strip("/") if tag != TAG_ENTRY_POINT else value
+            if not pattern.fullmatch(value) or ".." in value.split("/"):
+                problems.append(f"{tag} is {value[:100]!r}, but {hint}")
+            return value
+
+        folder_hint = "a folder is a relative path of letters, digits and '_', '.', '@', '+', '-'"
+        entry_point = re.compile(rf"/?{_FOLDER.pattern}")
+        inputs = cls(
+            model_folder=checked(TAG_MODEL_FOLDER, _FOLDER, folder_hint),
+            client_folder=checked(TAG_CLIENT_FOLDER, _FOLDER, folder_hint, DEFAULT_CLIENT_FOLDER),
+            templates_folder=checked(TAG_TEMPLATES_FOLDER, _FOLDER, folder_hint, DEFAULT_TEMPLATES_FOLDER),
+            entry_point=checked(
+                TAG_ENTRY_POINT, entry_point, "an entry point is a path of letters, digits and '_', '.', '@', '+', '-'"
+            ),
+            command_line=checked(
+                TAG_EXECUTE_PATH,
+                _COMMAND_LINE,
+                "a command line holds only letters, digits, blanks and '_', '.', '/', '@', '%', '+', '=', ':', ',', '-'",
+            ),
+            base_image=checked(
+                TAG_BASE_IMAGE, re.compile(r"[A-Za-z0-9._/:@-]+"), "an image reference has no such characters"
+            ),
+        )
+        if problems:
+            message = f"{version} has tags that cannot be used: {'; '.join(problems)}."
+            raise InvalidVersion(message, remedy="Set the tags again.")
+        return inputs
+
+
+def wanted_platforms(version: ModelVersion, default: tuple[Platform, ...]) -> tuple[Platform, ...]:
+    """Return the platforms of the version's MODEL_PLATFORMS tag, or `default` where it has none.
+
+    Raises:
+        InvalidVersion: the tag names something that is not a platform.
+    """
+    text = version.tags.get(TAG_PLATFORMS, "").strip()
+    if not text:
+        return default
+    try:
+        return parse_platforms(text)
+    except InvalidVersion as error:
+        message = f"{version} has a tag {TAG_PLATFORMS} that cannot be used: {error.what}"
+        raise InvalidVersion(message, remedy=error.remedy) from error
+
+
+def check_version_text(version: str) -> str:
+    """Return `version` if it is a version's number or an alias with its `@`.
+
+    Raises:
+        VersionNotFound: it is neither, so no version can have it.
+    """
+    if not (_VERSION.fullmatch(version) or _ALIAS.fullmatch(version)):
+        message = f"{version[:100]!r} is not a model version."
+        raise VersionNotFound(message, remedy="Give a number, such as 8, or an alias, such as @champion.")
+    return version
+
+
+def template_variables(version: ModelVersion, inputs: Inputs, repository: str) -> dict[str, str]:
+    """Return the values that templates may name; each is safe in a Dockerfile and in a shell word.
+
+    A model's name can be any string, so `model_name` is the repository component made from it, which is also what an
+    image of that name needs.
+
+    Args:
+        version: the model version.
+        inputs: its checked tags, the model folder filled in.
+        repository: the repository component of the model's name.
+    """
+    return {
+        "model_name": repository,
+        "model_version": version.version,
+        "model_download_folder": ".",
+        "model_folder": inputs.model_folder,
+        "model_client_folder": inputs.client_folder,
+        "entry_point": inputs.entry_point,
+        "command_line": inputs.command_line,
+    }
+
+
+def natural_order(versions: Iterable[ModelVersion]) -> list[ModelVersion]:
+    """Return versions ordered by model name, then by number."""
+    return sorted(versions, key=lambda version: (version.name, int(version.version)))
