@@ -121,3 +121,9 @@ def one_line(text: str, limit: int = 1000) -> str:
     line = _URL_CREDENTIAL.sub(r"\g<scheme>", _CONTROL.sub(" ", text)).strip()
     line = re.sub(r" {2,}", " ", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM, SIGINT); not an `Exception`, so that nothing swallows it."""
+
+    exit_code = ExitCode.TEMPORARY

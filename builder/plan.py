@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
-from builder.images.reference import Digest, Platform, Reference
+from builder.reference import Digest, Platform, Reference
 from builder.models.catalog import Artifact
 from builder.models.version import ModelVersion
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from builder.errors import BuilderError, InvalidSettings
-from builder.images.reference import Platform, Repository, parse_platforms
+from builder.reference import Platform, Repository, parse_platforms
 
 # Variables of other programs that pass through us: to MLflow's client, to the engine's RUN steps, or to both.
 MLFLOW_VARIABLES = re.compile(
@@ -195,7 +195,9 @@ class Settings(BaseModel):
         form="true or false",
     )
     sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
-        "SWEEP_ATTEMPTS", "How often a sweep tries a version that fails before it waits for a change of it.", 3,
+        "SWEEP_ATTEMPTS",
+        "How often a sweep tries a version that fails before it waits for a change of it.",
+        3,
         form="a positive number",
     )
     termination_log: Path = _setting(
@@ -294,9 +296,14 @@ class Settings(BaseModel):
             settings = cls.model_validate(values)
         except ValidationError as error:
             raise _invalid([_problem(cls, detail) for detail in error.errors()]) from None
-        return settings._checked_files()
+        return settings.checked_files()
 
-    def _checked_files(self) -> Self:
+    def checked_files(self) -> Self:
+        """Return these settings if the files they name can be read.
+
+        Raises:
+            InvalidSettings: a file or folder is missing, or a pair of settings is half set.
+        """
         problems = [
             f"{name} is {str(path)!r}, which is not a readable {kind}"
             for name, path, kind, there in (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from builder.images.reference import Platform, Repository
+    from builder.reference import Platform, Repository
 
 # Called with each line of the engine's output, without its newline.
 Output = Callable[[str], None]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from builder.errors import InvalidVersion, VersionNotFound
-from builder.images.reference import Platform, parse_platforms
+from builder.reference import Platform, parse_platforms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

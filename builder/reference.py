@@ -76,7 +76,9 @@ class Platform:
         parts = text.strip().lower().split("/")
         if len(parts) not in {2, 3} or not all(_WORD.fullmatch(part) for part in parts):
             message = f"{text!r} is not a platform."
-            raise InvalidVersion(message, remedy="A platform is os/architecture or os/architecture/variant: linux/amd64.")
+            raise InvalidVersion(
+                message, remedy="A platform is os/architecture or os/architecture/variant: linux/amd64."
+            )
         system, architecture, variant = (*parts, "")[:3]
         architecture = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "armhf": "arm"}.get(
             architecture, architecture
