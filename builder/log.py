@@ -1,4 +1,8 @@
-"""Logs: structured, on stderr; text on a terminal, JSON elsewhere; secrets masked wherever they could stand."""
+"""Logs: structured, on stderr; text on a terminal, JSON elsewhere; secrets masked wherever they could stand.
+
+The loggers are the standard library's, named `builder.…`: an application that uses this package as a library decides
+where its logs go, and nothing is printed unless it does. The command line calls `configure`.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,15 @@ import structlog
 from builder.errors import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 MASK = "*****"
 # Shorter values are words that stand everywhere: to mask them would hide the log, not the secret.
 _SHORTEST_SECRET = 6
 
 _secrets: set[str] = set()
+
+logging.getLogger("builder").addHandler(logging.NullHandler())
 
 
 def mask(secrets: Iterable[str]) -> None:
@@ -33,7 +39,7 @@ def masked(text: str) -> str:
     return text
 
 
-def _mask_event(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _mask_event(_logger: object, _method: str, event: structlog.typing.EventDict) -> Mapping[str, Any]:
     return {key: _mask_value(value) for key, value in event.items()}
 
 
@@ -50,37 +56,48 @@ def _mask_value(value: Any) -> Any:  # an event holds any type
 
 
 def configure(log_format: str = "auto", level: str = "info") -> None:
-    """Send logs to stderr.
+    """Send the logs of this package to stderr.
 
     Args:
         log_format: `text`, `json`, or `auto` for text on a terminal and JSON elsewhere.
         level: the least severe level shown: debug, info, warning or error.
     """
     text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"), pad_event_to=0, sort_keys=False
-        )
+        structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, sort_keys=False)
         if text
         else structlog.processors.JSONRenderer()
     )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text),
-            _mask_event,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text),
+                renderer,
+            ]
+        )
     )
+    root = logging.getLogger("builder")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False
 
 
-def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
-    """Return a logger whose events carry the part of the program they come from."""
-    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(part=name)
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """Return the logger `builder.<name>`, which takes an event and keyword arguments."""
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(f"builder.{name}"),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.add_log_level,
+            _mask_event,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+    )
     return logger
 
 

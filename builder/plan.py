@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
-from builder.reference import Digest, Platform, Reference
 from builder.models.catalog import Artifact
 from builder.models.version import ModelVersion
+from builder.reference import Digest, Platform, Reference
 
 AsPlatform = Annotated[
     Platform, BeforeValidator(lambda v: Platform.parse(v) if isinstance(v, str) else v), PlainSerializer(str)

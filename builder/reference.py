@@ -134,10 +134,10 @@ class Repository:
         host, _, path = text.strip().rstrip("/").partition("/")
         if "://" in text or "@" in text or not _HOST.fullmatch(host):
             # The value may hold a credential, so it is not shown.
-            message = "REGISTRY_URL is not a registry."
+            message = "it is not a registry"
             raise InvalidSettings(message, remedy=remedy)
         if path and not all(_COMPONENT.fullmatch(part) for part in path.split("/")):
-            message = f"REGISTRY_URL's namespace {path!r} is not valid: lower-case words joined by '.', '_' or '-'."
+            message = f"the namespace {path!r} is not lower-case words joined by '.', '_' or '-'."
             raise InvalidSettings(message, remedy=remedy)
         return cls(host, path)
 

@@ -1,7 +1,9 @@
 """Settings: the environment, read in one place.
 
-`Settings.from_environ` takes the environment as an argument, fills in what stands in files under SECRETS_DIR, and
-reports everything that is missing or malformed at once. The table in docs/settings.md is made from this module.
+`from_environ` takes the environment as an argument, fills in what stands in files under SECRETS_DIR, and reports
+everything that is missing or malformed at once. There are three kinds, so that a type says what a phase may know:
+`BuildSettings` for the phase that runs an author's Dockerfile, `CatalogSettings` for what talks to MLflow alone, and
+`Settings` for all. The table in docs/settings.md is made from this module.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,10 +20,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from builder.errors import BuilderError, InvalidSettings
 from builder.reference import Platform, Repository, parse_platforms
 
-# Variables of other programs that pass through us: to MLflow's client, to the engine's RUN steps, or to both.
-MLFLOW_VARIABLES = re.compile(
+# Variables of other programs that pass through us: to MLflow's client, to the engine's RUN steps.
+_MLFLOW_VARIABLE = re.compile(
     r"MLFLOW_[A-Z0-9_]+|AWS_[A-Z0-9_]+|AZURE_[A-Z0-9_]+|GOOGLE_APPLICATION_CREDENTIALS|DATABRICKS_[A-Z0-9_]+"
 )
+_CREDENTIAL_VARIABLE = re.compile(r"[A-Z0-9_]*(?:TOKEN|PASSWORD|SECRET|API_KEY|ACCESS_KEY|PRIVATE_KEY)[A-Z0-9_]*")
 INDEX_VARIABLES = (
     "PIP_INDEX_URL",
     "PIP_EXTRA_INDEX_URL",
@@ -78,97 +81,13 @@ def _setting(
     )
 
 
-class Settings(BaseModel):
-    """All that the environment decides. Frozen; secrets are masked in its repr and in JSON."""
+class CommonSettings(BaseModel):
+    """What every phase may know: the way to the network, the workspace, how to log."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True, populate_by_name=True)
 
-    model_name: str = _setting("MODEL_NAME", "The registered model to publish.", "", shown="required by `publish`")
-    model_version: str = _setting(
-        "MODEL_VERSION", "Its version: a number, or an alias as `@champion`.", "", shown="required by `publish`"
-    )
-    mlflow_tracking_uri: str = _setting(
-        "MLFLOW_TRACKING_URI",
-        "The MLflow server that holds the model registry. MLflow's own variables (MLFLOW_TRACKING_TOKEN, "
-        "MLFLOW_TRACKING_USERNAME, AWS_… and so on) keep their meaning.",
-        shown="required",
-        form="a URI such as https://mlflow.example.com",
-    )
-    domino_user_api_key: SecretStr | None = _setting(
-        "DOMINO_USER_API_KEY", "Sent to Domino's MLflow as X-Domino-Api-Key.", None
-    )
-    domino_run_id: SecretStr | None = _setting(
-        "DOMINO_RUN_ID", "The Domino run in whose name MLflow is asked; sent as X-Domino-Execution.", None
-    )
-    registry_url: Annotated[Repository, _REPOSITORY] = _setting(
-        "REGISTRY_URL",
-        "Where images go: a registry's host and an optional namespace.",
-        shown="required",
-        form="a host and an optional namespace, such as quay.io/domino",
-    )
-    registry_user: str = _setting("REGISTRY_USER", "User for REGISTRY_URL's host, and for no other.", "")
-    registry_token: SecretStr | None = _setting("REGISTRY_TOKEN", "Password or token of REGISTRY_USER.", None)
-    docker_config: Path | None = _setting(
-        "DOCKER_CONFIG",
-        "Folder of a Docker config.json with registry credentials; credential helpers work.",
-        None,
-        shown="~/.docker where that exists",
-    )
-    build_docker_config: Path | None = _setting(
-        "BUILD_DOCKER_CONFIG",
-        "Folder of a Docker config.json for the pulls of the build phase (a private base image, the cache). A "
-        "Dockerfile's RUN steps may be able to read it, so its credential must be one that can only pull.",
-        None,
-        shown="anonymous pulls",
-    )
-    target_tag: str = _setting(
-        "TARGET_TAG",
-        "The tag that selects versions (with the value `true`) and names the target.",
-        "EXTERNAL_TARGET_PLTR_FOUNDRY",
-        form="a tag's name of letters, digits, '_', '-' and '.'",
-    )
-    target_platforms: Annotated[tuple[Platform, ...], _PLATFORMS] = _setting(
-        "TARGET_PLATFORMS",
-        "Platforms to publish for, separated by commas; a version's tag MODEL_PLATFORMS overrides it.",
-        (Platform("linux", "amd64"),),
-        shown="linux/amd64",
-        form="platforms separated by commas, such as linux/amd64,linux/arm64",
-    )
-    build_method: Literal["auto", "dockerfile"] = _setting(
-        "BUILD_METHOD", "How the image is made: `auto` or `dockerfile`.", "auto", form="auto or dockerfile"
-    )
-    build_engine: Literal["auto", "kaniko", "buildah"] = _setting(
-        "BUILD_ENGINE",
-        "What runs a Dockerfile: `kaniko`, `buildah`, or `auto` for the first that is there.",
-        "auto",
-        form="auto, kaniko or buildah",
-    )
-    build_timeout: Annotated[int, Field(gt=0)] = _setting(
-        "BUILD_TIMEOUT", "Seconds that one platform's build may take.", 3600, form="a positive number of seconds"
-    )
-    build_cache: Annotated[Repository, _REPOSITORY] | None = _setting(
-        "BUILD_CACHE",
-        "Repository of the engine's layer cache. It is read with BUILD_DOCKER_CONFIG's credential.",
-        None,
-        form="a repository, such as quay.io/domino/build-cache",
-    )
-    base_image: str = _setting(
-        "BASE_IMAGE",
-        "Base of the default template; `{python_version}` is the model's.",
-        "docker.io/library/python:{python_version}-slim",
-        form="an image reference; the only field it may have is {python_version}",
-    )
-    allowed_base_images: Annotated[tuple[str, ...], _LIST] = _setting(
-        "ALLOWED_BASE_IMAGES",
-        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for.",
-        (),
-        shown="none",
-    )
     ssl_cert_file: Path | None = _setting(
         "SSL_CERT_FILE", "CA bundle for every connection, RUN steps included.", None, shown="the system's"
-    )
-    pip_config_file: Path | None = _setting(
-        "PIP_CONFIG_FILE", "pip.conf that RUN steps see as /etc/pip.conf; it is not in the image.", None
     )
     http_proxy: str = _setting("HTTP_PROXY", "Proxy for HTTP, in every phase.", "")
     https_proxy: str = _setting("HTTPS_PROXY", "Proxy for HTTPS, in every phase.", "")
@@ -188,18 +107,6 @@ class Settings(BaseModel):
     secrets_dir: Path | None = _setting(
         "SECRETS_DIR", "Folder with a file for each variable, as a Secret is mounted; the environment wins.", None
     )
-    trust_dockerfile_authors: bool = _setting(
-        "TRUST_DOCKERFILE_AUTHORS",
-        "Allows Kaniko in a container that also holds a credential.",
-        default=False,
-        form="true or false",
-    )
-    sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
-        "SWEEP_ATTEMPTS",
-        "How often a sweep tries a version that fails before it waits for a change of it.",
-        3,
-        form="a positive number",
-    )
     termination_log: Path = _setting(
         "TERMINATION_LOG",
         "File that the outcome is written to as JSON, where it exists: a Pod's termination message.",
@@ -211,7 +118,146 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "LOG_LEVEL", "The least severe log line shown.", "info", form="debug, info, warning or error"
     )
+    # Derived from the environment, not settings of their own.
+    secret_values: tuple[SecretStr, ...] = ()
+    holds_credential: bool = False
+
+    @property
+    def proxies(self) -> dict[str, str]:
+        """The proxy variables that are set, by their upper-case names."""
+        values = zip(PROXY_VARIABLES, (self.http_proxy, self.https_proxy, self.no_proxy), strict=True)
+        return {name: value for name, value in values if value}
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], require: Collection[str] = (), **overrides: object) -> Self:
+        """Return the settings that an environment holds.
+
+        Args:
+            environ: the environment, such as `os.environ`. Variables that are empty count as not set.
+            require: variables that may usually be missing, but not here: MODEL_NAME and MODEL_VERSION.
+            overrides: values by variable name, such as `MODEL_NAME="x"`, that win over the environment; None counts as
+                not given.
+
+        Raises:
+            InvalidSettings: something is missing or malformed; everything is named, with what it should hold.
+        """
+        values: dict[str, Any] = {**_secrets(environ.get("SECRETS_DIR", "")), **{k: v for k, v in environ.items() if v}}
+        for name in PROXY_VARIABLES:
+            if environ.get(name.lower()):
+                values.setdefault(name, environ[name.lower()])
+        values.update({name: value for name, value in overrides.items() if value is not None})
+        if not values.get("DOCKER_CONFIG"):
+            home = Path(environ.get("HOME") or "/nonexistent") / ".docker"
+            values["DOCKER_CONFIG"] = home if (home / "config.json").is_file() else None
+        values["index_variables"] = {name: values[name] for name in INDEX_VARIABLES if values.get(name)}
+        values["mlflow_variables"] = {
+            name: str(value)
+            for name, value in values.items()
+            if _MLFLOW_VARIABLE.fullmatch(name) and name != "MLFLOW_TRACKING_URI"
+        }
+        values["secret_values"] = tuple(
+            str(value) for name, value in values.items() if _is_credential(name, value) or name == "DOMINO_RUN_ID"
+        )
+        values["holds_credential"] = any(_is_credential(name, value) for name, value in values.items()) or bool(
+            values["DOCKER_CONFIG"] and (Path(values["DOCKER_CONFIG"]) / "config.json").exists()
+        )
+        problems = [
+            f"{name} is missing: {field.description}"
+            for name in require
+            for field in cls.model_fields.values()
+            if field.validation_alias == name and not values.get(name)
+        ]
+        try:
+            settings = cls.model_validate(values)
+        except ValidationError as error:
+            problems += [_problem(cls, detail) for detail in error.errors()]
+        problems += cls._problems(values)
+        if problems:
+            message = f"The settings cannot be used: {'; '.join(problems)}."
+            raise InvalidSettings(message, remedy="Set the variables named here; docs/settings.md lists them all.")
+        return settings
+
+    @classmethod
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return what pydantic cannot see, one sentence each: files that are not there, half of a pair."""
+        return _unreadable("SSL_CERT_FILE", values, "file")
+
+    def workspace_or_temporary(self) -> tuple[Path, bool]:
+        """Return the workspace, and whether it is a temporary folder of this process that it should remove."""
+        if self.workspace:
+            return self.workspace, False
+        if _IN_IMAGE_MARK.is_dir():
+            return IN_IMAGE_WORKSPACE, False
+        return Path(tempfile.mkdtemp(prefix="builder-")), True
+
+
+class BuildSettings(CommonSettings):
+    """What the phase that runs an author's Dockerfile may know: no server, no credential but one that can only pull."""
+
+    build_engine: Literal["auto", "kaniko", "buildah"] = _setting(
+        "BUILD_ENGINE",
+        "What runs a Dockerfile: `kaniko`, `buildah`, or `auto` for the first that is there.",
+        "auto",
+        form="auto, kaniko or buildah",
+    )
+    build_timeout: Annotated[int, Field(gt=0)] = _setting(
+        "BUILD_TIMEOUT", "Seconds that one platform's build may take.", 3600, form="a positive number of seconds"
+    )
+    build_cache: Annotated[Repository, _REPOSITORY] | None = _setting(
+        "BUILD_CACHE",
+        "Repository of the engine's layer cache. It is read with BUILD_DOCKER_CONFIG's credential.",
+        None,
+        form="a repository, such as quay.io/domino/build-cache",
+    )
+    build_docker_config: Path | None = _setting(
+        "BUILD_DOCKER_CONFIG",
+        "Folder of a Docker config.json for the pulls of the build phase (a private base image, the cache). A "
+        "Dockerfile's RUN steps may be able to read it, so its credential must be one that can only pull.",
+        None,
+        shown="anonymous pulls",
+    )
+    pip_config_file: Path | None = _setting(
+        "PIP_CONFIG_FILE", "pip.conf that RUN steps see as /etc/pip.conf; it is not in the image.", None
+    )
+    trust_dockerfile_authors: bool = _setting(
+        "TRUST_DOCKERFILE_AUTHORS",
+        "Allows Kaniko in a container that also holds a credential.",
+        default=False,
+        form="true or false",
+    )
     index_variables: dict[str, SecretStr] = Field(default_factory=dict)
+
+    @classmethod
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        return [
+            *super()._problems(values),
+            *_unreadable("PIP_CONFIG_FILE", values, "file"),
+            *_unreadable("BUILD_DOCKER_CONFIG", values, "folder"),
+        ]
+
+
+class CatalogSettings(CommonSettings):
+    """What talks to MLflow needs."""
+
+    mlflow_tracking_uri: str = _setting(
+        "MLFLOW_TRACKING_URI",
+        "The MLflow server that holds the model registry. MLflow's own variables (MLFLOW_TRACKING_TOKEN, "
+        "MLFLOW_TRACKING_USERNAME, AWS_… and so on) keep their meaning.",
+        shown="required",
+        form="a URI such as https://mlflow.example.com",
+    )
+    domino_user_api_key: SecretStr | None = _setting(
+        "DOMINO_USER_API_KEY", "Sent to Domino's MLflow as X-Domino-Api-Key.", None
+    )
+    domino_run_id: SecretStr | None = _setting(
+        "DOMINO_RUN_ID", "The Domino run in whose name MLflow is asked; sent as X-Domino-Execution.", None
+    )
+    target_tag: str = _setting(
+        "TARGET_TAG",
+        "The tag that selects versions (with the value `true`) and names the target.",
+        "EXTERNAL_TARGET_PLTR_FOUNDRY",
+        form="a tag's name of letters, digits, '_', '-' and '.'",
+    )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 
     @field_validator("target_tag")
@@ -221,6 +267,66 @@ class Settings(BaseModel):
             raise ValueError
         return value
 
+    @property
+    def target(self) -> str:
+        """The target's name, after its tag: `EXTERNAL_TARGET_PLTR_FOUNDRY` is `pltr_foundry`."""
+        return self.target_tag.lower().removeprefix("external_target_") or self.target_tag.lower()
+
+    @classmethod
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        return [*super()._problems(values), *_half(values, "DOMINO_USER_API_KEY", "DOMINO_RUN_ID")]
+
+
+class Settings(CatalogSettings, BuildSettings):
+    """All that the environment decides. Frozen; secrets are masked in its repr and in JSON."""
+
+    model_name: str = _setting("MODEL_NAME", "The registered model to publish.", "", shown="required by `publish`")
+    model_version: str = _setting(
+        "MODEL_VERSION", "Its version: a number, or an alias as `@champion`.", "", shown="required by `publish`"
+    )
+    registry_url: Annotated[Repository, _REPOSITORY] = _setting(
+        "REGISTRY_URL",
+        "Where images go: a registry's host and an optional namespace.",
+        shown="required",
+        form="a host and an optional namespace, such as quay.io/domino",
+    )
+    registry_user: str = _setting("REGISTRY_USER", "User for REGISTRY_URL's host, and for no other.", "")
+    registry_token: SecretStr | None = _setting("REGISTRY_TOKEN", "Password or token of REGISTRY_USER.", None)
+    docker_config: Path | None = _setting(
+        "DOCKER_CONFIG",
+        "Folder of a Docker config.json with registry credentials; credential helpers work.",
+        None,
+        shown="~/.docker where that exists",
+    )
+    target_platforms: Annotated[tuple[Platform, ...], _PLATFORMS] = _setting(
+        "TARGET_PLATFORMS",
+        "Platforms to publish for, separated by commas; a version's tag MODEL_PLATFORMS overrides it.",
+        (Platform("linux", "amd64"),),
+        shown="linux/amd64",
+        form="platforms separated by commas, such as linux/amd64,linux/arm64",
+    )
+    build_method: Literal["auto", "dockerfile"] = _setting(
+        "BUILD_METHOD", "How the image is made: `auto` or `dockerfile`.", "auto", form="auto or dockerfile"
+    )
+    base_image: str = _setting(
+        "BASE_IMAGE",
+        "Base of the default template; `{python_version}` is the model's.",
+        "docker.io/library/python:{python_version}-slim",
+        form="an image reference; the only field it may have is {python_version}",
+    )
+    allowed_base_images: Annotated[tuple[str, ...], _LIST] = _setting(
+        "ALLOWED_BASE_IMAGES",
+        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for.",
+        (),
+        shown="none",
+    )
+    sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
+        "SWEEP_ATTEMPTS",
+        "How often a sweep tries a version that fails before it waits for a change of it.",
+        3,
+        form="a positive number",
+    )
+
     @field_validator("base_image")
     @classmethod
     def _base_image_has_known_fields(cls, value: str) -> str:
@@ -228,107 +334,34 @@ class Settings(BaseModel):
             raise ValueError
         return value
 
-    @property
-    def target(self) -> str:
-        """The target's name, after its tag: `EXTERNAL_TARGET_PLTR_FOUNDRY` is `pltr_foundry`."""
-        return self.target_tag.lower().removeprefix("external_target_") or self.target_tag.lower()
-
-    @property
-    def proxies(self) -> dict[str, str]:
-        """The proxy variables that are set, by their upper-case names."""
-        values = zip(PROXY_VARIABLES, (self.http_proxy, self.https_proxy, self.no_proxy), strict=True)
-        return {name: value for name, value in values if value}
-
-    @property
-    def holds_credential(self) -> bool:
-        """Whether this process holds a credential that a Dockerfile's RUN step must not read."""
-        return bool(
-            self.registry_token
-            or self.domino_user_api_key
-            or any(re.search(r"TOKEN|PASSWORD|SECRET|KEY", name) for name in self.mlflow_variables)
-            or (self.docker_config and (self.docker_config / "config.json").exists())
-        )
-
-    def require_model(self) -> Self:
-        """Return these settings if they name a model and a version.
-
-        Raises:
-            InvalidSettings: MODEL_NAME, MODEL_VERSION or both are missing.
-        """
-        missing = [
-            f"{name} is missing: {hint}"
-            for name, value, hint in (
-                ("MODEL_NAME", self.model_name, "the registered model to publish"),
-                ("MODEL_VERSION", self.model_version, "a number, or an alias as @champion"),
-            )
-            if not value
-        ]
-        if missing:
-            raise _invalid(missing)
-        return self
-
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str], **overrides: object) -> Self:
-        """Return the settings that an environment holds.
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        return [*super()._problems(values), *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN")]
 
-        Args:
-            environ: the environment, such as `os.environ`. Variables that are empty count as not set.
-            overrides: values by variable name, such as `MODEL_NAME="x"`, that win over the environment; None counts as
-                not given.
 
-        Raises:
-            InvalidSettings: something is missing or malformed; everything is named, with what it should hold.
-        """
-        values: dict[str, Any] = {**_secrets(environ.get("SECRETS_DIR", "")), **{k: v for k, v in environ.items() if v}}
-        for name in PROXY_VARIABLES:
-            values.setdefault(name, environ.get(name.lower(), ""))
-        values.update({name: value for name, value in overrides.items() if value is not None})
-        if not values.get("DOCKER_CONFIG"):
-            home = Path(environ.get("HOME", "/nonexistent")) / ".docker"
-            values["DOCKER_CONFIG"] = home if (home / "config.json").is_file() else None
-        values["index_variables"] = {name: values[name] for name in INDEX_VARIABLES if values.get(name)}
-        values["mlflow_variables"] = {
-            name: str(value)
-            for name, value in values.items()
-            if MLFLOW_VARIABLES.fullmatch(name) and name != "MLFLOW_TRACKING_URI"
-        }
-        try:
-            settings = cls.model_validate(values)
-        except ValidationError as error:
-            raise _invalid([_problem(cls, detail) for detail in error.errors()]) from None
-        return settings.checked_files()
+def _is_credential(name: str, value: object) -> bool:
+    """Return whether a variable holds what a Dockerfile's RUN step must not read."""
+    if not isinstance(value, str) or not value:
+        return False
+    in_url = name == "MLFLOW_TRACKING_URI" and re.search(r"://[^/]*@", value)
+    return bool(_CREDENTIAL_VARIABLE.fullmatch(name) or in_url)
 
-    def checked_files(self) -> Self:
-        """Return these settings if the files they name can be read.
 
-        Raises:
-            InvalidSettings: a file or folder is missing, or a pair of settings is half set.
-        """
-        problems = [
-            f"{name} is {str(path)!r}, which is not a readable {kind}"
-            for name, path, kind, there in (
-                ("SSL_CERT_FILE", self.ssl_cert_file, "file", Path.is_file),
-                ("PIP_CONFIG_FILE", self.pip_config_file, "file", Path.is_file),
-                ("BUILD_DOCKER_CONFIG", self.build_docker_config, "folder", Path.is_dir),
-            )
-            if path and not (there(path) and os.access(path, os.R_OK))
-        ]
-        if bool(self.registry_user) != bool(self.registry_token):
-            missing, other = (
-                ("REGISTRY_TOKEN", "REGISTRY_USER") if self.registry_user else ("REGISTRY_USER", "REGISTRY_TOKEN")
-            )
-            problems.append(f"{missing} is missing: {other} is set, and one is of no use without the other")
-        if problems:
-            raise _invalid(problems)
-        return self
+def _unreadable(variable: str, values: Mapping[str, Any], kind: Literal["file", "folder"]) -> list[str]:
+    there = Path.is_file if kind == "file" else Path.is_dir
+    path = values.get(variable)
+    if not path or (there(Path(path)) and os.access(path, os.R_OK)):
+        return []
+    return [f"{variable} is {str(path)!r}, which is not a readable {kind}"]
 
-    def workspace_or_temporary(self) -> tuple[Path, bool]:
-        """Return the workspace, and whether it is a temporary folder of this process that it should remove."""
-        if self.workspace:
-            return self.workspace, False
-        if _IN_IMAGE_MARK.is_dir():
-            return IN_IMAGE_WORKSPACE, False
-        return Path(tempfile.mkdtemp(prefix="builder-")), True
+
+def _half(values: Mapping[str, Any], *names: str) -> list[str]:
+    """Return a problem for each of a pair that is missing while the other is set."""
+    missing = [name for name in names if not values.get(name)]
+    if not missing or len(missing) == len(names):
+        return []
+    there = next(name for name in names if name not in missing)
+    return [f"{missing[0]} is missing: {there} is set, and one is of no use without the other"]
 
 
 def _secrets(folder: str) -> dict[str, str]:
@@ -343,13 +376,8 @@ def _secrets(folder: str) -> dict[str, str]:
             if path.stat().st_size <= _MOST_SECRET_BYTES and (text := path.read_text().removesuffix("\n"))
         }
     except (OSError, UnicodeDecodeError) as error:
-        message = f"SECRETS_DIR is {folder!r}, which cannot be read: {type(error).__name__}"
-        raise _invalid([message]) from error
-
-
-def _invalid(problems: list[str]) -> InvalidSettings:
-    message = f"The settings cannot be used: {'; '.join(problems)}."
-    return InvalidSettings(message, remedy="Set the variables named here; docs/settings.md lists them all.")
+        message = f"SECRETS_DIR is {folder!r}, which cannot be read: {type(error).__name__}."
+        raise InvalidSettings(message, remedy="Name a folder of text files, each named after a variable.") from error
 
 
 def _problem(cls: type[BaseModel], detail: Any) -> str:  # pydantic's ErrorDetails
