@@ -1,0 +1,190 @@
+"""Run one program: its output streamed line by line, a timeout, and nothing of it left when it ends or we do."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from builder.errors import BuildFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from builder.build.engine import Output
+
+LONGEST_LINE = 4000
+# Seconds between SIGTERM and SIGKILL.
+GRACE = 10.0
+# Seconds after which an exit is noticed although something still holds the program's output open.
+_POLL = 0.2
+_CHUNK = 1 << 16
+
+
+class Runner(Protocol):
+    """Runs a program; `run` is the one that does, and a test may pass its own to an engine."""
+
+    def __call__(  # noqa: D102  # `run` says it
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout: float, output: Output, name: str
+    ) -> int: ...
+
+
+def run(
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout: float, output: Output, name: str
+) -> int:  # fmt: skip
+    """Run a program and return its exit code.
+
+    The child has a session and process group of its own, reads nothing, and sees `env` and no other variable. Its
+    stdout and stderr are one stream. Whatever ends this call (the child's exit, the timeout, an exception such as
+    `Terminated` or one that `output` raises), no process of the group is alive after it: SIGTERM, at most ten seconds,
+    SIGKILL. After the program's own exit, what it left behind gets SIGKILL at once.
+
+    Args:
+        argv: the program and its arguments; no shell reads them. The program is looked up in `env`'s PATH.
+        env: the whole environment of the child.
+        cwd: folder the child starts in.
+        timeout: seconds the child may take.
+        output: called with each line, without its newline. A line that a carriage return overwrites is not shown,
+            bytes that are not UTF-8 are replaced, and a line is cut after 4,000 characters.
+        name: what messages call the program.
+
+    Returns:
+        The exit code; negative is the signal that ended the child.
+
+    Raises:
+        BuildFailed: the program cannot be started, or took longer than `timeout`.
+    """
+    try:
+        child = subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+        )
+    except OSError as error:
+        message = f"{name} cannot be started: {argv[0]}: {error.strerror or error}."
+        raise BuildFailed(message, remedy="Install it, or choose another engine with BUILD_ENGINE.") from error
+    stream = _Stream(child)
+    try:
+        for line in stream.lines(time.monotonic() + timeout):
+            output(line)
+        if not stream.exited():
+            message = f"{name} took longer than {timeout:g} seconds and was ended."
+            raise BuildFailed(message, remedy="Raise BUILD_TIMEOUT, or make the Dockerfile's steps quicker.")
+    finally:
+        stream.end()
+    return child.returncode
+
+
+class _Stream:
+    """A child's output, and its end."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdout is not None  # noqa: S101  # Popen was given a pipe
+        self._child = child
+        self._pipe = child.stdout
+        self._open = True
+
+    def exited(self) -> bool:
+        """Return whether the child has ended; it stays a zombie, so that its group's number is not given away."""
+        if self._child.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def lines(self, deadline: float) -> Iterator[str]:
+        """Yield lines until the child has ended and its output is read, or until the deadline (monotonic seconds)."""
+        lines = Lines()
+        while (left := deadline - time.monotonic()) > 0:
+            gone = self.exited()
+            yield from lines.feed(self._read(0 if gone else min(left, _POLL)))
+            # What the child wrote before it ended is in the pipe by now, and the chunk above may not be all of it.
+            if gone and not self._ready(0):
+                break
+        yield from lines.rest()
+
+    def end(self) -> None:
+        """End every process of the child's group, and reap the child."""
+        try:
+            if not self.exited():
+                self._signal(signal.SIGTERM)
+                deadline = time.monotonic() + GRACE
+                while not self.exited() and time.monotonic() < deadline:
+                    self._read(0.05)  # a child that waits for its pipe to be read could not end
+        finally:
+            self._signal(signal.SIGKILL)
+            self._child.wait()
+            self._pipe.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._child.pid, number)
+        except ProcessLookupError:
+            pass  # the group is gone
+        except PermissionError:
+            self._child.send_signal(number)  # a member of the group runs as another user
+
+    def _ready(self, seconds: float) -> bool:
+        if not self._open:
+            time.sleep(seconds)
+            return False
+        return bool(select.select([self._pipe], [], [], seconds)[0])
+
+    def _read(self, seconds: float) -> bytes:
+        """Return what the pipe holds, waiting at most so long for it; empty at its end too."""
+        if not self._ready(seconds):
+            return b""
+        chunk = os.read(self._pipe.fileno(), _CHUNK)
+        self._open = bool(chunk)
+        return chunk
+
+
+class Lines:
+    """Lines of a terminal's output, made from bytes as they come.
+
+    Args:
+        limit: the most characters of a line; one that is longer ends with an ellipsis.
+    """
+
+    def __init__(self, limit: int = LONGEST_LINE) -> None:
+        self._limit = limit
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._line = ""
+        self._overwrite = False
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Take more bytes, and yield the lines that are complete with them."""
+        *complete, last = self._decoder.decode(chunk).split("\n")
+        for text in complete:
+            self._add(text)
+            yield self._take()
+        self._add(last)
+
+    def rest(self) -> Iterator[str]:
+        """Yield the line that no newline ended, if there is one."""
+        self._add(self._decoder.decode(b"", final=True))
+        if self._line:
+            yield self._take()
+
+    def _add(self, text: str) -> None:
+        """Append text to the line; what follows a carriage return replaces it, unless it is blank."""
+        for number, segment in enumerate(text.split("\r")):
+            self._overwrite = self._overwrite or number > 0
+            if not segment or (self._overwrite and not segment.strip()):
+                continue
+            before = "" if self._overwrite else self._line
+            self._line = before + segment[: self._limit + 1 - len(before)] if len(before) <= self._limit else before
+            self._overwrite = False
+
+    def _take(self) -> str:
+        line, self._line, self._overwrite = self._line, "", False
+        return line if len(line) <= self._limit else line[: self._limit - 1] + "…"
