@@ -1,0 +1,283 @@
+"""What a Dockerfile says before anything runs it: its instructions, the names it declares, the images it needs.
+
+The grammar is BuildKit's (https://docs.docker.com/reference/dockerfile/), as far as these questions need it: comments,
+the escape directive, line continuations, here-documents, words with quotes. Whether a Dockerfile is right is for the
+engine to say.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from builder.errors import InvalidVersion
+
+_DIRECTIVE = re.compile(r"#[ \t]*([a-zA-Z]+)[ \t]*=[ \t]*(\S+)[ \t]*")
+_KEYWORD = re.compile(r"[ \t]*([A-Za-z]+)(?:[ \t]+|$)")
+_FLAG = re.compile(r"--([a-z]+)(?:=(\S*))?(?:[ \t]+|$)")
+_HEREDOC = re.compile(r"(?:^|[ \t])[0-9]*<<-?([\"']?)([A-Za-z_][A-Za-z0-9_]*)\1(?=[ \t;|&>)]|$)")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_EXPANSION = re.compile(r"\\\$|\$(?:\{([A-Za-z_][A-Za-z0-9_]*)(?:(:?[-+])([^{}]*))?\}|([A-Za-z_][A-Za-z0-9_]*))")
+_WITH_HEREDOC = frozenset({"RUN", "COPY", "ADD"})
+_NO_IMAGE = frozenset({"scratch"})
+# What BuildKit and Buildah let a FROM name without an ARG.
+_PREDECLARED = frozenset(
+    f"{side}{what}" for side in ("TARGET", "BUILD") for what in ("PLATFORM", "OS", "ARCH", "VARIANT")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        keyword: in capitals; that of the instruction behind it for ONBUILD.
+        rest: what follows the keyword, continuation lines joined, comments between them left out.
+        first: number of its first line, from 1.
+        last: number of its last line, here-documents included.
+    """
+
+    keyword: str
+    rest: str
+    first: int
+    last: int
+
+    def flags(self) -> tuple[dict[str, str], str]:
+        """Return the leading `--name=value` flags, and what follows them."""
+        flags, at = {}, 0
+        while match := _FLAG.match(self.rest, at):
+            flags[match[1]] = match[2] or ""
+            at = match.end()
+        return flags, self.rest[at:]
+
+
+@dataclass(frozen=True, slots=True)
+class Dockerfile:
+    """A Dockerfile's instructions, in order."""
+
+    instructions: tuple[Instruction, ...]
+    escape: str = "\\"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the instructions of a Dockerfile; what is not an instruction is left out.
+
+        Args:
+            text: the Dockerfile; lines end with a line feed, with or without a carriage return before it.
+        """
+        lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
+        escape = _escape(lines)
+        return cls(tuple(_instructions(lines, escape)), escape)
+
+    def declared(self) -> frozenset[str]:
+        """Return the names that ARG and ENV declare, in any stage, before or after their use."""
+        names: set[str] = set()
+        for instruction in self.instructions:
+            if instruction.keyword in {"ARG", "ENV"}:
+                names.update(key for key, _ in self._pairs(instruction))
+        return frozenset(names)
+
+    def final_base(self, args: Mapping[str, str] | None = None) -> str | None:
+        """Return the reference that the last stage stands on, stage names followed, or None.
+
+        None is the answer for `scratch` and where a variable of the reference has no value.
+
+        Args:
+            args: values of build arguments, which win over the defaults of ARG instructions before the first FROM.
+
+        Raises:
+            InvalidVersion: there is no FROM.
+        """
+        stages = self._stages(args or {})
+        base: str | None = stages[-1].base
+        at = len(stages) - 1
+        while base is not None and (earlier := _stage_named(stages[:at], base)) is not None:
+            at, base = earlier, stages[earlier].base
+        return None if base in _NO_IMAGE else base
+
+    def images(self, args: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """Return every image that FROM, COPY --from and RUN --mount=from= name, each once, in order.
+
+        Stages and `scratch` are no images, and a reference with a variable that has no value is left out.
+
+        Args:
+            args: as for `final_base`.
+
+        Raises:
+            InvalidVersion: there is no FROM.
+        """
+        stages = self._stages(args or {})
+        found: list[str] = []
+        for number, stage in enumerate(stages):
+            if stage.base is not None and _stage_named(stages[:number], stage.base) is None:
+                found.append(stage.base)
+            for source in stage.sources:
+                is_number = source.isdigit() and int(source) < number
+                if not is_number and _stage_named(stages[:number], source) is None:
+                    found.append(source)
+        return tuple(dict.fromkeys(image for image in found if image not in _NO_IMAGE))
+
+    def _stages(self, args: Mapping[str, str]) -> list[_Stage]:
+        stages: list[_Stage] = []
+        values = {key: value for key, value in args.items() if key in _PREDECLARED}
+        for instruction in self.instructions:
+            flags, rest = instruction.flags()
+            if instruction.keyword == "FROM":
+                words = rest.split()
+                name = words[2].lower() if len(words) == 3 and words[1].lower() == "as" else ""  # noqa: PLR2004
+                base = expand(words[0].strip("\"'"), values) if words else None
+                stages.append(_Stage(name, base or None, []))
+            elif instruction.keyword == "ARG" and not stages:
+                for key, default in self._pairs(instruction):
+                    value = args.get(key, default)
+                    if value is not None and (expanded := expand(value, values)) is not None:
+                        values[key] = expanded
+            elif stages:
+                stages[-1].sources.extend(_sources(instruction.keyword, flags, instruction.rest))
+        if not stages:
+            message = "The Dockerfile has no FROM."
+            raise InvalidVersion(message, remedy="A Dockerfile begins with FROM and the image it stands on.")
+        return stages
+
+    def _pairs(self, instruction: Instruction) -> Iterator[tuple[str, str | None]]:
+        """Yield name and value of each declaration of an ARG or ENV; the value is None where there is none."""
+        words = _words(instruction.rest, self.escape)
+        if instruction.keyword == "ENV" and words and "=" not in words[0]:
+            # The old form: one name, and all that follows is its value.
+            name, _, value = instruction.rest.strip().partition(" ")
+            words = [f"{name}={value.strip()}"]
+        for word in words:
+            key, equals, value = word.partition("=")
+            if _NAME.fullmatch(key):
+                yield key, value if equals else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    name: str
+    base: str | None
+    sources: list[str]
+
+
+def expand(text: str, values: Mapping[str, str]) -> str | None:
+    """Return `text` with its variables replaced, or None where one has no value and no default."""
+    missing = False
+
+    def value(match: re.Match[str]) -> str:
+        nonlocal missing
+        if match[0] == "\\$":
+            return "$"
+        name, operator, word = match[1] or match[4], match[2] or "", match[3] or ""
+        given = values.get(name)
+        is_set = bool(given) if ":" in operator else given is not None
+        if operator.endswith("+"):
+            return word if is_set else ""
+        if operator.endswith("-") and not is_set:
+            return word
+        missing = missing or given is None
+        return given or ""
+
+    expanded = _EXPANSION.sub(value, text)
+    return None if missing else expanded
+
+
+def _escape(lines: list[str]) -> str:
+    """Return the escape character: a backslash, or what a directive at the very top names."""
+    for line in lines:
+        match = _DIRECTIVE.fullmatch(line)
+        if match is None:
+            break
+        if match[1].lower() == "escape" and match[2] in {"\\", "`"}:
+            return match[2]
+    return "\\"
+
+
+def _instructions(lines: list[str], escape: str) -> Iterator[Instruction]:
+    places: dict[str, list[int]] = defaultdict(list)
+    for number, line in enumerate(lines):
+        places[line.lstrip("\t")].append(number)
+    at = 0
+    while at < len(lines):
+        first, more = at, True
+        parts: list[str] = []
+        while more and at < len(lines):
+            line = lines[at].rstrip(" \t")
+            at += 1
+            if line.lstrip(" \t").startswith("#") or (parts and not line):
+                # A comment or an empty line between continuation lines is as if it were not there.
+                more = bool(parts)
+                continue
+            more = line.endswith(escape)
+            parts.append(line.removesuffix(escape) if more else line)
+        text = "".join(parts)
+        match = _KEYWORD.match(text)
+        if match is None:
+            continue
+        keyword, rest = match[1].upper(), text[match.end() :]
+        if keyword == "ONBUILD" and (behind := _KEYWORD.match(rest)):
+            keyword, rest = behind[1].upper(), rest[behind.end() :]
+        if keyword in _WITH_HEREDOC:
+            at = _after_heredocs(rest, places, at)
+        yield Instruction(keyword, rest, first + 1, at)
+
+
+def _after_heredocs(rest: str, places: Mapping[str, list[int]], at: int) -> int:
+    """Return the index of the line after the here-documents that an instruction opens; one that never ends is none.
+
+    Args:
+        rest: the instruction's text.
+        places: the indexes of the lines with the same text, leading tabs aside, in order.
+        at: index of the line after the instruction.
+    """
+    for match in _HEREDOC.finditer(rest):
+        ends = places.get(match[2], [])
+        found = bisect_left(ends, at)
+        if found == len(ends):
+            return at
+        at = ends[found] + 1
+    return at
+
+
+def _words(text: str, escape: str) -> list[str]:
+    """Return the words of an ARG or ENV: split at blanks outside quotes, quotes and escapes taken away."""
+    words: list[str] = []
+    word: list[str] = []
+    quote, inside, at = "", False, 0
+    while at < len(text):
+        char = text[at]
+        if char == escape and quote != "'" and at + 1 < len(text):
+            following = text[at + 1]
+            # An escaped dollar stays one until variables are replaced.
+            word.append(f"\\{following}" if following == "$" else following)
+            inside, at = True, at + 1
+        elif quote:
+            quote, keep = ("", "") if char == quote else (quote, char)
+            word.append(keep)
+        elif char in "\"'":
+            quote, inside = char, True
+        elif char in " \t":
+            if inside:
+                words.append("".join(word))
+            word, inside = [], False
+        else:
+            word.append(char)
+            inside = True
+        at += 1
+    return [*words, "".join(word)] if inside else words
+
+
+def _sources(keyword: str, flags: Mapping[str, str], rest: str) -> Iterator[str]:
+    """Yield the images or stages that an instruction takes files from."""
+    if keyword in {"COPY", "ADD"} and flags.get("from"):
+        yield flags["from"]
+    if keyword == "RUN":
+        yield from re.findall(r"(?:^|[ \t])--mount=(?:\S*,)?from=([^,\s]+)", rest)
+
+
+def _stage_named(stages: list[_Stage], name: str) -> int | None:
+    """Return the index of the last of `stages` that has this name, in any case."""
+    return next((n for n in reversed(range(len(stages))) if stages[n].name == name.lower() != ""), None)
