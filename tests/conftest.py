@@ -1,0 +1,9 @@
+"""Fixtures that every test may ask for; they live in tests/servers/."""
+
+pytest_plugins = [
+    "tests.servers.environment",
+    "tests.servers.backends",
+    "tests.servers.registries",
+    "tests.servers.mlflow",
+    "tests.servers.images",
+]

@@ -1,0 +1,1 @@
+"""The servers that the tests run against: registries, MLflow, an object store."""

@@ -1,0 +1,177 @@
+"""Start a server, wait until it answers, stop it.
+
+A `Program` says what runs; a `Launcher` says where: as a plain process here, or in a container. The tests see no
+difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from tests.servers.environment import clean_environ
+
+# A server answers within seconds; on two busy cores MLflow has been seen to take twenty.
+_READY_SECONDS = 120
+_STOP_SECONDS = 10
+_POLL_SECONDS = 0.1
+
+
+class ServerDied(Exception):
+    """A server ended, or never answered; its log is the message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a server is.
+
+    Attributes:
+        name: a word for logs and containers.
+        kind: which image it runs from where it runs in a container: `registry`, `registry-v3` or `python`.
+        argv: the command; `{listen}` stands for the address to listen on.
+        port: the port it listens on.
+        ready: URL that answers with anything but a 5xx when the server is up.
+        folder: the folder it reads and writes.
+        more_folders: others.
+        environ: variables on top of the machine's.
+        ca: certificate that signs the server's, where it speaks TLS.
+    """
+
+    name: str
+    kind: str
+    argv: tuple[str, ...]
+    port: int
+    ready: str
+    folder: Path
+    more_folders: tuple[Path, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
+    ca: Path | None = None
+
+
+class Running(Protocol):
+    """A server that was started."""
+
+    def log(self) -> str:
+        """Return what the server wrote so far."""
+        ...
+
+    def alive(self) -> bool:
+        """Return whether it still runs."""
+        ...
+
+    def stop(self) -> None:
+        """End it, and wait for that."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts programs.
+
+    Attributes:
+        on_this_machine: whether a program's loopback interface is the tests' own.
+    """
+
+    on_this_machine: bool
+
+    def start(self, program: Program) -> Running:
+        """Start `program`; the caller waits for it to answer, and stops it."""
+        ...
+
+
+class Process:
+    """A server as a process of its own group, so that its workers end with it."""
+
+    def __init__(self, program: Program) -> None:
+        self._log = program.folder / f"{program.name}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [word.replace("{listen}", "127.0.0.1") for word in program.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=clean_environ(**program.environ),
+                cwd=program.folder,
+                start_new_session=True,
+            )
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        for name in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, name)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+                break
+        # A worker may outlive the parent that was asked to end it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+class Processes:
+    """Starts programs as processes of this machine."""
+
+    on_this_machine = True
+
+    def start(self, program: Program) -> Running:
+        return Process(program)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(launcher: Launcher, program: Program) -> Iterator[Running]:
+    """Start a program, give it once it answers, stop it.
+
+    Raises:
+        ServerDied: it ended before it answered, or does not answer in time.
+    """
+    server = launcher.start(program)
+    try:
+        _wait(server, program)
+        yield server
+    finally:
+        server.stop()
+
+
+def _wait(server: Running, program: Program) -> None:
+    context = ssl.create_default_context(cafile=str(program.ca)) if program.ca else None
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline:
+        if not server.alive():
+            message = f"{program.name} ended before it answered:\n{server.log()}"
+            raise ServerDied(message)
+        try:
+            # A proxy of the machine is not asked for what listens on this machine.
+            handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
+            with urllib.request.build_opener(*handlers).open(program.ready, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code < 500:
+                return
+        except OSError:
+            pass
+        time.sleep(_POLL_SECONDS)
+    message = f"{program.name} does not answer at {program.ready}:\n{server.log()}"
+    raise ServerDied(message)
