@@ -40,7 +40,7 @@ DEFAULT_CLIENT_FOLDER = "client"
 DEFAULT_TEMPLATES_FOLDER = "templates"
 
 # What may stand in a Dockerfile and in a script without quoting, whatever stands around it.
-_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
+FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
 # A command line may hold blanks, '=' and ',' beside that.
 _COMMAND_LINE = re.compile(r"[A-Za-z0-9_./@%+=:, -]*")
 _VERSION = re.compile(r"[0-9]{1,10}")
@@ -141,18 +141,18 @@ class Inputs(BaseModel):
             return value
 
         folder_hint = "a folder is a relative path of letters, digits and '_', '.', '@', '+', '-'"
-        entry_point = re.compile(rf"/?{_FOLDER.pattern}")
+        entry_point = re.compile(rf"/?{FOLDER.pattern}")
         inputs = cls(
-            model_folder=checked(TAG_MODEL_FOLDER, _FOLDER, folder_hint),
-            client_folder=checked(TAG_CLIENT_FOLDER, _FOLDER, folder_hint, DEFAULT_CLIENT_FOLDER),
-            templates_folder=checked(TAG_TEMPLATES_FOLDER, _FOLDER, folder_hint, DEFAULT_TEMPLATES_FOLDER),
+            model_folder=checked(TAG_MODEL_FOLDER, FOLDER, folder_hint),
+            client_folder=checked(TAG_CLIENT_FOLDER, FOLDER, folder_hint, DEFAULT_CLIENT_FOLDER),
+            templates_folder=checked(TAG_TEMPLATES_FOLDER, FOLDER, folder_hint, DEFAULT_TEMPLATES_FOLDER),
             entry_point=checked(
                 TAG_ENTRY_POINT, entry_point, "an entry point is a path of letters, digits and '_', '.', '@', '+', '-'"
             ),
             command_line=checked(
                 TAG_EXECUTE_PATH,
                 _COMMAND_LINE,
-                "a command line holds only letters, digits, blanks and '_', '.', '/', '@', '%', '+', '=', ':', ',', '-'",
+                "a command line has only letters, digits, blanks and '_', '.', '/', '@', '%', '+', '=', ':', ',', '-'",
             ),
             base_image=checked(
                 TAG_BASE_IMAGE, re.compile(r"[A-Za-z0-9._/:@-]+"), "an image reference has no such characters"

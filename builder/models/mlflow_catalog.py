@@ -1,0 +1,152 @@
+"""The catalog on an MLflow server. MLflow is imported when a catalog is first asked, since that takes a second."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+from builder.errors import InvalidVersion, VersionNotFound, one_line
+from builder.log import get_logger
+from builder.models.answers import answering
+from builder.models.artifacts import union
+from builder.models.environment import export, quiet_client
+from builder.models.origin import LOGGED_MODEL, Origin
+from builder.models.store import ArtifactStore
+from builder.models.version import Inputs, ModelVersion, check_version_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from builder.models.catalog import Artifact
+    from builder.settings import Settings
+
+_IS_PROMPT = "mlflow.prompt.is_prompt"
+_PAGE = 500
+_log = get_logger("models")
+
+
+class MlflowCatalog:
+    """Registered models of one MLflow server; implements `builder.models.catalog.Catalog`.
+
+    Args:
+        tracking_uri: as MLFLOW_TRACKING_URI; MLflow's own variables, MLFLOW_REGISTRY_URI among them, count as ever.
+        page_size: how many versions a page of a search has.
+    """
+
+    def __init__(self, tracking_uri: str, *, page_size: int = _PAGE) -> None:
+        quiet_client()
+        self.tracking_uri = tracking_uri
+        self._page_size = page_size
+        self._store = ArtifactStore(tracking_uri)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Return the catalog of the settings' server. It sets variables in `os.environ`: see `environment.export`."""
+        export(settings)
+        return cls(settings.mlflow_tracking_uri)
+
+    @property
+    def server(self) -> str:
+        """The server as errors name it."""
+        return f"MLFLOW_TRACKING_URI ({one_line(self.tracking_uri, 200)})"
+
+    @cached_property
+    def client(self) -> Any:  # mlflow.MlflowClient, which must not be imported to be named
+        """MLflow's own client of this server."""
+        from mlflow import MlflowClient  # noqa: PLC0415
+
+        with answering("open MLflow's client", server=self.server):
+            return MlflowClient(tracking_uri=self.tracking_uri)
+
+    def find(self, name: str, version: str) -> ModelVersion:
+        """Return one version, by number or by alias as `@alias`; errors as in `Catalog.find`."""
+        check_version_text(version)
+        client = self.client
+        try:
+            with answering(f"find model {name!r} version {version}", server=self.server):
+                found = _version(
+                    client.get_model_version_by_alias(name, version[1:])
+                    if version.startswith("@")
+                    else client.get_model_version(name, str(int(version)))
+                )
+        except InvalidVersion as error:
+            # MLflow's answer for an alias that is not there, and for a name that no model can have.
+            raise VersionNotFound(error.what, remedy="Check MODEL_NAME and MODEL_VERSION.") from error
+        if _IS_PROMPT in found.tags:
+            message = f"{found} is a prompt, not a model."
+            raise VersionNotFound(message, remedy="Check MODEL_NAME.")
+        return found
+
+    def tagged(self, tag: str) -> Iterator[ModelVersion]:
+        """Yield every version that carries `tag` with the value `true` in any case, page by page, by name and number.
+
+        Prompts, which MLflow keeps beside models, are left out.
+        """
+        try:
+            yield from self._search(f"tags.`{tag}` ILIKE 'true'", tag)
+        except InvalidVersion as error:
+            _log.info("MLflow cannot search by tag: every version is listed", tag=tag, reason=error.what)
+            yield from self._search(None, tag)
+
+    def _search(self, query: str | None, tag: str) -> Iterator[ModelVersion]:
+        seen: set[tuple[str, str]] = set()
+        token: str | None = None
+        while True:
+            with answering(f"search versions by the tag {tag}", server=self.server):
+                page = self.client.search_model_versions(
+                    filter_string=query,
+                    max_results=self._page_size,
+                    # By default the last changed comes first, and pages would shift under whoever sets tags meanwhile.
+                    order_by=["name ASC", "version_number ASC"],
+                    page_token=token,
+                )
+            for version in map(_version, page):
+                key = (version.name, version.version)
+                if version.selected_by(tag) and _IS_PROMPT not in version.tags and key not in seen:
+                    seen.add(key)
+                    yield version
+            token = page.token
+            if not token:
+                return
+
+    def artifacts(self, version: ModelVersion) -> tuple[Artifact, ...]:
+        """Return the files of the version's context; see `Catalog.artifacts`."""
+        inputs = Inputs.of(version)
+        roots = Origin(self.client, self.find, self.server).roots(version, inputs)
+        found = union(
+            (file for root in roots for file in self._store.files(root)), same=self._store.same, whose=str(version)
+        )
+        if not found:
+            message = f"{version} has no artifacts."
+            raise InvalidVersion(message, remedy="Log its files and register it again.")
+        return found
+
+    def download(self, artifact: Artifact, destination: Path) -> None:
+        """Write one artifact's bytes to the file `destination`; see `ArtifactStore.download`."""
+        self._store.download(artifact, destination)
+
+    def set_tags(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+        """Set tags on the version, in their order; others stay as they are.
+
+        Raises:
+            VersionNotFound: the version was deleted meanwhile.
+        """
+        for name, value in tags.items():
+            with answering(f"set the tag {name} of {version}", server=self.server):
+                self.client.set_model_version_tag(version.name, version.version, name, value)
+
+
+def _version(found: Any) -> ModelVersion:
+    """Return our version for MLflow's."""
+    source = found.source or ""
+    logged = LOGGED_MODEL.fullmatch(source)
+    return ModelVersion(
+        name=found.name,
+        version=str(found.version),
+        created_ms=int(found.creation_timestamp),
+        source=source,
+        run_id=found.run_id or "",
+        model_id=(logged[1] if logged else "") or getattr(found, "model_id", None) or "",
+        tags=dict(found.tags),
+    )
