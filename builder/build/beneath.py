@@ -1,0 +1,80 @@
+"""Read a file beneath a folder that others have filled: no link is followed, no device opened, no bound passed."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from builder.errors import InvalidVersion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# A relative path that means the same in a Dockerfile, a shell and a requirements file.
+SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
+
+
+@contextmanager
+def _opened(root: Path, relative: str) -> Iterator[int | None]:
+    """Open `root / relative` step by step, and yield its descriptor, or None where there is nothing."""
+    descriptor = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    try:
+        *folders, name = relative.split("/")
+        try:
+            for folder in folders:
+                descriptor = _step(descriptor, folder, os.O_PATH | os.O_DIRECTORY)
+            descriptor = _step(descriptor, name, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            yield None
+        except OSError as error:
+            message = f"{relative!r} of the version's artifacts cannot be read: {error.strerror}."
+            raise InvalidVersion(message, remedy="It must be a file in a folder; links are not followed.") from error
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _step(parent: int, name: str, flags: int) -> int:
+    child = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    os.close(parent)
+    return child
+
+
+def read_beneath(root: Path, relative: str, limit: int) -> bytes | None:
+    """Return the content of the file `root / relative`, or None where there is none.
+
+    Args:
+        root: a folder.
+        relative: a path with forward slashes and no `..`.
+        limit: the most bytes to read.
+
+    Raises:
+        InvalidVersion: there is a link on the way, something else than a file, or a file that is larger.
+    """
+    with _opened(root, relative) as descriptor:
+        if descriptor is None:
+            return None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            message = f"{relative!r} of the version's artifacts is not a file."
+            raise InvalidVersion(message, remedy="Log a file under this name.")
+        content = bytearray()
+        while len(content) <= limit and (chunk := os.read(descriptor, limit + 1 - len(content))):
+            content += chunk
+        if len(content) > limit:
+            message = f"{relative!r} of the version's artifacts is larger than {limit:,} bytes."
+            raise InvalidVersion(message, remedy="Log a smaller one.")
+        return bytes(content)
+
+
+def exists_beneath(root: Path, relative: str) -> bool:
+    """Return whether `root / relative` is a file or a folder, and no link on the way to it."""
+    try:
+        with _opened(root, relative) as descriptor:
+            return descriptor is not None
+    except InvalidVersion:
+        return False

@@ -1,0 +1,125 @@
+"""What a model folder says of the Python environment the model was logged in."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from builder.build.beneath import SAFE_PATH, exists_beneath, read_beneath
+from builder.errors import InvalidVersion
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+REQUIREMENTS = "requirements.txt"
+_LIMIT = 1 << 20
+_PYTHON = re.compile(r"^[ \t-]*(?:python|python_version)[ \t]*[:=][ \t=]*['\"]?(3\.[0-9]{1,2})(?![0-9])", re.MULTILINE)
+_MLFLOW = re.compile(r"^mlflow_version:[ \t]*['\"]?([0-9]+(?:\.[0-9]+)+)['\"]?[ \t\r]*$", re.MULTILINE)
+_PINNED = re.compile(r"==\s*([0-9]+(?:\.[0-9]+)+)")
+_REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
+# From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
+_FIRST_ASGI = (2, 21)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """An environment, as the files of a model folder describe it.
+
+    Attributes:
+        python_version: major and minor, `3.11`; empty where no file tells.
+        has_requirements: whether there is a requirements.txt.
+        requirement_inputs: what pip reads beside it, relative to the model folder: constraints, further requirement
+            files, local wheels and source folders that it names.
+        server_requirements: what MLflow's scoring server needs beside requirements.txt.
+        server: the module that serves, and its arguments without address and port.
+    """
+
+    python_version: str = ""
+    has_requirements: bool = False
+    requirement_inputs: tuple[str, ...] = ()
+    server_requirements: tuple[str, ...] = ()
+    server: tuple[str, ...] = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
+
+    @classmethod
+    def read(cls, context: Path, model_folder: str) -> Self:
+        """Return the environment of the model in `context / model_folder`; files that are not there tell nothing.
+
+        Raises:
+            InvalidVersion: a file is a link, larger than 1 MiB, or requirements.txt is not UTF-8.
+        """
+
+        def text(name: str) -> str:
+            return (read_beneath(context, f"{model_folder}/{name}", _LIMIT) or b"").decode(errors="replace")
+
+        model = text("MLmodel")
+        python = next(
+            (
+                match[1]
+                for name in ("python_env.yaml", "MLmodel", "conda.yaml")
+                if (match := _PYTHON.search(text(name)))
+            ),
+            "",
+        )
+        raw = read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT)
+        try:
+            lines = [] if raw is None else _requirement_lines(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            message = f"{model_folder}/{REQUIREMENTS} is not UTF-8."
+            raise InvalidVersion(message, remedy="Log the model again with a requirements.txt in UTF-8.") from error
+        logged = _MLFLOW.search(model)
+        server, needs = _scoring_server(lines, logged[1] if logged else "")
+        return cls(
+            python_version=python,
+            has_requirements=raw is not None,
+            requirement_inputs=tuple(_inputs(lines, context, model_folder)),
+            server_requirements=needs,
+            server=server,
+        )
+
+
+def _requirement_lines(text: str) -> list[str]:
+    """Return the lines of a requirements file, continuations joined, comments and hashes cut."""
+    joined = re.sub(r"\\\r?\n", " ", text)
+    return [line for raw in joined.splitlines() if (line := re.sub(r"(?:^|\s)#.*|\s--hash=\S*", "", raw).strip())]
+
+
+def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
+    """Return the paths that requirement lines name and that stand in the model folder, each once, in order."""
+    found: dict[str, None] = {}
+    for line in lines:
+        for word in re.split(r"[\s=]+|(?<=^-[rce])|file:(?://)?", line):
+            path = (word or "").removeprefix("./").rstrip("/")
+            if (
+                path not in {"", REQUIREMENTS}
+                and SAFE_PATH.fullmatch(path)
+                and exists_beneath(context, f"{model_folder}/{path}")
+            ):
+                found[path] = None
+    return list(found)
+
+
+def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the scoring server's module and arguments, and the requirements it adds.
+
+    `mlflow` brings all it needs. `mlflow-skinny` lacks pandas and, where it is older, the web server. Where neither is
+    listed, the skinny one of the release that logged the model is added.
+    """
+    listed: dict[str, str] = {}
+    for line in lines:
+        if name := _REQUIREMENT_NAME.match(line):
+            pinned = _PINNED.search(line)
+            listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = pinned[1] if pinned else ""
+    version = listed.get("mlflow") or listed.get("mlflow-skinny") or logged
+    asgi = not version or tuple(int(part) for part in version.split(".")[:2]) >= _FIRST_ASGI
+    server = (
+        ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
+        if asgi
+        else ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
+    )
+    if "mlflow" in listed:
+        return server, ()
+    needs = ["pandas", "uvicorn"] if asgi else ["pandas", "flask<4", "gunicorn"]
+    if "mlflow-skinny" not in listed:
+        needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
+    return server, tuple(need for need in needs if need.split("<")[0] not in listed)
