@@ -1,0 +1,70 @@
+"""The pip.conf that RUN steps see: the user's, with the CA bundle and the index that the environment names."""
+
+from __future__ import annotations
+
+import configparser
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.errors import InvalidSettings
+
+if TYPE_CHECKING:
+    from builder.build.engine import Network
+
+# pip's own environment variables and the keys that they stand for (https://pip.pypa.io/en/stable/topics/configuration/).
+_KEYS = {
+    "PIP_INDEX_URL": "index-url",
+    "PIP_EXTRA_INDEX_URL": "extra-index-url",
+    "PIP_TRUSTED_HOST": "trusted-host",
+}
+
+
+def certificate(network: Network) -> Path | None:
+    """Return the CA bundle that pip has to trust: the one that pip.conf names, else the network's; None for neither.
+
+    Raises:
+        InvalidSettings: pip.conf cannot be read, or names a file that is not there.
+    """
+    named = _read(network).get("global", "cert", fallback="")
+    if not named:
+        return network.ca_bundle
+    if not Path(named).is_file():
+        message = f"PIP_CONFIG_FILE {network.pip_config} says cert = {named}, which is not a file here."
+        raise InvalidSettings(message, remedy="Name a file that the build phase can read, or set SSL_CERT_FILE.")
+    return Path(named)
+
+
+def pip_config(network: Network, seen_certificate: str) -> str:
+    """Return the text of a pip.conf; empty where there is nothing to say.
+
+    Args:
+        network: what the environment names.
+        seen_certificate: the path under which a RUN step finds the file `certificate` names; empty for none.
+
+    Raises:
+        InvalidSettings: PIP_CONFIG_FILE cannot be read.
+    """
+    parser = _read(network)
+    values = {key: network.index_variables[name] for name, key in _KEYS.items() if name in network.index_variables}
+    if seen_certificate:
+        values["cert"] = seen_certificate
+    if values and not parser.has_section("global"):
+        parser.add_section("global")
+    for key, value in values.items():
+        parser.set("global", key, "\n".join(value.split()) if key != "cert" else value)
+    text = io.StringIO()
+    parser.write(text)
+    return text.getvalue()
+
+
+def _read(network: Network) -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser()
+    if network.pip_config is None:
+        return parser
+    try:
+        parser.read_string(network.pip_config.read_text())
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        message = f"PIP_CONFIG_FILE {network.pip_config} cannot be read: {type(error).__name__}."
+        raise InvalidSettings(message, remedy="Name a file in pip's own format.") from error
+    return parser
