@@ -107,12 +107,15 @@ def _layer(folder: Path, architecture: str) -> Path:
         subprocess.run(command, check=True, env={**os.environ, "SOURCE_DATE_EPOCH": str(_EPOCH)})
         part = Path(scratch) / path.name
         digest = hashlib.sha256()
-        with tar.open("rb") as source, part.open("wb") as target:
-            # Fast rather than small: it never leaves this machine.
-            with gzip.GzipFile("", "wb", compresslevel=3, fileobj=target, mtime=0) as packed:
-                while chunk := source.read(1 << 20):
-                    digest.update(chunk)
-                    packed.write(chunk)
+        # Fast rather than small: it never leaves this machine.
+        with (
+            tar.open("rb") as source,
+            part.open("wb") as target,
+            gzip.GzipFile("", "wb", compresslevel=3, fileobj=target, mtime=0) as packed,
+        ):
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                packed.write(chunk)
         path.with_suffix(".diffid").write_text(f"sha256:{digest.hexdigest()}")
         part.rename(path)
     return path

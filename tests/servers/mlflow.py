@@ -12,6 +12,7 @@ import pytest
 
 from tests.servers.launch import Launcher, Program, Running, free_port, running
 
+_COMMAND = (sys.executable, "-m", "mlflow", "server")
 _BUCKET = "mlflow"
 _S3 = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -45,8 +46,7 @@ def run_mlflow(
     program = Program(
         name=f"mlflow-{port}",
         kind="python",
-        argv=(sys.executable, "-m", "mlflow", "server", "--host", "{listen}", "--port", str(port), "--workers", "1")
-        + options,
+        argv=(*_COMMAND, "--host", "{listen}", "--port", str(port), "--workers", "1", *options),
         port=port,
         ready=f"http://127.0.0.1:{port}/health",
         folder=folder,

@@ -1,0 +1,49 @@
+# `make help` lists the targets. Everything is installed by the targets themselves: see scripts/setup.sh.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lock settings image bench clean
+
+python := .venv/bin/python
+export PYTHONDONTWRITEBYTECODE :=
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what the other targets need: Debian packages (as root) and .venv
+	@scripts/setup.sh test
+
+demo: ## register, publish and run two real models, with real servers, from nothing
+	@scripts/setup.sh demo
+	@$(python) examples/demo.py
+
+test: ## run all tests; coverage is reported before the summary (PYTEST_ADDOPTS is taken)
+	@scripts/setup.sh test
+	@scripts/test.sh
+
+lint: ## check style, types, import contracts and generated documents
+	@scripts/setup.sh python
+	@scripts/lint.sh
+
+format: ## format the code, and mend what ruff can mend
+	@scripts/setup.sh python
+	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+lock: ## make the lock files anew (UPGRADE=1 takes the newest versions)
+	@scripts/lock.sh
+
+settings: ## write docs/settings.md from the code
+	@scripts/setup.sh python
+	@$(python) -m scripts.settings_table
+
+image: ## build the builder image, and report its size (KANIKO_IMAGE=scratch leaves out the engine)
+	@scripts/image.sh
+
+bench: ## time what is worth timing
+	@scripts/setup.sh test
+	@$(python) -m benchmarks
+
+clean: ## remove what was made in this checkout; caches outside it stay
+	rm -rf .venv .demo .cache .coverage .coverage.* htmlcov dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

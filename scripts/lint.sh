@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Every check that runs nothing: all of them run, whichever fails.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+PATH=$PWD/.venv/bin:$PATH
+failed=()
+
+check() {
+  printf '%s\n' "$*"
+  "$@" || failed+=("$*")
+}
+
+check ruff check --quiet .
+check ruff format --check --quiet .
+check mypy --no-error-summary
+check lint-imports --no-logo
+check python -m scripts.settings_table --check
+
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "${failed[@]}"
+  exit 1
+fi
