@@ -6,17 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from builder.errors import InvalidSettings, InvalidVersion, TryAgain
 from builder.models.answers import on_disk
-from builder.models.artifacts import MODEL_FILE, checked_path
+from builder.models.artifacts import MODEL_FILE, checked_path, find_model_folder
+from builder.models.version import Inputs
 from builder.reference import Digest
 
 if TYPE_CHECKING:
@@ -25,89 +24,111 @@ if TYPE_CHECKING:
     from builder.models.catalog import Artifact, Catalog
     from builder.models.version import ModelVersion
 
-REQUIREMENTS = "requirements.txt"
 _THREADS = 8
 _REPORT_SECONDS = 0.5
 # A file takes at least a block, and something should be left for whoever else writes to the disk.
 _BLOCK = 4096
 _SPARE = 16 << 20
-_READ = 1 << 20
-# python_env.yaml says `python: 3.11.7`, conda.yaml `- python=3.11.7`, MLmodel `python_version: 3.11.7`. They are a
-# stranger's files, and this is all that is wanted of them.
-_PYTHON = (
-    ("python_env.yaml", re.compile(r"^python:[ \t]*['\"]?(\d+\.\d+)(?:\.\w+)?['\"]?[ \t]*$", re.MULTILINE)),
-    (
-        "conda.yaml",
-        re.compile(r"^[ \t]*-[ \t]*['\"]?python[ \t]*=+[ \t]*(\d+\.\d+)(?:\.[\w*]+)*['\"]?[ \t]*$", re.MULTILINE),
-    ),
-    (MODEL_FILE, re.compile(r"^[ \t]+python_version:[ \t]*['\"]?(\d+\.\d+)(?:\.\w+)?['\"]?[ \t]*$", re.MULTILINE)),
-)
-_PYTHON_VERSION = re.compile(r"3\.[0-9]{1,2}")
-_MOST_TEXT = 1 << 20
+# 1980-01-02, the first day that every archive format can hold.
+_TIME = 315619200
+_MOST_SKETCHED = 4 << 20
+# What describes a model: read before its files are, to render a Dockerfile.
+_DESCRIPTION = (MODEL_FILE, "python_env.yaml", "conda.yaml", "requirements.txt")
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a download is.
+class Progress(Protocol):
+    """Is told how far a download is, some times a second, in the thread that asked for the download."""
 
-    Attributes:
-        files: files that are here.
-        all_files: files there will be.
-        size: bytes that are here, those of unfinished files included.
-        all_sizes: bytes there will be, as far as the store tells sizes.
-    """
+    def __call__(self, done: int, total: int) -> None:
+        """Take note.
 
-    files: int
-    all_files: int
-    size: int
-    all_sizes: int
+        Args:
+            done: bytes that are here, those of unfinished files included.
+            total: bytes there will be, as far as the store tells sizes.
+        """
+        ...
 
 
 def write_context(
-    catalog: Catalog,
-    version: ModelVersion,
-    artifacts: Sequence[Artifact],
-    folder: Path,
-    *,
-    progress: Callable[[Progress], None] | None = None,
+    catalog: Catalog, artifacts: Sequence[Artifact], folder: Path, *, progress: Progress | None = None
 ) -> None:
     """Write a version's artifacts into `folder`, and nothing else: what was there before is removed.
 
-    Files that an interrupted call for the same version and the same artifacts left there are kept: each was moved into
-    its place when it was whole. Every file is readable by all and executable by none, and everything has the time at
-    which the version was registered, so that two contexts of a version are the same.
+    Files that an interrupted call for the same artifacts left there are kept: each was moved into its place when it was
+    whole. Every file is readable by all, executable by none and of the same time, so that two contexts of a version are
+    the same.
+
+    Args:
+        catalog: where the artifacts are.
+        artifacts: a version's artifacts, as the catalog listed them.
+        folder: where to; it and its parents are made.
+        progress: told how far the download is.
+
+    Raises:
+        TryAgain: there is too little space, or the disk is full.
+        InvalidVersion: a path is not safe, or two files meet on a file system that ignores case.
+        InvalidSettings: the folder is a link, or may not be written to.
+        ServiceUnavailable, PermissionRefused: as the catalog's `download`.
+    """
+    _check_paths(artifacts)
+    with on_disk(f"write the context {str(folder)!r}"):
+        unfinished = _prepared(folder, str(listing_digest(artifacts, origins=True)))
+        kept = _kept(folder, artifacts)
+        missing = [artifact for artifact in artifacts if artifact.path not in kept]
+        _check_space(folder, missing)
+        _fetch(catalog, missing, folder, unfinished, _reporter(progress, artifacts, kept, unfinished))
+        _settle(folder)
+        shutil.rmtree(unfinished)
+
+
+def sketch_context(catalog: Catalog, version: ModelVersion, artifacts: Sequence[Artifact], folder: Path) -> None:
+    """Write what rendering reads of a version: its templates and its model's description; the rest as empty files.
 
     Args:
         catalog: where the artifacts are.
         version: the version.
         artifacts: its artifacts, as the catalog listed them.
-        folder: where to; it and its parents are made.
-        progress: called some times a second, in the calling thread.
+        folder: an empty folder.
 
     Raises:
-        TryAgain: there is too little space, or the disk is full.
-        InvalidVersion: a path is not safe, or two files meet on a file system that ignores case.
-        ServiceUnavailable, PermissionRefused: as the catalog's `download`.
+        BuilderError: as `write_context`; InvalidVersion also where the version has no model folder.
     """
+    _check_paths(artifacts)
+    inputs = Inputs.of(version)
+    model_folder = find_model_folder([artifact.path for artifact in artifacts], inputs)
+    described = {f"{model_folder}/{name}" for name in _DESCRIPTION}
+    with on_disk(f"write a sketch of {version}"):
+        for artifact in artifacts:
+            path = folder / artifact.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            read = artifact.path in described or artifact.path.startswith(f"{inputs.templates_folder}/")
+            if read and (artifact.size or 0) <= _MOST_SKETCHED:
+                catalog.download(artifact, path)
+            else:
+                path.touch()
+
+
+def listing_digest(artifacts: Sequence[Artifact], *, origins: bool = False) -> Digest:
+    """Return a digest of a listing: of the files' paths and sizes.
+
+    Args:
+        artifacts: the files.
+        origins: whether the files' places in the artifact store count as well.
+    """
+    lines = sorted(
+        [artifact.path, -1 if artifact.size is None else artifact.size]
+        + ([artifact.root, artifact.remote] if origins else [])
+        for artifact in artifacts
+    )
+    return Digest.of(json.dumps(lines).encode())
+
+
+def _check_paths(artifacts: Sequence[Artifact]) -> None:
+    """Raise InvalidVersion unless every path is as the catalog makes it; a listing may come from elsewhere."""
     for artifact in artifacts:
         if checked_path(artifact.path) != artifact.path:
-            message = f"The artifact {artifact.path!r} of {version} is not in normal form."
+            message = f"The artifact {artifact.path!r} is not in Unicode's normal form C."
             raise InvalidVersion(message, remedy="List the version's artifacts again.")
-    with on_disk(f"write {version} to {str(folder)!r}"):
-        unfinished = _prepared(folder, _identity(version, artifacts))
-        kept = _kept(folder, artifacts)
-        missing = [artifact for artifact in artifacts if artifact.path not in kept]
-        _check_space(folder, version, missing)
-        _fetch(catalog, missing, folder, unfinished, _reporter(progress, artifacts, kept, unfinished))
-        _settle(folder, version.created_ms)
-        shutil.rmtree(unfinished)
-
-
-def _identity(version: ModelVersion, artifacts: Sequence[Artifact]) -> str:
-    """Return a hash of what is written; another one makes what an interrupted call left of no use."""
-    what = [version.name, version.version, version.created_ms, version.source]
-    files = [[artifact.path, artifact.size, artifact.root, artifact.remote] for artifact in artifacts]
-    return hashlib.sha256(json.dumps([what, files]).encode()).hexdigest()
 
 
 def _prepared(folder: Path, identity: str) -> Path:
@@ -120,7 +141,7 @@ def _prepared(folder: Path, identity: str) -> Path:
         raise InvalidSettings(message, remedy="Remove it, or name another workspace by BUILDER_WORKSPACE.")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     mark = unfinished / "identity"
-    begun = mark.is_file() and not unfinished.is_symlink() and mark.read_text() == identity
+    begun = not unfinished.is_symlink() and mark.is_file() and mark.read_text() == identity
     folder.mkdir(parents=True, exist_ok=True)
     if not begun:
         for child in folder.iterdir():
@@ -151,17 +172,17 @@ def _kept(folder: Path, artifacts: Sequence[Artifact]) -> set[str]:
     return kept
 
 
-def _check_space(folder: Path, version: ModelVersion, missing: Sequence[Artifact]) -> None:
+def _check_space(folder: Path, missing: Sequence[Artifact]) -> None:
     """Raise TryAgain if the files cannot fit; files whose size is not known count as a block."""
     needed = sum(max(artifact.size or 0, _BLOCK) for artifact in missing) + _SPARE
     free = shutil.disk_usage(folder).free
     if needed > free:
-        message = f"{version} needs {needed >> 20} MiB in {str(folder)!r}, and {free >> 20} MiB are free."
+        message = f"The artifacts need {needed >> 20} MiB in {str(folder)!r}, and {free >> 20} MiB are free."
         raise TryAgain(message, remedy="Free space, or name a larger disk by BUILDER_WORKSPACE.")
 
 
 def _reporter(
-    progress: Callable[[Progress], None] | None, artifacts: Sequence[Artifact], kept: set[str], unfinished: Path
+    progress: Progress | None, artifacts: Sequence[Artifact], kept: set[str], unfinished: Path
 ) -> Callable[[Sequence[Artifact]], None]:
     """Return a function that reports how far a download is, given the artifacts that have arrived by now."""
     known = sum(artifact.size or 0 for artifact in artifacts)
@@ -170,7 +191,7 @@ def _reporter(
     def report(arrived: Sequence[Artifact]) -> None:
         if progress:
             size = before + sum(artifact.size or 0 for artifact in arrived) + _arriving(unfinished)
-            progress(Progress(len(kept) + len(arrived), len(artifacts), min(size, known), known))
+            progress(min(size, known), known)
 
     return report
 
@@ -218,16 +239,15 @@ def _fetch(
         pool.shutdown(cancel_futures=True)
 
 
-def _settle(folder: Path, created_ms: int) -> None:
+def _settle(folder: Path) -> None:
     """Give every file and folder the same mode and time, whatever the store gave it."""
-    when = (created_ms * 1_000_000, created_ms * 1_000_000)
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             path = Path(root, name)
             path.chmod(0o644)
-            os.utime(path, ns=when)
+            os.utime(path, (_TIME, _TIME))
         Path(root).chmod(0o755)
-        os.utime(root, ns=when)
+        os.utime(root, (_TIME, _TIME))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -259,37 +279,3 @@ def content_digest(folder: Path) -> Digest:
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as content:  # noqa: PTH123
                 lines.append([name, status.st_size, hashlib.file_digest(content, "sha256").hexdigest()])
     return Digest.of(json.dumps(sorted(lines)).encode())
-
-
-def python_version(context: Path, model_folder: str) -> str | None:
-    """Return the Python version a model was saved with, as `3.11`; None where it does not say.
-
-    Args:
-        context: the folder that holds the version's files.
-        model_folder: the model's folder in it.
-
-    Raises:
-        InvalidVersion: the model names a version that is not one of Python 3.
-    """
-    for name, pattern in _PYTHON:
-        found = pattern.search(_text(context / model_folder / name))
-        if found:
-            if not _PYTHON_VERSION.fullmatch(found[1]):
-                message = f"{model_folder}/{name} asks for Python {found[1]!r}."
-                raise InvalidVersion(message, remedy="A model needs Python 3, such as 3.11.")
-            return found[1]
-    return None
-
-
-def has_requirements(context: Path, model_folder: str) -> bool:
-    """Return whether the model comes with a requirements.txt."""
-    path = context / model_folder / REQUIREMENTS
-    return path.is_file() and not path.is_symlink()
-
-
-def _text(path: Path) -> str:
-    """Return the beginning of a text file; the empty string where there is none."""
-    if not path.is_file() or path.is_symlink():
-        return ""
-    with path.open("rb") as content:
-        return content.read(_MOST_TEXT).decode("utf-8", "replace")

@@ -3,60 +3,58 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import re
 from typing import TYPE_CHECKING, Literal, cast, get_args
+
+from pydantic import BaseModel, ConfigDict
 
 from builder.errors import BuilderError, one_line
 from builder.log import get_logger, masked
-from builder.reference import Platform, parse_platforms
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
     from builder.models.version import ModelVersion
 
-State = Literal["pending", "running", "published", "failed", "foreign"]
+State = Literal["", "pending", "running", "published", "failed", "foreign"]
 
 _LONGEST_ERROR = 1000
+_NUMBER = re.compile(r"[0-9]{1,9}")
 # What Kubernetes keeps of a container's termination message.
 _LONGEST_MESSAGE = 4096
 _log = get_logger("outcome")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(BaseModel):
     """What became of one version for one target.
 
     Attributes:
         target: the target's name, `pltr_foundry`.
-        state: `pending`, `running`, `published`, `failed`, or `foreign` where the tag is an image we did not make.
+        state: `pending`, `running`, `published`, `failed`, or `foreign` where the tag is an image we did not make;
+            empty where nothing is known.
         image: digest reference of the image.
         tag: the reference with the tag, `quay.io/domino/model:v3`.
-        source: source id of what was published or tried.
-        platforms: platforms of the image.
-        error: what went wrong, `Type: what remedy`; made one line of at most 1,000 characters, secrets masked.
-        attempts: how often this source was tried in vain.
-        finished: when it ended.
+        source_id: source id of what was published or tried.
+        platforms: platforms of the image, `os/architecture[/variant]`.
+        error: what went wrong: `Type: what remedy`.
+        attempts: how often this source was tried.
+        finished: when it ended, RFC 3339 in UTC.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     target: str
-    state: State
+    state: State = ""
     image: str = ""
     tag: str = ""
-    source: str = ""
-    platforms: tuple[Platform, ...] = ()
+    source_id: str = ""
+    platforms: tuple[str, ...] = ()
     error: str = ""
     attempts: int = 0
-    finished: datetime | None = None
-
-    def __post_init__(self) -> None:
-        """Make the error fit for a tag."""
-        object.__setattr__(self, "error", one_line(masked(self.error), _LONGEST_ERROR))
+    finished: str = ""
 
     @classmethod
-    def of(cls, version: ModelVersion, target: str) -> Outcome | None:
-        """Return what a version's tags say about a target; None where they say nothing that can be read.
+    def of(cls, version: ModelVersion, target: str) -> Outcome:
+        """Return what a version's tags say about a target.
 
         Anybody can edit tags, so a value that is not of its form counts as not there.
         """
@@ -64,26 +62,17 @@ class Outcome:
         def tag(name: str) -> str:
             return version.tags.get(f"publish.{target}.{name}", "").strip()
 
-        if tag("state") not in get_args(State):
-            return None
-        platforms: tuple[Platform, ...] = ()
-        with suppress(BuilderError):
-            platforms = parse_platforms(tag("platforms"))
-        finished = None
-        with suppress(ValueError):
-            moment = datetime.fromisoformat(tag("finished"))
-            finished = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        attempts = tag("attempts")
+        state, attempts = tag("state"), tag("attempts")
         return cls(
             target=target,
-            state=cast("State", tag("state")),
+            state=cast("State", state) if state in get_args(State) else "",
             image=tag("image"),
             tag=tag("tag"),
-            source=tag("source"),
-            platforms=platforms,
+            source_id=tag("source"),
+            platforms=tuple(name.strip() for name in tag("platforms").split(",") if name.strip()),
             error=tag("error"),
-            attempts=int(attempts) if attempts.isascii() and attempts.isdigit() and len(attempts) < 10 else 0,  # noqa: PLR2004
-            finished=finished,
+            attempts=int(attempts) if _NUMBER.fullmatch(attempts) else 0,
+            finished=tag("finished"),
         )
 
     def values(self) -> dict[str, str]:
@@ -91,11 +80,11 @@ class Outcome:
         return {
             "image": self.image,
             "tag": self.tag,
-            "source": self.source,
-            "platforms": ",".join(map(str, self.platforms)),
-            "error": self.error,
+            "source": self.source_id,
+            "platforms": ",".join(self.platforms),
+            "error": one_line(masked(self.error), _LONGEST_ERROR),
             "attempts": str(self.attempts),
-            "finished": self.finished.astimezone(UTC).isoformat(timespec="seconds") if self.finished else "",
+            "finished": self.finished,
             "state": self.state,
         }
 
@@ -105,30 +94,33 @@ class Outcome:
 
 
 def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
-    """Set the version's tags to an outcome, those only that differ from what `version` holds.
+    """Set the version's tags to an outcome, those only that differ from what MLflow holds now.
 
     It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
     """
-    changed = {name: value for name, value in outcome.tags().items() if version.tags.get(name, "") != value}
-    if not changed:
-        return
+    report = _log.bind(version=str(version), state=outcome.state)
     try:
-        catalog.set_tags(version, changed)
+        # `version` may be from before an earlier record of the same run.
+        now = catalog.find(version.name, version.version)
+        if now.created_ms != version.created_ms:
+            report.error("the outcome is not recorded: the version was deleted, and another has its number")
+            return
+        changed = {name: value for name, value in outcome.tags().items() if now.tags.get(name, "") != value}
+        if changed:
+            catalog.set_tags(version, changed)
     except BuilderError as error:
-        _log.error("the outcome could not be recorded", version=str(version), state=outcome.state, error=str(error))
-    except Exception:
-        _log.exception("the outcome could not be recorded", version=str(version), state=outcome.state)
+        report.error("the outcome could not be recorded", error=error.one_line())
+    except Exception:  # noqa: BLE001, see above: whatever it is, the outcome matters more
+        report.exception("the outcome could not be recorded")
 
 
 def termination_message(outcome: Outcome) -> str:
     """Return an outcome as JSON of at most 4,096 bytes; a long error is cut to make it fit."""
-    values: dict[str, object] = {"target": outcome.target, **outcome.values(), "attempts": outcome.attempts}
-    text = json.dumps(values, ensure_ascii=True)
-    limit = len(outcome.error)
-    while len(text) > _LONGEST_MESSAGE and limit:
+    values = {"target": outcome.target, **outcome.values()}
+    limit = len(values["error"])
+    while len(text := json.dumps(values)) > _LONGEST_MESSAGE and limit:
         limit //= 2
         values["error"] = one_line(outcome.error, limit) if limit else ""
-        text = json.dumps(values, ensure_ascii=True)
-    return (
-        text if len(text) <= _LONGEST_MESSAGE else json.dumps({"target": outcome.target[:200], "state": outcome.state})
-    )
+    if len(text) > _LONGEST_MESSAGE:
+        text = json.dumps({"target": outcome.target[:_LONGEST_ERROR], "state": outcome.state})
+    return text
