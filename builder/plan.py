@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from builder.errors import InvalidVersion
+from builder.images.manifest import Published
 from builder.models.catalog import Artifact
 from builder.models.version import ModelVersion
 from builder.reference import Digest, Platform, Reference
@@ -55,7 +57,23 @@ class PlatformPlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """Everything that the phases after it need to know."""
+    """Everything that the phases after it need to know.
+
+    Attributes:
+        version: the model version.
+        target: the target's name.
+        source_id: what the image is made from, 64 hexadecimal digits.
+        method: how it is made.
+        reference: the tag.
+        action: what to do.
+        reason: why, for people.
+        observed: digest that the tag had when the plan was made; None where it did not exist.
+        observed_annotations: annotations of what it named.
+        platforms: what happens for each platform.
+        artifacts: the files of the context; empty where nothing is built.
+        dockerfile: the rendered Dockerfile; empty where nothing is built.
+        content_digest: digest of the downloaded files; None before they are.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,12 +81,81 @@ class Plan(BaseModel):
     target: str
     source_id: str
     method: Literal["dockerfile"]
-    engine: str
     reference: AsReference
     action: Action
     reason: str
     observed: AsDigest | None
+    observed_annotations: dict[str, str] = Field(default_factory=dict)
     platforms: tuple[PlatformPlan, ...]
     artifacts: tuple[Artifact, ...] = ()
     dockerfile: str = ""
     content_digest: AsDigest | None = None
+
+    @property
+    def builds(self) -> tuple[Platform, ...]:
+        """The platforms whose image has to be made."""
+        return tuple(step.platform for step in self.platforms if step.action == "build")
+
+
+class Decision(BaseModel):
+    """What to do about one version, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    action: Action
+    reason: str
+    platforms: tuple[PlatformPlan, ...]
+
+
+def decide(
+    *,
+    wanted: tuple[Platform, ...],
+    existing: Published | None,
+    source_id: str,
+    reference: Reference,
+    force: bool = False,
+    rebuild: bool = False,
+) -> Decision:
+    """Return what has to happen so that the tag holds the source's image for every platform wanted. Pure.
+
+    Args:
+        wanted: the platforms asked for.
+        existing: what stands under the tag; None where nothing does.
+        source_id: the source's id, 64 hexadecimal digits.
+        reference: the tag.
+        force: replace what stands there, whoever made it from whatever source.
+        rebuild: make every platform again from the same source.
+
+    Raises:
+        InvalidVersion: the tag holds an image that we made from another source, and `force` is not given.
+    """
+    everything = tuple(PlatformPlan(platform=platform, action="build") for platform in wanted)
+    if existing is None:
+        return Decision(action="publish", reason="nothing stands under the tag", platforms=everything)
+    if existing.source_id is None:
+        if force:
+            return Decision(
+                action="publish", reason="--force adopts an image that we did not make", platforms=everything
+            )
+        reason = "the image under the tag was not made by this publisher; --force replaces it"
+        return Decision(action="foreign", reason=reason, platforms=())
+    if existing.source_id != source_id:
+        if not force:
+            message = f"{reference} holds an image made from another source (id {existing.source_id[:12]}…)."
+            remedy = (
+                "The version's tags, or the model itself, have changed since it was published. Register a new version, "
+                "or replace the image with --force."
+            )
+            raise InvalidVersion(message, remedy=remedy)
+        return Decision(action="publish", reason="--force replaces another source's image", platforms=everything)
+    if rebuild:
+        return Decision(action="publish", reason="--rebuild makes every platform again", platforms=everything)
+    kept = tuple(
+        PlatformPlan(platform=platform, action="keep", kept=descriptor.digest)
+        for platform, descriptor in sorted(existing.platforms.items())
+    )
+    missing = tuple(step for step in everything if step.platform not in existing.platforms)
+    if not missing:
+        return Decision(action="nothing", reason="the image of this source stands under the tag", platforms=kept)
+    names = ", ".join(str(step.platform) for step in missing)
+    return Decision(action="extend", reason=f"the image lacks {names}", platforms=(*kept, *missing))

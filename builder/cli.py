@@ -1,0 +1,280 @@
+"""The commands: each its help and one call.
+
+Heavy modules are imported where a command needs them, so that `builder --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+import click
+
+from builder import __version__
+from builder.errors import ExitCode, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from builder.publish import Published
+    from builder.settings import CommonSettings
+
+    S = TypeVar("S", bound=CommonSettings)
+
+# A Pod's termination message has at most 4096 bytes.
+_MOST_MESSAGE_BYTES = 4096
+
+
+@dataclass
+class Invocation:
+    """One run of the program: its environment, where its product goes, and how it says what failed."""
+
+    environ: Mapping[str, str]
+    stdout: TextIO
+
+    def settings(self, kind: type[S], require: tuple[str, ...] = (), **overrides: object) -> S:
+        """Return the settings of one kind, and send logs where they say."""
+        from builder import log
+
+        settings = kind.from_environ(self.environ, require, **overrides)
+        log.mask(secret.get_secret_value() for secret in settings.secret_values)
+        log.configure(settings.log_format, settings.log_level)
+        return settings
+
+    def product(self, text: str) -> None:
+        """Print a line on stdout."""
+        self.stdout.write(f"{text}\n")
+
+    def failed(self, kind: str, what: str, remedy: str, code: int) -> None:
+        """Say on stderr what failed and what to do, and leave it as a Pod's termination message."""
+        from builder.log import masked
+
+        what, remedy = masked(what), masked(remedy)
+        if sys.stderr.isatty() or self.environ.get("LOG_FORMAT") == "text":
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {what}", err=True)
+            if remedy:
+                click.echo(f"  {click.style('what to do:', bold=True)} {remedy}", err=True)
+        else:
+            event = {"event": "failed", "level": "error", "error": kind, "what": what, "remedy": remedy}
+            click.echo(json.dumps({**event, "exit_code": int(code)}, ensure_ascii=False), err=True)
+        self.leave_message({"state": "failed", "error": one_line(f"{kind}: {what} {remedy}"), "exit_code": int(code)})
+
+    def defect(self, error: Exception) -> None:
+        """Say on stderr that this program is at fault, with where."""
+        from builder.log import masked
+
+        click.echo(masked("".join(traceback.format_exception(error))), err=True)
+        what = f"{type(error).__name__}: {one_line(str(error), 300)}"
+        remedy = "This is a defect of the builder, not of your input. Please report it with the lines above."
+        self.failed("Defect", what, remedy, ExitCode.SOFTWARE)
+
+    def leave_message(self, message: Mapping[str, object]) -> None:
+        """Write the outcome to the termination log, where that file exists."""
+        path = Path(self.environ.get("TERMINATION_LOG") or "/dev/termination-log")
+        text = json.dumps(message)
+        try:
+            if path.is_file() and len(text) <= _MOST_MESSAGE_BYTES:
+                path.write_text(text)
+        except OSError as error:
+            click.echo(f"{path} cannot be written: {error.strerror}", err=True)
+
+
+_pass = click.make_pass_decorator(Invocation)
+
+
+class _Group(click.Group):
+    """A group that lists its commands in the order of a publish, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+
+def _model(command: Callable[..., object]) -> Callable[..., object]:
+    command = click.argument("version", required=False, metavar="[VERSION]")(command)
+    return click.argument("name", required=False, metavar="[NAME]")(command)
+
+
+def _again(command: Callable[..., object]) -> Callable[..., object]:
+    command = click.option("--rebuild", is_flag=True, help="Make the image again although it is there.")(command)
+    return click.option(
+        "--force", is_flag=True, help="Replace an image that another source, or somebody else, left under the tag."
+    )(command)
+
+
+_MODEL = ("MODEL_NAME", "MODEL_VERSION")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="builder", message="%(prog)s %(version)s")
+def builder() -> None:
+    """Publish registered MLflow models as container images, without a Docker daemon.
+
+    Settings come from the environment; docs/settings.md lists them. NAME and VERSION stand for MODEL_NAME and
+    MODEL_VERSION; a version is a number or an alias, as @champion. A digest reference is all that goes to stdout; logs
+    go to stderr. Exit codes are those of sysexits(3): 65 the model version cannot be published, 69 a service is away,
+    73 the build failed, 75 try again, 77 permission denied, 78 settings.
+    """
+
+
+@builder.command()
+@_model
+@_again
+@_pass
+def publish(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
+    """Publish one model version: fetch, build and push."""
+    from builder import publish as story
+    from builder.settings import Settings
+    from builder.show import download_progress
+
+    settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
+    with download_progress() as progress:
+        published = story.publish(settings, force=force, rebuild=rebuild, progress=progress)
+    _tell(invocation, published)
+
+
+@builder.command()
+@_model
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--check-push", is_flag=True, help="Open an upload and cancel it, to see if the credential may push.")
+@_again
+@_pass
+def plan(
+    invocation: Invocation,
+    name: str | None,
+    version: str | None,
+    *,
+    as_json: bool,
+    check_push: bool,
+    force: bool,
+    rebuild: bool,
+) -> None:
+    """Print what a publish would do, and touch nothing."""
+    from builder import show
+    from builder.settings import Settings
+    from builder.survey import engine_here, preview
+
+    settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
+    planned = preview(settings, force=force, rebuild=rebuild, check_push=check_push)
+    if as_json:
+        invocation.product(planned.model_dump_json(indent=2))
+    else:
+        invocation.product(show.plan(planned, engine=engine_here(settings), push_checked=check_push))
+
+
+@builder.command()
+@_model
+@_again
+@_pass
+def fetch(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
+    """First phase: download the artifacts, render the Dockerfile, write the plan."""
+    from builder import publish as story
+    from builder.settings import Settings
+    from builder.show import download_progress
+
+    settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
+    with download_progress() as progress:
+        story.run_fetch(settings, force=force, rebuild=rebuild, progress=progress)
+
+
+@builder.command()
+@_pass
+def build(invocation: Invocation) -> None:
+    """Second phase: run the Dockerfile for each platform into image layouts.
+
+    A Dockerfile that fails is written to the workspace and recorded by push; this command then still exits with 0.
+    """
+    from builder import publish as story
+    from builder.settings import BuildSettings
+
+    story.run_build(invocation.settings(BuildSettings))
+
+
+@builder.command()
+@_pass
+def push(invocation: Invocation) -> None:
+    """Third phase: push the layouts, move the tag, record the outcome."""
+    from builder import publish as story
+    from builder.settings import Settings
+
+    _tell(invocation, story.run_push(invocation.settings(Settings)))
+
+
+def _tell(invocation: Invocation, published: Published) -> None:
+    """Print the digest reference, and leave the outcome as a Pod's termination message."""
+    state = "foreign" if published.reference is None else "published"
+    message = {"state": state, "image": str(published.reference or ""), "tag": str(published.tag)}
+    invocation.leave_message({**message, "platforms": published.platforms, "changed": published.changed})
+    if published.reference is not None:
+        invocation.product(str(published.reference))
+
+
+@builder.command()
+@click.option("--check", is_flag=True, help="Ask the registry about published versions too.")
+@click.option("--retry-failed", is_flag=True, help="Try versions again that have failed too often.")
+@_again
+@_pass
+def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: bool, rebuild: bool) -> int:
+    """Publish every version that carries the target tag."""
+    from builder import show
+    from builder.settings import Settings
+    from builder.sweep import Options
+    from builder.sweep import sweep as run
+
+    settings = invocation.settings(Settings)
+    swept = []
+    options = Options(check=check, retry_failed=retry_failed, force=force, rebuild=rebuild)
+    for result in run(settings, options):
+        swept.append(result)
+        if result.reference is not None:
+            invocation.product(str(result.reference))
+    show.sweep(swept)
+    return max((result.exit_code for result in swept), default=0)
+
+
+@builder.command()
+@click.argument("destination", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--model", "name", help="Only this registered model.")
+@click.option("--version", "version", help="Only this version of it; it need not carry the target tag.")
+@_pass
+def download(invocation: Invocation, destination: Path, name: str | None, version: str | None) -> int:
+    """Write tagged versions to DESTINATION/<model>/v<N>, with a rendered Dockerfile and script."""
+    from builder import show
+    from builder.download import download_versions
+    from builder.settings import Settings
+
+    settings = invocation.settings(Settings, MODEL_NAME=name, MODEL_VERSION=version)
+    results = []
+    for result in download_versions(settings, destination):
+        results.append(result)
+        if not result.error:
+            invocation.product(str(result.folder))
+    show.downloads(results)
+    return max((result.exit_code for result in results), default=0)
+
+
+@builder.command()
+@click.option("--name", required=True, help="The registered model's name; made where it does not exist.")
+@click.option(
+    "--model", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of a saved MLflow model."
+)
+@click.option("--client", type=click.Path(file_okay=False, path_type=Path), help="Folder of client programs.")
+@click.option("--templates", type=click.Path(file_okay=False, path_type=Path), help="Folder with Dockerfile.template.")
+@click.option("--entry-point", default="", help="The client program that the image runs.")
+@click.option("--command-line", default="", help="Arguments of the entry point (MODEL_EXECUTE_PATH).")
+@click.option("--platforms", default="", help="Platforms of this version, separated by commas.")
+@click.option("--base-image", default="", help="Base image of this version.")
+@click.option("--experiment", default="", help="Experiment of the run that holds the artifacts.")
+@click.option("--select/--no-select", default=True, show_default=True, help="Set the target tag.")
+@_pass
+def register(invocation: Invocation, *, name: str, model: Path, **options: object) -> None:
+    """Register a saved model in the layout and with the tags that publishing needs; prints the version."""
+    from builder.models.register import register as run
+    from builder.settings import CatalogSettings
+
+    version = run(invocation.settings(CatalogSettings), name=name, model=model, **options)
+    invocation.product(version.version)

@@ -1,0 +1,366 @@
+"""The story: plan, fetch, build, push, record. Read it from top to bottom.
+
+`publish` is the three phases in order, in one process. In a Pod each phase is a container of its own; they hand over
+through the workspace alone. Each phase is a function of settings and of the clients it talks through, returns typed
+values, prints nothing and exits nowhere, so that a notebook or an Airflow task can call it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from builder import record
+from builder.build.engine import BuildJob, Engine, Network
+from builder.build.engines import select_engine
+from builder.errors import BuilderError, InvalidSettings, TryAgain, VersionNotFound, one_line
+from builder.images import manifest as manifests
+from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
+from builder.images.layout import open_layout
+from builder.images.push import move_tag, push_image
+from builder.log import get_logger, masked, safe_line
+from builder.models.context import Progress, content_digest, listing_digest, write_context
+from builder.models.version import ModelVersion
+from builder.plan import Plan, PlatformPlan
+from builder.reference import Digest, Platform, Reference, Repository
+from builder.settings import BuildSettings, CommonSettings, Settings
+from builder.survey import (
+    Services,
+    changes,
+    completed,
+    connected,
+    existing_image,
+    find,
+    rendered,
+    survey,
+)
+from builder.workspace import BuildResult, Workspace
+
+log = get_logger("publish")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What a publish came to.
+
+    Attributes:
+        version: the model version.
+        tag: the reference people use.
+        reference: the digest reference; None where the tag holds an image that is not ours.
+        platforms: what the image runs on, as `os/architecture[/variant]`.
+        changed: whether the registry was changed.
+    """
+
+    version: ModelVersion
+    tag: Reference
+    reference: Reference | None
+    platforms: tuple[str, ...]
+    changed: bool
+
+
+def publish(
+    settings: Settings, *, force: bool = False, rebuild: bool = False, progress: Progress | None = None
+) -> Published:
+    """Publish MODEL_NAME's MODEL_VERSION: fetch, build and push in this process.
+
+    Args:
+        settings: what the environment says.
+        force: replace an image that another source, or somebody else, left under the tag.
+        rebuild: make the image again although it is there.
+        progress: told of the bytes downloaded.
+
+    Raises:
+        BuilderError: what failed; where the version was found, it is recorded there as well.
+    """
+    with connected(settings) as services, workspace_of(settings) as workspace:
+        version = find(settings, services)
+        return publish_version(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+
+
+def publish_version(
+    settings: Settings,
+    services: Services,
+    workspace: Workspace,
+    version: ModelVersion,
+    *,
+    force: bool = False,
+    rebuild: bool = False,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Publish a version that was found already, through clients that are there; `publish` and a sweep end here."""
+    refuse_untrusted(settings, engine)
+    plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+    if plan.builds:
+        build(settings, workspace, engine=engine)
+    return push(settings, services, workspace)
+
+
+@contextmanager
+def workspace_of(settings: CommonSettings) -> Iterator[Workspace]:
+    """Give the workspace; one that nobody named is a temporary folder, removed afterwards."""
+    folder, temporary = settings.workspace_or_temporary()
+    workspace = Workspace(folder)
+    try:
+        yield workspace
+    finally:
+        if temporary:
+            workspace.remove()
+
+
+# ---- fetch: MLflow read and write, registry pull
+
+
+def fetch(
+    settings: Settings,
+    services: Services,
+    workspace: Workspace,
+    version: ModelVersion,
+    *,
+    force: bool = False,
+    rebuild: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Download the version's artifacts, render its Dockerfile, and write the plan.
+
+    Returns:
+        The plan, which is in the workspace too; where nothing has to be built there is no context.
+
+    Raises:
+        BuilderError: what failed; it is recorded on the version as well.
+    """
+    with record.failures(settings, services.catalog, version):
+        plan = survey(settings, services, version, force=force, rebuild=rebuild)
+        workspace.prepare()
+        if plan.builds:
+            record.started(services.catalog, plan)
+            artifacts = services.catalog.artifacts(version)
+            log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
+            write_context(services.catalog, artifacts, workspace.context, progress=progress)
+            content = content_digest(workspace.context)
+            dockerfile = rendered(settings, version, artifacts, workspace.context).dockerfile
+            plan = plan.model_copy(update={"artifacts": artifacts, "content_digest": content})
+            plan = completed(services, plan, dockerfile)
+            workspace.write_dockerfile(dockerfile)
+        elif plan.action == "nothing":
+            for change in changes(services, plan):
+                log.warning(change, reference=str(plan.reference))
+        workspace.write_plan(plan)
+    return plan
+
+
+# ---- build: no credential
+
+
+def refuse_untrusted(settings: BuildSettings, engine: Engine | None = None) -> None:
+    """Refuse to run strangers' Dockerfiles with Kaniko beside a credential.
+
+    A RUN step under Kaniko can read the environment and the files of the whole container.
+
+    Raises:
+        InvalidSettings: the container holds a credential, and nobody said that the authors are trusted with it.
+    """
+    if settings.trust_dockerfile_authors or not settings.holds_credential:
+        return
+    if engine is None:
+        try:
+            engine = select_engine(settings)
+        except InvalidSettings:
+            return  # build says so, and push records it
+    if engine.name == "kaniko":
+        message = "This container holds a credential, and a Dockerfile that Kaniko runs in it could read it."
+        remedy = (
+            "Run fetch, build and push as three containers (k8s/job.yaml), or set TRUST_DOCKERFILE_AUTHORS=true if "
+            "everybody who can register a model may have the credential."
+        )
+        raise InvalidSettings(message, remedy=remedy)
+
+
+def build(settings: BuildSettings, workspace: Workspace, *, engine: Engine | None = None) -> BuildResult:
+    """Run the Dockerfile once for each platform, into layouts.
+
+    What fails is written to result.json and not raised: push records it on the version, and raises it.
+
+    Raises:
+        UsageError: fetch has not run.
+        InvalidSettings: see `refuse_untrusted`.
+    """
+    plan = workspace.plan()
+    if not plan.builds:
+        log.info("nothing to build", reason=plan.reason)
+        return BuildResult()
+    refuse_untrusted(settings, engine)
+    result = BuildResult()
+    try:
+        engine = engine or select_engine(settings)
+        result = BuildResult(engine=engine.name)
+        for platform in plan.builds:
+            _build_platform(settings, workspace, engine, platform)
+            result = result.model_copy(update={"built": (*result.built, platform)})
+    except BuilderError as error:
+        log.error("the build failed", error=masked(error.one_line()))
+        result = result.failing(error)
+    workspace.write_result(result)
+    return result
+
+
+def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engine, platform: Platform) -> None:
+    began = time.monotonic()
+    lines = log.bind(platform=str(platform), engine=engine.name)
+    lines.info("building")
+    job = BuildJob(
+        context=workspace.context,
+        dockerfile=workspace.dockerfile,
+        platform=platform,
+        layout=workspace.layout(platform),
+        timeout=settings.build_timeout,
+        network=Network(
+            ca_bundle=settings.ssl_cert_file,
+            pip_config=settings.pip_config_file,
+            proxies=settings.proxies,
+            index_variables={name: value.get_secret_value() for name, value in settings.index_variables.items()},
+            insecure_registries=settings.insecure_registries,
+        ),
+        docker_config=settings.build_docker_config,
+        cache=settings.build_cache,
+    )
+    engine.build(job, lambda line: lines.info(safe_line(line)))
+    lines.info("built", seconds=round(time.monotonic() - began, 1))
+
+
+# ---- push: registry push, MLflow write
+
+
+def push(settings: Settings, services: Services, workspace: Workspace) -> Published:
+    """Push what build made, join the platforms, move the tag, and record the outcome.
+
+    Names, tags and platforms come from the plan alone; the layouts are a stranger's.
+
+    Raises:
+        BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
+    """
+    plan = workspace.plan()
+    version, tag = plan.version, plan.reference
+    platforms = tuple(str(step.platform) for step in plan.platforms)
+    with record.failures(settings, services.catalog, version):
+        now = services.catalog.find(version.name, version.version)
+        if now.created_ms != version.created_ms:
+            message = f"{version} was deleted and registered again while it was being published."
+            raise VersionNotFound(message, remedy="Publish it again.")
+    if plan.action == "foreign":
+        log.warning("left alone", reference=str(tag), reason=plan.reason)
+        record.left_alone(services.catalog, plan, now)
+        return Published(version=version, tag=tag, reference=None, platforms=(), changed=False)
+    with record.failures(settings, services.catalog, now):
+        if plan.action == "nothing" and plan.observed is not None:
+            log.info("nothing to do", reference=str(tag), reason=plan.reason)
+            digest = plan.observed
+        else:
+            digest = _push_and_tag(services, workspace, plan)
+    pinned = tag.repository.digest(digest)
+    record.succeeded(services.catalog, plan, now, pinned)
+    return Published(version=now, tag=tag, reference=pinned, platforms=platforms, changed=plan.action != "nothing")
+
+
+def _push_and_tag(services: Services, workspace: Workspace, plan: Plan) -> Digest:
+    """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version."""
+    workspace.result().check()
+    registry = services.registries.for_host(plan.reference.repository.host)
+    kept = _kept(services, plan)
+    images = {
+        step.platform: _push_platform(services, workspace, plan, step)
+        for step in plan.platforms
+        if step.action == "build"
+    }
+    descriptors = [*kept.values(), *(image.descriptor for image in images.values())]
+    if len(descriptors) == 1 and images:
+        (image,) = images.values()
+        content, media_type = image.manifest, OCI_MANIFEST
+    else:
+        content = manifests.index(descriptors, annotations=_annotations(plan))
+        media_type = OCI_INDEX
+    services.catalog.find(plan.version.name, plan.version.version)
+    return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+
+
+def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: PlatformPlan) -> manifests.Image:
+    """Push one platform's layers, config and manifest; nothing names them yet."""
+    repository = plan.reference.repository
+    layout = open_layout(workspace.layout(step.platform), step.platform)
+    notes = _annotations(plan)
+    mount_from: tuple[Repository, ...] = ()
+    if step.base is not None and layout.diff_ids[: len(step.base.diff_ids)] == step.base.diff_ids:
+        # Said only of an image that begins with the base's layers: the base may have moved since the plan.
+        notes[manifests.BASE_NAME], notes[manifests.BASE_DIGEST] = step.base.name, str(step.base.digest)
+        mount_from = (Reference.parse(step.base.name).repository,)
+    image = manifests.finished_image(layout, labels=notes, annotations=notes, created=plan.version.created)
+    log.info("pushing", platform=str(step.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
+    push_image(services.registries.for_host(repository.host), repository, layout, image, mount_from=mount_from)
+    return image
+
+
+def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:
+    """Return the images that stay as they are in the registry, as it has them now.
+
+    Raises:
+        TryAgain: the tag is not what the plan saw.
+    """
+    keep = {step.platform: step.kept for step in plan.platforms if step.action == "keep"}
+    if not keep:
+        return {}
+    existing = existing_image(services, plan.reference)
+    images = existing.platforms if existing else {}
+    if any(platform not in images or images[platform].digest != digest for platform, digest in keep.items()):
+        message = f"{plan.reference} was moved by somebody else while this version was being published."
+        raise TryAgain(message, remedy="Publish it again: it starts from what is there then.")
+    return {platform: images[platform] for platform in keep}
+
+
+def _annotations(plan: Plan) -> dict[str, str]:
+    """Return what an image says of where it comes from; no tracking URI, registry or user is among it."""
+    return {
+        manifests.CREATED: manifests.timestamp(plan.version.created),
+        manifests.TITLE: one_line(plan.version.name, 300),
+        manifests.VERSION: plan.version.version,
+        manifests.SOURCE_ID: plan.source_id,
+        manifests.CONTENT_DIGEST: str(plan.content_digest),
+        manifests.ARTIFACTS_DIGEST: str(listing_digest(plan.artifacts)),
+        manifests.PLATFORMS: ",".join(sorted(str(step.platform) for step in plan.platforms)),
+    }
+
+
+# ---- the phases, each for a container of its own
+
+
+def run_fetch(
+    settings: Settings, *, force: bool = False, rebuild: bool = False, progress: Progress | None = None
+) -> Plan:
+    """Run the fetch phase on the workspace that the settings name."""
+    workspace = _shared_workspace(settings)
+    with connected(settings) as services:
+        version = find(settings, services)
+        return fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+
+
+def run_build(settings: BuildSettings) -> BuildResult:
+    """Run the build phase on the workspace that the settings name."""
+    return build(settings, _shared_workspace(settings))
+
+
+def run_push(settings: Settings) -> Published:
+    """Run the push phase on the workspace that the settings name."""
+    workspace = _shared_workspace(settings)
+    with connected(settings) as services:
+        return push(settings, services, workspace)
+
+
+def _shared_workspace(settings: CommonSettings) -> Workspace:
+    """Return the workspace; one phase alone needs one that the others find."""
+    folder, temporary = settings.workspace_or_temporary()
+    if temporary:
+        Workspace(folder).remove()
+        message = "BUILDER_WORKSPACE is missing: the phases hand over through that folder."
+        raise InvalidSettings(message, remedy="Name the same folder for fetch, build and push.")
+    return Workspace(folder)

@@ -1,0 +1,110 @@
+"""What people see beside logs: a plan, a sweep's table, the progress of a download."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from builder.log import get_logger
+
+if TYPE_CHECKING:
+    from builder.models.context import Progress
+    from builder.plan import Plan
+    from builder.sweep import Swept
+
+log = get_logger("show")
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_THOUSAND = 1000
+_MOST_FILES = 20
+
+
+def size(count: float | None) -> str:
+    """Return a number of bytes for people; `?` where it is not known."""
+    if count is None:
+        return "?"
+    for unit in _UNITS:
+        if count < _THOUSAND or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _THOUSAND
+    raise AssertionError
+
+
+def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
+    """Return a plan as text.
+
+    Args:
+        planned: the plan.
+        engine: the engine that would build here.
+        push_checked: whether it was seen that the credential may push.
+    """
+    version = planned.version
+    rows = [
+        ("model", f"{version.name} version {version.version}, registered {version.created:%Y-%m-%d %H:%M} UTC"),
+        ("action", f"{planned.action}: {planned.reason}"),
+        ("tag", str(planned.reference) + (", push allowed" if push_checked else "")),
+        ("there now", str(planned.observed) if planned.observed else "nothing"),
+        ("method", f"{planned.method}, engine {engine}"),
+        ("source id", planned.source_id),
+    ]
+    for step in planned.platforms:
+        base = f", base {step.base.name} at {step.base.digest}" if step.base else ""
+        rows.append((str(step.platform), (f"keep {step.kept}" if step.kept else "build") + base))
+    known = sum(artifact.size or 0 for artifact in planned.artifacts)
+    rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {text}" for name, text in rows]
+    lines += [f"{'':<{width}}  {artifact.path}  {size(artifact.size)}" for artifact in planned.artifacts[:_MOST_FILES]]
+    if len(planned.artifacts) > _MOST_FILES:
+        lines.append(f"{'':<{width}}  … and {len(planned.artifacts) - _MOST_FILES} more; --json lists them all")
+    if planned.dockerfile:
+        lines += ["", "Dockerfile", *(f"  {line}" for line in planned.dockerfile.splitlines())]
+    return "\n".join(lines)
+
+
+def sweep(swept: Sequence[Swept]) -> None:
+    """Show a sweep's summary: a table on a terminal, one log line elsewhere."""
+    counts = Counter(result.state for result in swept)
+    if not sys.stderr.isatty():
+        log.info("swept", versions=len(swept), states=dict(counts))
+        return
+    _table(
+        ("model", "version", "state", "detail"),
+        [(r.version.name, r.version.version, r.state, str(r.reference or r.detail)) for r in swept],
+        ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag",
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, caption=caption, caption_justify="left")
+    for row in rows:
+        # Names and errors come from others: as text they cannot be taken for markup.
+        table.add_row(*(Text(cell) for cell in row))
+    Console(stderr=True).print(table)
+
+
+@contextmanager
+def download_progress() -> Iterator[Progress | None]:
+    """Give what shows a download's progress on a terminal; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("downloading", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield show

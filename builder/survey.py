@@ -1,0 +1,208 @@
+"""The plan of one version, as MLflow and the registry have it now. Servers are asked; nothing is changed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.build.dockerfile import Dockerfile
+from builder.build.engines import select_engine
+from builder.build.template import BaseImages, Rendered, render
+from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
+from builder.images.existing import published as read_published
+from builder.images.existing import resolve_base
+from builder.images.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
+from builder.images.registries import Registries
+from builder.log import get_logger
+from builder.models.artifacts import find_model_folder
+from builder.models.catalog import Artifact, Catalog
+from builder.models.context import listing_digest, sketch_context
+from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.version import Inputs, ModelVersion, check_version_text, template_variables, wanted_platforms
+from builder.plan import Base, Plan, decide
+from builder.reference import Platform, Reference, repository_component
+from builder.settings import Settings
+
+log = get_logger("survey")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """The clients that everything here talks through."""
+
+    catalog: Catalog
+    registries: Registries
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[Services]:
+    """Give clients for MLflow and for registries, and close them afterwards."""
+    with ExitStack() as stack:
+        registries = stack.enter_context(Registries.from_settings(settings))
+        yield Services(catalog=MlflowCatalog.from_settings(settings), registries=registries)
+
+
+def find(settings: Settings, services: Services) -> ModelVersion:
+    """Return the version that MODEL_NAME and MODEL_VERSION name.
+
+    Raises:
+        VersionNotFound: there is none.
+    """
+    return services.catalog.find(settings.model_name, check_version_text(settings.model_version))
+
+
+def survey(
+    settings: Settings, services: Services, version: ModelVersion, *, force: bool = False, rebuild: bool = False
+) -> Plan:
+    """Return what would happen, as far as the version and the registry's tag tell; nothing is downloaded.
+
+    Raises:
+        InvalidVersion: the version's tags cannot be used, or the registry's tag holds another source's image.
+        ServiceUnavailable: the registry is away, so nobody can tell what stands there.
+        PermissionRefused: the registry refuses the credential, which is not the same as an absent image.
+    """
+    reference = reference_of(settings, version)
+    wanted = wanted_platforms(version, settings.target_platforms)
+    Inputs.of(version)
+    source_id = version.source_id(settings.build_method)
+    existing = existing_image(services, reference)
+    decision = decide(
+        wanted=wanted, existing=existing, source_id=source_id, reference=reference, force=force, rebuild=rebuild
+    )
+    return Plan(
+        version=version,
+        target=settings.target,
+        source_id=source_id,
+        method="dockerfile",
+        reference=reference,
+        action=decision.action,
+        reason=decision.reason,
+        observed=existing.digest if existing else None,
+        observed_annotations=dict(existing.annotations) if existing else {},
+        platforms=decision.platforms,
+    )
+
+
+def preview(settings: Settings, *, force: bool = False, rebuild: bool = False, check_push: bool = False) -> Plan:
+    """Return the whole plan of MODEL_NAME and MODEL_VERSION, rendered Dockerfile and files included; touch nothing.
+
+    Only what rendering reads is downloaded, into a temporary folder: the templates, and the model's own description.
+
+    Args:
+        settings: what the environment says.
+        force: as for a publish.
+        rebuild: as for a publish.
+        check_push: also open an upload in the repository and cancel it.
+
+    Raises:
+        BuilderError: what a publish would fail with, as far as it can be seen from here.
+    """
+    with connected(settings) as services:
+        version = find(settings, services)
+        plan = survey(settings, services, version, force=force, rebuild=rebuild)
+        plan = plan.model_copy(update={"artifacts": services.catalog.artifacts(version)})
+        if plan.builds:
+            with tempfile.TemporaryDirectory(prefix="builder-plan-") as folder:
+                sketch_context(services.catalog, version, plan.artifacts, Path(folder))
+                plan = completed(services, plan, rendered(settings, version, plan.artifacts, Path(folder)).dockerfile)
+        if check_push:
+            services.registries.for_host(plan.reference.repository.host).check_push(plan.reference.repository)
+    return plan
+
+
+def rendered(settings: Settings, version: ModelVersion, artifacts: Sequence[Artifact], context: Path) -> Rendered:
+    """Return what a version's templates come to.
+
+    Args:
+        settings: REGISTRY_URL, BASE_IMAGE and ALLOWED_BASE_IMAGES are used.
+        version: the model version.
+        artifacts: the listing of its context.
+        context: the folder they are in.
+
+    Raises:
+        InvalidVersion: the templates cannot be rendered, or there are none and no requirements either.
+    """
+    inputs = Inputs.of(version)
+    inputs = inputs.model_copy(update={"model_folder": find_model_folder((a.path for a in artifacts), inputs)})
+    return render(
+        context,
+        template_variables(version, inputs, repository_component(version.name)),
+        templates_folder=inputs.templates_folder,
+        base_images=BaseImages(
+            default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
+        ),
+    )
+
+
+def completed(services: Services, plan: Plan, dockerfile: bytes) -> Plan:
+    """Return the plan with the Dockerfile in it, and the base image of each platform that has to be built."""
+    text = dockerfile.decode("utf-8", "replace")
+    name = Dockerfile.parse(text).final_base()
+    steps = tuple(
+        step if step.action == "keep" else step.model_copy(update={"base": _base(services, name, step.platform)})
+        for step in plan.platforms
+    )
+    return plan.model_copy(update={"dockerfile": text, "platforms": steps})
+
+
+def changes(services: Services, plan: Plan) -> list[str]:
+    """Return what has changed since the image was made although its source is the same: its artifacts, its base."""
+    was = plan.observed_annotations
+    found = []
+    listed = str(listing_digest(services.catalog.artifacts(plan.version)))
+    if was.get(ARTIFACTS_DIGEST, listed) != listed:
+        found.append("the artifacts have changed since this version was published; --rebuild takes them up")
+    name, digest = was.get(BASE_NAME), was.get(BASE_DIGEST)
+    if not name or not digest:
+        return found
+    try:
+        reference = Reference.parse(name)
+        base = services.registries.for_host(reference.repository.host).manifest(reference)
+    except BuilderError as error:
+        log.info("the base image could not be looked up", base=name, error=error.one_line())
+        return found
+    if base is not None and str(base.digest) != digest:
+        found.append(f"the base image {name} has moved since this version was published; --rebuild takes it up")
+    return found
+
+
+def engine_here(settings: Settings) -> str:
+    """Return the name of the engine that would build on this machine."""
+    try:
+        return select_engine(settings).name
+    except InvalidSettings:
+        return f"{settings.build_engine}, which is not on this machine"
+
+
+def reference_of(settings: Settings, version: ModelVersion) -> Reference:
+    """Return the tag that a version is published under: `<REGISTRY_URL>/<model>:v<version>`."""
+    return settings.registry_url.child(repository_component(version.name)).tag(f"v{version.version}")
+
+
+def existing_image(services: Services, reference: Reference) -> Published | None:
+    """Return what stands under a tag; None where the registry says that nothing does."""
+    return read_published(services.registries.for_host(reference.repository.host), reference)
+
+
+def _base(services: Services, name: str | None, platform: Platform) -> Base | None:
+    """Return the base image as its registry has it now; None where there is none, or where nobody can tell.
+
+    Raises:
+        InvalidVersion: the base is there, and not for the platform.
+    """
+    if name is None:
+        return None
+    try:
+        reference = Reference.parse(name)
+        found = resolve_base(services.registries.for_host(reference.repository.host), reference, platform)
+    except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
+        # The engine may still reach it, with a credential of its own.
+        log.warning("the base image could not be looked up", base=name, error=error.one_line())
+        return None
+    if found is None:
+        log.warning("the registry has no such base image for the platform", base=name, platform=str(platform))
+        return None
+    return Base(name=str(reference), digest=found.digest, diff_ids=found.diff_ids)

@@ -1,0 +1,125 @@
+"""The sweep: every version that carries the target tag, published one after another in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from builder.errors import BuilderError, ExitCode, VersionNotFound
+from builder.log import get_logger, masked
+from builder.models.outcome import Outcome
+from builder.models.version import ModelVersion, natural_order, wanted_platforms
+from builder.publish import publish_version, refuse_untrusted, workspace_of
+from builder.reference import Reference
+from builder.settings import Settings
+from builder.survey import Services, connected
+
+log = get_logger("sweep")
+
+# `published` was made now; `current` was there; `gone` was deleted under our hands; `waiting` failed too often and is
+# left until somebody changes it.
+State = Literal["published", "current", "foreign", "failed", "waiting", "gone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """What a sweep did about one version.
+
+    Attributes:
+        version: the model version.
+        state: what became of it.
+        reference: the digest reference that was published now; None elsewhere.
+        detail: the reason, or the error, on one line.
+        exit_code: of the error, 0 where there was none.
+    """
+
+    version: ModelVersion
+    state: State
+    reference: Reference | None = None
+    detail: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a sweep treats what it finds.
+
+    Attributes:
+        check: ask the registry about published versions too: is the image there, have artifacts or base changed.
+        retry_failed: try versions again that have failed SWEEP_ATTEMPTS times.
+        force: as for a publish.
+        rebuild: as for a publish.
+    """
+
+    check: bool = False
+    retry_failed: bool = False
+    force: bool = False
+    rebuild: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether what a version's own tags say is not enough."""
+        return self.check or self.force or self.rebuild
+
+
+def sweep(settings: Settings, options: Options | None = None) -> Iterator[Swept]:
+    """Publish every version that carries the target tag; yield each as it is done.
+
+    What its tags call published from the same source, for the platforms wanted, costs no request beyond the listing.
+
+    Args:
+        settings: what the environment says; MODEL_NAME and MODEL_VERSION are not used.
+        options: how to treat what is found.
+
+    Raises:
+        BuilderError: the listing failed. What fails of one version is yielded, not raised.
+    """
+    options = options or Options()
+    refuse_untrusted(settings)
+    with connected(settings) as services:
+        for version in natural_order(services.catalog.tagged(settings.target_tag)):
+            yield _sweep_one(settings, services, version, options)
+
+
+def _sweep_one(settings: Settings, services: Services, version: ModelVersion, options: Options) -> Swept:
+    try:
+        settled = None if options.asks else _settled(settings, version, retry=options.retry_failed)
+        if settled:
+            return settled
+        with workspace_of(settings) as workspace:
+            published = publish_version(
+                settings, services, workspace, version, force=options.force, rebuild=options.rebuild
+            )
+    except VersionNotFound as error:
+        log.info("gone", version=str(version), detail=error.what)
+        return Swept(version=version, state="gone", detail=error.one_line())
+    except BuilderError as error:
+        log.error("failed", version=str(version), error=masked(error.one_line()))
+        return Swept(version=version, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)
+    except Exception as error:
+        # One version's surprise must not keep the others from being published.
+        log.exception("defect", version=str(version))
+        return Swept(
+            version=version, state="failed", detail=f"Defect: {type(error).__name__}", exit_code=ExitCode.SOFTWARE
+        )
+    if published.reference is None:
+        return Swept(version=version, state="foreign", detail=f"{published.tag} was not made by this publisher")
+    if not published.changed:
+        return Swept(version=version, state="current", detail=str(published.tag))
+    return Swept(
+        version=version, state="published", reference=published.reference, detail=", ".join(published.platforms)
+    )
+
+
+def _settled(settings: Settings, version: ModelVersion, *, retry: bool) -> Swept | None:
+    """Return what the version's own tags settle, without a request; None where something has to be done."""
+    outcome = Outcome.of(version, settings.target)
+    if outcome.source_id != version.source_id(settings.build_method):
+        return None
+    wanted = {str(platform) for platform in wanted_platforms(version, settings.target_platforms)}
+    if outcome.state == "published" and wanted <= set(outcome.platforms):
+        return Swept(version=version, state="current", detail=outcome.tag)
+    if outcome.state == "failed" and outcome.attempts >= settings.sweep_attempts and not retry:
+        return Swept(version=version, state="waiting", detail=outcome.error)
+    return None

@@ -1,0 +1,190 @@
+"""The workspace: the folder through which fetch, build and push hand over, and nothing else.
+
+    plan.json     written by fetch; what push believes
+    context/      written by fetch; what the engine builds from
+    layouts/      written by build, a folder for each platform
+    result.json   written by build: what became of each platform
+
+An author's Dockerfile runs as root in the build phase, so whatever build writes is read as a stranger's: links are not
+followed, only regular files are opened, sizes are bounded, and the content is held against a schema. The files that
+build writes are written in place, never renamed, since in a Pod each is a mount of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from builder.errors import (
+    BuilderError,
+    BuildFailed,
+    InvalidSettings,
+    ServiceUnavailable,
+    TryAgain,
+    UsageError,
+    one_line,
+)
+from builder.plan import AsPlatform, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from builder.reference import Platform
+
+_MOST_PLAN_BYTES = 64 << 20
+_MOST_RESULT_BYTES = 1 << 20
+_MOST_TEXT = 4000
+
+
+# What a build phase may fail with. It is told by a stranger, so it decides an exit code and nothing else.
+_FAILURES: dict[str, type[BuilderError]] = {
+    kind.__name__: kind for kind in (BuildFailed, ServiceUnavailable, TryAgain, InvalidSettings)
+}
+
+
+class BuildResult(BaseModel):
+    """What the build phase says of itself.
+
+    Attributes:
+        engine: the engine's name.
+        built: the platforms whose layout was made.
+        failure: the name of the error that ended it; empty where all is well.
+        what: what failed.
+        remedy: what to do about it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str = Field("", max_length=100)
+    built: tuple[AsPlatform, ...] = Field((), max_length=100)
+    failure: str = Field("", max_length=100)
+    what: str = Field("", max_length=_MOST_TEXT)
+    remedy: str = Field("", max_length=_MOST_TEXT)
+
+    def failing(self, error: BuilderError) -> BuildResult:
+        """Return this result, ended by an error."""
+        texts = {"what": one_line(error.what, _MOST_TEXT), "remedy": one_line(error.remedy, _MOST_TEXT)}
+        return self.model_copy(update={"failure": type(error).__name__, **texts})
+
+    def check(self) -> None:
+        """Raise what ended the build phase, if anything did.
+
+        Raises:
+            BuildFailed: a Dockerfile could not be built.
+            BuilderError: another of those that a build can end with.
+        """
+        if self.failure:
+            kind = _FAILURES.get(self.failure, BuildFailed)
+            raise kind(one_line(self.what, _MOST_TEXT), remedy=one_line(self.remedy, _MOST_TEXT))
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The folder, and the places in it."""
+
+    folder: Path
+
+    @property
+    def context(self) -> Path:
+        """The folder a Dockerfile is built from."""
+        return self.folder / "context"
+
+    @property
+    def dockerfile(self) -> Path:
+        """The rendered Dockerfile, in the context."""
+        return self.context / "Dockerfile"
+
+    def layout(self, platform: Platform) -> Path:
+        """The folder of one platform's OCI image layout."""
+        return self.folder / "layouts" / platform.folder
+
+    def prepare(self) -> None:
+        """Make an empty workspace: what an earlier run left is removed, what is not ours stays.
+
+        Raises:
+            TryAgain: the folder cannot be made or written.
+        """
+        with _disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in (self.folder / "plan.json", self.folder / "result.json"):
+                path.unlink(missing_ok=True)
+            for path in (self.context, self.folder / "layouts"):
+                if path.is_symlink():
+                    path.unlink()
+                elif path.exists():
+                    shutil.rmtree(path)
+            (self.folder / "layouts").mkdir()
+            (self.folder / "result.json").touch()
+
+    def write_dockerfile(self, content: bytes) -> None:
+        """Write the rendered Dockerfile into the context, over whatever the artifacts have there."""
+        with _disk(self.folder):
+            self.dockerfile.write_bytes(content)
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write plan.json."""
+        with _disk(self.folder):
+            (self.folder / "plan.json").write_text(plan.model_dump_json(indent=1))
+
+    def plan(self) -> Plan:
+        """Return the plan that fetch wrote.
+
+        Raises:
+            UsageError: there is none, or it is not one of this program's.
+        """
+        path = self.folder / "plan.json"
+        try:
+            return Plan.model_validate_json(_read_regular(path, _MOST_PLAN_BYTES))
+        except (OSError, ValidationError, BuilderError) as error:
+            message = f"The workspace {self.folder} has no plan that can be read: {one_line(str(error), 200)}."
+            raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
+
+    def write_result(self, result: BuildResult) -> None:
+        """Write result.json, in place."""
+        with _disk(self.folder), (self.folder / "result.json").open("w") as file:
+            file.write(result.model_dump_json())
+
+    def result(self) -> BuildResult:
+        """Return what build wrote, read as a stranger's.
+
+        Raises:
+            BuildFailed: build wrote nothing, or something that is not a result.
+        """
+        try:
+            return BuildResult.model_validate_json(_read_regular(self.folder / "result.json", _MOST_RESULT_BYTES))
+        except (OSError, ValidationError, ValueError, BuilderError) as error:
+            message = "The build phase left no result that can be read."
+            raise BuildFailed(message, remedy="See its log; the phases run in the order fetch, build, push.") from error
+
+    def remove(self) -> None:
+        """Remove the whole folder; what cannot be removed stays."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_regular(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes, without following a link at its end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            message = f"{path.name} is not a regular file of at most {limit} bytes"
+            raise OSError(message)
+        return file.read(limit)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into our errors."""
+    try:
+        yield
+    except OSError as error:
+        message = f"The workspace {folder} cannot be written: {error.strerror or error}."
+        remedy = "Name a folder that this user may write, with room, in BUILDER_WORKSPACE."
+        raise TryAgain(message, remedy=remedy) from error
