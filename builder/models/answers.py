@@ -113,7 +113,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [one.__context__, one.__cause__]
 
 
-def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) -> BuilderError:  # noqa: PLR0911
+def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) -> BuilderError:
     """Return our error for a foreign one: what is surest first."""
     chain = list(_chain(error))
     reason = one_line(masked(f"{type(error).__name__}: {error}"), _LONGEST_REASON)

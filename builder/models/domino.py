@@ -39,7 +39,7 @@ def _variables() -> tuple[str, str]:
 def _execution(run_id: str) -> str:
     """Return the JWT `{"execution_id": run_id}`, HS256."""
     # Imported here, since MLflow loads this module in every process that imports MLflow.
-    import jwt  # noqa: PLC0415
+    import jwt
 
     with warnings.catch_warnings():
         # The word is shorter than a key should be; that it is no key is said above.

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from builder.settings import Settings
+    from builder.settings import CatalogSettings
 
 # MLflow's own defaults are seven retries of 120 seconds each: a server that is away would take minutes to be away.
 # With these, a refused connection is reported after some 5 seconds, a server that never answers after 90.
@@ -26,7 +26,7 @@ def quiet_client() -> None:
         os.environ.setdefault(name, value)
 
 
-def export(settings: Settings) -> None:
+def export(settings: CatalogSettings) -> None:
     """Put into `os.environ` what MLflow's client, requests and boto3 read there.
 
     That is MLFLOW_TRACKING_URI; every MLFLOW_, AWS_, AZURE_ and DATABRICKS_ variable that the settings hold, from the

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from builder.models.catalog import Artifact
-    from builder.settings import Settings
+    from builder.settings import CatalogSettings
 
 _IS_PROMPT = "mlflow.prompt.is_prompt"
 _PAGE = 500
@@ -41,7 +41,7 @@ class MlflowCatalog:
         self._store = ArtifactStore(tracking_uri)
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
+    def from_settings(cls, settings: CatalogSettings) -> Self:
         """Return the catalog of the settings' server. It sets variables in `os.environ`: see `environment.export`."""
         export(settings)
         return cls(settings.mlflow_tracking_uri)
@@ -54,7 +54,7 @@ class MlflowCatalog:
     @cached_property
     def client(self) -> Any:  # mlflow.MlflowClient, which must not be imported to be named
         """MLflow's own client of this server."""
-        from mlflow import MlflowClient  # noqa: PLC0415
+        from mlflow import MlflowClient
 
         with answering("open MLflow's client", server=self.server):
             return MlflowClient(tracking_uri=self.tracking_uri)

@@ -68,7 +68,7 @@ class ArtifactStore:
         """Return MLflow's artifact repository for an artifact folder; one for each URI."""
         with self._lock, answering(f"open the artifact store {_shown(uri)}", server="the artifact store"):
             if uri not in self._repositories:
-                from mlflow.store.artifact import artifact_repository_registry  # noqa: PLC0415
+                from mlflow.store.artifact import artifact_repository_registry
 
                 self._repositories[uri] = artifact_repository_registry.get_artifact_repository(
                     uri, tracking_uri=self._tracking_uri
