@@ -7,7 +7,7 @@ import ssl
 import httpx
 import pytest
 
-from tests.servers.environment import ambient, clean_environ
+from scripts.launch import ambient, clean_environ
 from tests.servers.registries import PASSWORD, PULL_PASSWORD, PULL_USER, USER
 
 
@@ -68,7 +68,7 @@ def test_a_docker_config_holds_the_credential_of_its_registry(token_registry, re
 
 
 def logged(server, monkeypatch):
-    import mlflow  # noqa: PLC0415 - a second that only these tests need
+    import mlflow
 
     for name, value in server.environ.items():
         monkeypatch.setenv(name, value)

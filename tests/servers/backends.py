@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.servers.launch import Launcher, Processes
+from scripts.launch import Launcher, Processes
 
 
 @pytest.fixture(scope="session")

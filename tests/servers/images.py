@@ -9,7 +9,7 @@ import pytest
 
 from scripts.base_image import base_image as make_base_image
 from scripts.go_tools import tool
-from tests.servers.environment import clean_environ
+from scripts.launch import clean_environ
 from tests.servers.registries import RegistryServer
 
 PLATFORMS = ("linux/amd64", "linux/arm64", "linux/arm/v7")

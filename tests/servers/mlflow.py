@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.launch import Launcher, Program, Running, free_port, running
+from scripts.launch import Launcher, Program, Running, free_port, running
 
 _COMMAND = (sys.executable, "-m", "mlflow", "server")
 _BUCKET = "mlflow"
@@ -83,7 +83,7 @@ def mlflow_file_server(launcher: Launcher, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def s3_server(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An S3-like object store with one bucket; gives its endpoint's URL."""
-    import boto3  # noqa: PLC0415 - half a second that only these tests need
+    import boto3
 
     port = free_port()
     program = Program(

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from scripts.go_tools import tool
+from scripts.launch import Launcher, Program, Running, free_port, running
 from tests.servers.certificates import for_loopback, self_signed
-from tests.servers.launch import Launcher, Program, Running, free_port, running
 from tests.servers.tokens import ISSUER, SERVICE, TokenServer
 
 USER, PASSWORD = "publisher", "correct horse battery"

@@ -1,13 +1,14 @@
 """Start a server, wait until it answers, stop it.
 
-A `Program` says what runs; a `Launcher` says where: as a plain process here, or in a container. The tests see no
-difference.
+A `Program` says what runs; a `Launcher` says where: as a plain process here, or in a container. Whoever uses the
+server sees no difference.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -17,15 +18,35 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
-
-from tests.servers.environment import clean_environ
 
 # A server answers within seconds; on two busy cores MLflow has been seen to take twenty.
 _READY_SECONDS = 120
 _STOP_SECONDS = 10
 _POLL_SECONDS = 0.1
+
+# Every variable that the program, MLflow, boto3 or an engine would take a setting from. What describes the machine's
+# network (proxies, CA bundles, package indexes) stays: the servers and the builds need it.
+_AMBIENT = re.compile(
+    r"(?:MLFLOW|REGISTRY|DOMINO|TARGET|BUILD|MODEL|SWEEP|KUBERNETES|BUILDAH|STORAGE|TRUST|ALLOWED|INSECURE)_.*"
+    r"|BUILDER_(?!TEST_).*|AWS_(?!CA_BUNDLE$).*"
+    r"|DOCKER_CONFIG|BASE_IMAGE|WHEEL_LAYERS|SECRETS_DIR|LOG_FORMAT|LOG_LEVEL|TERMINATION_LOG|RESOLVE_AS_OF|NO_COLOR"
+)
+
+
+def ambient(name: str) -> bool:
+    """Return whether the variable would change what the program does, so that no test or demo may inherit it."""
+    return bool(_AMBIENT.fullmatch(name))
+
+
+def clean_environ(**more: str) -> dict[str, str]:
+    """Return the machine's environment for a child process, without ambient settings and with `more` on top."""
+    kept = {name: value for name, value in os.environ.items() if not ambient(name)}
+    # A server that writes no bytecode compiles itself anew at every start.
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return {**kept, **more}
 
 
 class ServerDied(Exception):
@@ -106,12 +127,15 @@ class Process:
             )
 
     def log(self) -> str:
+        """Return what the server wrote so far."""
         return self._log.read_text(errors="replace")
 
     def alive(self) -> bool:
+        """Return whether it still runs."""
         return self._process.poll() is None
 
     def stop(self) -> None:
+        """End it and its workers, and wait for that."""
         for name in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, name)
@@ -129,6 +153,7 @@ class Processes:
     on_this_machine = True
 
     def start(self, program: Program) -> Running:
+        """Start `program`; the caller waits for it to answer, and stops it."""
         return Process(program)
 
 
@@ -168,7 +193,7 @@ def _wait(server: Running, program: Program) -> None:
                 return
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code < 500:
+            if error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 return
         except OSError:
             pass
