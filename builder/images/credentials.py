@@ -1,0 +1,215 @@
+"""Credentials of registries: one given for one host, or those of a Docker config.json and its credential helpers.
+
+The file's form is Docker's (https://docs.docker.com/reference/cli/docker/login/), the helpers' protocol that of
+https://github.com/docker/docker-credential-helpers: the server's name on standard input, JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.errors import InvalidSettings, PermissionRefused, one_line
+from builder.images.hosts import DOCKER_HUB, DOCKER_HUB_KEY, canonical
+
+_HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_MOST_CONFIG_BYTES = 4 << 20
+# The user that a helper names where it has an identity token, not a password.
+_TOKEN_USER = "<token>"  # noqa: S105 -- a marker of the protocol, no secret
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Credential:
+    """A user and a password, or an identity token that stands for both. Its repr shows nothing of them."""
+
+    user: str = ""
+    password: str = ""
+    identity_token: str = ""
+
+    def __repr__(self) -> str:
+        """Return what kind of credential this is."""
+        return f"<{'identity token' if self.identity_token else 'user and password'}>"
+
+    @property
+    def basic(self) -> str:
+        """The value of an Authorization header for basic authentication."""
+        return f"Basic {base64.b64encode(f'{self.user}:{self.password}'.encode()).decode()}"
+
+
+class Credentials:
+    """Finds the credential for a registry host, when a registry asks for one and not before.
+
+    Args:
+        explicit: the host that `credential` is for, and no other is; "" for none.
+        credential: what goes with it.
+        docker_config: folder of a Docker config.json; a folder without one holds no credentials.
+        helper_timeout: seconds that a credential helper may take.
+    """
+
+    def __init__(
+        self,
+        *,
+        explicit: str = "",
+        credential: Credential | None = None,
+        docker_config: Path | None = None,
+        helper_timeout: float = 30,
+    ) -> None:
+        self._explicit = canonical(explicit) if credential else ""
+        self._credential = credential
+        self._docker_config = docker_config
+        self._helper_timeout = helper_timeout
+
+    def for_host(self, host: str) -> Credential | None:
+        """Return the credential for a registry host, or None where there is none for it.
+
+        A credential helper is asked first, as Docker does, and then what stands in the file itself.
+
+        Raises:
+            InvalidSettings: config.json is not Docker's, or the helper that it names is not there.
+            PermissionRefused: the helper failed.
+        """
+        host = canonical(host)
+        if host == self._explicit:
+            return self._credential
+        if not self._docker_config:
+            return None
+        config = _read(self._docker_config / "config.json")
+        helper = _entry(config.get("credHelpers"), host) or config.get("credsStore")
+        if helper:
+            found = self._ask(str(helper), DOCKER_HUB_KEY if host == DOCKER_HUB else host)
+            if found:
+                return found
+        entry = _entry(config.get("auths"), host)
+        return _from_file(entry, host) if isinstance(entry, dict) else None
+
+    def _ask(self, helper: str, server: str) -> Credential | None:
+        """Return what a credential helper has for a server, or None where it has nothing."""
+        program = f"docker-credential-{helper}"
+        if not _HELPER.fullmatch(helper):
+            message = "DOCKER_CONFIG's config.json names a credential helper that cannot be a program's name."
+            raise InvalidSettings(message, remedy="credHelpers and credsStore hold the part after docker-credential-.")
+        try:
+            code, output, complaint = _run([program, "get"], server, self._helper_timeout)
+        except OSError as error:
+            message = f"DOCKER_CONFIG's config.json names the credential helper {program!r}, which cannot be run."
+            raise InvalidSettings(message, remedy="Install it on PATH, or name no helper for this host.") from error
+        except TimeoutError as error:
+            message = f"The credential helper {program!r} took more than {self._helper_timeout:g} s for {server}."
+            raise PermissionRefused(message, remedy=f"See what `{program} get` waits for.") from error
+        if code and "credentials not found" in output:
+            return None
+        # What it printed may be half of a credential.
+        said = one_line(complaint if "Secret" in output else f"{complaint} {output}", 300)
+        remedy = f"Try it: echo {server} | {program} get"
+        if code:
+            message = f"The credential helper {program!r} failed for {server}: {said}."
+            raise PermissionRefused(message, remedy=remedy)
+        try:
+            answer = json.loads(output)
+            user, secret = answer["Username"], answer["Secret"]
+        except (ValueError, KeyError, TypeError):
+            message = f"The credential helper {program!r} did not answer for {server} as it should."
+            # The cause holds what the helper printed.
+            raise PermissionRefused(message, remedy=remedy) from None
+        if not isinstance(user, str) or not isinstance(secret, str) or not secret:
+            return None
+        return Credential(identity_token=secret) if user == _TOKEN_USER else Credential(user, secret)
+
+
+def _run(argv: list[str], text: str, timeout: float) -> tuple[int, str, str]:
+    """Return a program's exit code and what it printed; nothing of it is left when the time is over.
+
+    Raises:
+        OSError: it cannot be run.
+        TimeoutError: it took too long.
+    """
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, complaint = process.communicate(text, timeout=timeout)
+        except BaseException as error:
+            # Its children hold the pipes open, so they have to go as well.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError from None
+            raise
+    return process.returncode, output, complaint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a config.json's content; an absent one is empty."""
+    remedy = "It is the folder of a config.json as `docker login` writes it."
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        message = f"DOCKER_CONFIG's file {str(path)!r} cannot be read: {error.strerror}."
+        raise InvalidSettings(message, remedy=remedy) from error
+    with _of_form(f"DOCKER_CONFIG's file {str(path)!r} is not a Docker config.json.", remedy):
+        config = json.loads(content)
+        if not isinstance(config, dict) or not all(
+            isinstance(config.get(name) or {}, dict) for name in ("auths", "credHelpers")
+        ):
+            raise ValueError
+    return config
+
+
+def _entry(entries: Any, host: str) -> Any:  # JSON that others wrote
+    """Return what a section of config.json holds for a host, which may be written as a URL there."""
+    if not entries:
+        return None
+    named = [name for name in entries if _host_of(name) == host]
+    # What is written exactly as Docker writes it wins over what only means the same.
+    exact = DOCKER_HUB_KEY if host == DOCKER_HUB else host
+    return entries[min(named, key=lambda name: name != exact)] if named else None
+
+
+def _host_of(key: str) -> str:
+    """Return the registry host that a key of `auths` names; empty for one of a namespace within a registry."""
+    host, _, path = key.partition("://")[2].partition("/") if "://" in key else key.partition("/")
+    return canonical(host) if path.strip("/") in {"", "v1", "v2"} else ""
+
+
+def _from_file(entry: dict[str, Any], host: str) -> Credential | None:
+    user, password, token = entry.get("username"), entry.get("password"), entry.get("identitytoken")
+    with _of_form(f"DOCKER_CONFIG's config.json has a malformed entry for {host}.", "`docker login` writes it again."):
+        if entry.get("auth"):
+            text = base64.b64decode(entry["auth"], validate=True).decode()
+            user, colon, password = text.partition(":")
+            if not colon:
+                raise ValueError
+            password = password.strip("\0")
+        if not all(isinstance(value, str | None) for value in (user, password, token)):
+            raise ValueError
+    if token:
+        return Credential(identity_token=token)
+    return Credential(user or "", password) if password else None
+
+
+@contextlib.contextmanager
+def _of_form(what: str, remedy: str) -> Iterator[None]:
+    """Turn what a parser raises into an error that does not show what was parsed: it holds credentials."""
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError, binascii.Error):
+        raise InvalidSettings(what, remedy=remedy) from None
