@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,8 +43,8 @@ def run(
 
     The child has a session and process group of its own, reads nothing, and sees `env` and no other variable. Its
     stdout and stderr are one stream. Whatever ends this call (the child's exit, the timeout, an exception such as
-    `Terminated` or one that `output` raises), no process of the group is alive after it: SIGTERM, at most ten seconds,
-    SIGKILL. After the program's own exit, what it left behind gets SIGKILL at once.
+    `Terminated` or one that `output` raises), no process of the session is alive after it: SIGTERM to the group, at
+    most ten seconds, SIGKILL to all. After the program's own exit, what it left behind gets SIGKILL at once.
 
     Args:
         argv: the program and its arguments; no shell reads them. The program is looked up in `env`'s PATH.
@@ -122,6 +123,7 @@ class _Stream:
                     self._read(0.05)  # a child that waits for its pipe to be read could not end
         finally:
             self._signal(signal.SIGKILL)
+            _end_session(self._child.pid)
             self._child.wait()
             self._pipe.close()
 
@@ -146,6 +148,25 @@ class _Stream:
         chunk = os.read(self._pipe.fileno(), _CHUNK)
         self._open = bool(chunk)
         return chunk
+
+
+def _end_session(leader: int) -> None:
+    """Send SIGKILL to every process of a session: Kaniko gives each RUN step a process group of its own.
+
+    The leader has not been waited for, so that its number is not given to another session (proc(5): in `stat` the
+    session is the fourth field behind the name, which may hold blanks and parentheses).
+    """
+    killed: set[str] = set()
+    before = -1
+    # Again until nobody new is there: one that was about to start another may have done so.
+    while before < len(killed):
+        before = len(killed)
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                session = status.read_text(errors="replace").rpartition(")")[2].split()[3]
+                if int(session) == leader:
+                    os.kill(int(status.parent.name), signal.SIGKILL)
+                    killed.add(status.parent.name)
 
 
 class Lines:
