@@ -180,6 +180,7 @@ class Kaniko:
         return {
             "PATH": f"/usr/local/bin:{self._root}",  # where the image keeps its credential helpers
             "HOME": str(staged.folder),
+            "USER": "root",  # it asks for its user, and has no C library to look it up
             "DOCKER_CONFIG": str(staged.docker_config),
             "SSL_CERT_DIR": str(certificates),
             **({"SSL_CERT_FILE": str(staged.ca_bundle)} if staged.ca_bundle else {}),

@@ -1,0 +1,59 @@
+# The builder image: Kaniko, and beside it under /kaniko everything the builder is made of. docs/kubernetes.md says how
+# it is used, docs/decisions/0010-everything-under-kaniko.md why it looks like this.
+#
+#   docker build -t builder .
+#   docker build -t builder-without-engine --build-arg KANIKO_IMAGE=scratch --build-arg BUILDER_USER=65532 .
+#
+# Behind a proxy that has a CA of its own, or with a private index: put the CA bundle at docker/ca-bundle.pem and a
+# pip.conf at docker/pip.conf. Git ignores both, the build stage alone uses them, and the image has neither.
+ARG KANIKO_IMAGE=ghcr.io/osscontainertools/kaniko:v1.28.3
+ARG PYTHON_IMAGE=docker.io/library/python:3.12-slim
+
+FROM ${PYTHON_IMAGE} AS python
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+COPY docker/ docker/
+RUN if [ -f docker/pip.conf ]; then cp docker/pip.conf /etc/pip.conf; fi \
+ && if [ -f docker/ca-bundle.pem ]; then export PIP_CERT=/build/docker/ca-bundle.pem; fi \
+ && python3 -m pip install -q --target tools --require-hashes --only-binary :all: -r docker/requirements.txt
+RUN export PATH="/build/tools/bin:$PATH" \
+ && python3 docker/relocate.py python /kaniko \
+ && python3 docker/relocate.py certificates /kaniko \
+ && /kaniko/python/bin/python3 -m venv --without-pip /kaniko/venv \
+ && mkdir /kaniko/bin /kaniko/builder /kaniko/workspace /kaniko/tmp \
+ && chmod 1777 /kaniko/workspace /kaniko/tmp
+# The packages come before our own code, so that a change of the code leaves this layer as it is.
+COPY requirements/builder.txt requirements/
+RUN if [ -f docker/ca-bundle.pem ]; then export PIP_CERT=/build/docker/ca-bundle.pem; fi \
+ && python3 -m pip --python /kaniko/venv/bin/python3 install -q --require-hashes --only-binary :all: --no-compile \
+      -r requirements/builder.txt \
+ && PATH="/build/tools/bin:$PATH" python3 docker/relocate.py libraries /kaniko \
+ && /kaniko/venv/bin/python3 -I docker/relocate.py check /kaniko \
+ && find /kaniko/venv -type d \( -name tests -o -name test -o -name __pycache__ \) -prune -exec rm -rf {} + \
+ && /kaniko/venv/bin/python3 -I -m compileall -q -j 0 --invalidation-mode unchecked-hash /kaniko/python/lib /kaniko/venv
+COPY pyproject.toml LICENSE README.md ./
+COPY builder/ builder/
+COPY templates/ templates/
+RUN PYTHONPATH=/build/tools python3 -m pip --python /kaniko/venv/bin/python3 install -q --no-deps --no-build-isolation \
+      --no-compile . \
+ && /kaniko/venv/bin/python3 -I -m compileall -q --invalidation-mode unchecked-hash \
+      /kaniko/venv/lib/python3*/site-packages/builder \
+ && printf '#!/kaniko/venv/bin/python3 -I\nfrom builder.__main__ import main\nmain()\n' > /kaniko/bin/builder \
+ && chmod 755 /kaniko/bin/builder \
+ && du -sk /kaniko/python /kaniko/lib /kaniko/venv
+
+FROM ${KANIKO_IMAGE}
+COPY --from=python /kaniko/ /kaniko/
+# TMPDIR: there is no /tmp, and what a build leaves there is deleted. SSL_CERT_FILE stays free for the user's own.
+ENV PATH=/kaniko/bin:/usr/local/bin:/kaniko \
+    HOME=/kaniko/tmp \
+    TMPDIR=/kaniko/tmp \
+    LANG=C.UTF-8 \
+    SSL_CERT_DIR=/kaniko/ssl/certs \
+    DOCKER_CONFIG=/kaniko/.docker
+WORKDIR /kaniko/workspace
+# Kaniko has to be root; an image without it does not (--build-arg BUILDER_USER=65532).
+ARG BUILDER_USER=0
+USER ${BUILDER_USER}
+ENTRYPOINT ["/kaniko/bin/builder"]
+CMD ["publish"]

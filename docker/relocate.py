@@ -1,0 +1,173 @@
+"""Make the Python that runs this file live under one folder, with its loader and every library it needs.
+
+Kaniko runs RUN steps in its own root: it deletes, and overwrites with the base image, everything outside /kaniko,
+/lib64 and the C library included. What goes on running there must not need anything else. So the interpreter and the
+standard library are copied below ROOT, the loader and the shared libraries beside them, and the interpreter's ELF
+header is changed (patchelf) to name that loader and that folder. No wrapper: a Kaniko image has no shell to run one.
+
+    python relocate.py python ROOT      copies the interpreter to ROOT/python and its libraries to ROOT/lib
+    python relocate.py libraries ROOT   copies the libraries that ROOT/venv's compiled modules need
+    python relocate.py certificates ROOT  copies the system's CA certificates to ROOT/ssl/certs
+    ROOT/venv/bin/python relocate.py check ROOT   imports every compiled module; fails if a file outside ROOT is mapped
+
+Used by the Dockerfile, in its build stage; it needs nothing but the standard library and, for `python`, patchelf.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+# Parts of the standard library that a program without a terminal, a display or a compiler has no use for.
+LEFT_OUT = shutil.ignore_patterns(
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "idle_test",
+    "tkinter",
+    "turtle.py",
+    "turtledemo",
+    "lib2to3",
+    "pydoc_data",
+    "ensurepip",
+    "config-*",
+    "site-packages",
+    "dist-packages",
+    "*.a",
+    "_test*.so",
+    "_tkinter*.so",
+    "xxlimited*.so",
+    "sitecustomize.py",
+    "EXTERNALLY-MANAGED",
+)
+
+
+def output(*argv: str | Path, **environ: str) -> str:
+    """Return what a program writes to stdout."""
+    return subprocess.run(
+        argv, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ}
+    ).stdout.strip()
+
+
+def is_elf(path: Path) -> bool:
+    """Return whether a file is a program or a shared library."""
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def needed(loader: str, path: Path) -> dict[str, Path]:
+    """Return the libraries that the system's loader takes for a program or library, by the name it asks for."""
+    lines = output(loader, path, LD_TRACE_LOADED_OBJECTS="1").splitlines()
+    missing = [line.strip() for line in lines if "not found" in line]
+    if missing:
+        sys.exit(f"{path} needs libraries that this image does not have: {', '.join(missing)}")
+    found = (re.fullmatch(r"\s*(\S+) => (/\S+) \(0x[0-9a-f]+\)", line) for line in lines)
+    return {Path(match[1]).name: Path(match[2]) for match in found if match}
+
+
+def copy_libraries(loader: str, files: list[Path], root: Path) -> None:
+    """Copy to ROOT/lib what `files` need and ROOT does not hold."""
+    (root / "lib").mkdir(parents=True, exist_ok=True)
+    for file in files:
+        for name, library in needed(loader, file).items():
+            inside = library.resolve().is_relative_to(root.resolve())
+            if not inside and not (root / "lib" / name).exists():
+                shutil.copy2(library.resolve(), root / "lib" / name)
+
+
+def compiled(*folders: Path) -> list[Path]:
+    """Return the shared libraries below some folders, ordered."""
+    found = {path for folder in folders for path in folder.rglob("*.so*") if path.is_file() and not path.is_symlink()}
+    return sorted(path for path in found if is_elf(path))
+
+
+def system_loader() -> str:
+    """Return the loader that the running interpreter was started with."""
+    return output("patchelf", "--print-interpreter", Path(sys.executable).resolve())
+
+
+def relocate_python(root: Path) -> None:
+    """Copy the running interpreter and its standard library to ROOT/python, its libraries to ROOT/lib."""
+    loader = system_loader()
+    home = root / "python"
+    program = home / "bin" / VERSION
+    program.parent.mkdir(parents=True)
+    shutil.copy2(Path(sys.executable).resolve(), program)
+    (program.parent / "python3").symlink_to(VERSION)
+    library = home / "lib" / VERSION
+    shutil.copytree(sysconfig.get_path("stdlib"), library, ignore=LEFT_OUT, symlinks=False)
+    dynload = Path(sysconfig.get_path("platstdlib")) / "lib-dynload"
+    shutil.copytree(dynload, library / "lib-dynload", ignore=LEFT_OUT, symlinks=False, dirs_exist_ok=True)
+    copy_libraries(loader, [program, *compiled(library)], root)
+    # The C library loads this one by itself when a thread ends early.
+    for name, path in needed_by_name(loader, "libgcc_s.so.1").items():
+        shutil.copy2(path, root / "lib" / name)
+    own_loader = root / "lib" / Path(loader).name
+    shutil.copy2(Path(loader).resolve(), own_loader)
+    # --force-rpath: a RUNPATH holds for the program alone, an RPATH also for the libraries that it loads later.
+    subprocess.run(
+        ["patchelf", "--set-interpreter", own_loader, "--force-rpath", "--set-rpath", root / "lib", program], check=True
+    )
+
+
+def needed_by_name(loader: str, name: str) -> dict[str, Path]:
+    """Return where the system's loader finds a library, and nothing where it does not."""
+    try:
+        lines = output(loader, "--preload", name, Path(sys.executable).resolve(), LD_TRACE_LOADED_OBJECTS="1")
+    except subprocess.CalledProcessError:
+        return {}
+    match = re.search(rf"\s*{re.escape(name)} => (/\S+) \(0x", lines)
+    return {name: Path(match[1]).resolve()} if match else {}
+
+
+def copy_certificates(root: Path) -> None:
+    """Copy the system's CA certificates, as one file and as OpenSSL's hashed names, to ROOT/ssl/certs."""
+    source, target = Path("/etc/ssl/certs"), root / "ssl" / "certs"
+    target.mkdir(parents=True)
+    if not (source / "ca-certificates.crt").is_file():
+        sys.exit(f"{source}/ca-certificates.crt is missing: PYTHON_IMAGE needs the package ca-certificates.")
+    shutil.copyfile(source / "ca-certificates.crt", target / "ca-certificates.crt")
+    for path in sorted(source.glob("????????.[0-9]")):
+        shutil.copyfile(path.resolve(), target / path.name)
+
+
+def check(root: Path) -> None:
+    """Import every compiled module, and fail if that needed a library from outside ROOT."""
+    for folder in map(Path, sys.path):
+        for path in folder.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            name = ".".join(path.relative_to(folder).parts).split(".cpython-")[0]
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # noqa: BLE001  # some want to be imported by their package, or another system
+                print(f"not imported: {name}: {type(error).__name__}: {error}", file=sys.stderr)
+    mapped = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    outside = sorted(path.strip() for path in mapped if not Path(path.strip()).is_relative_to(root) and ".so" in path)
+    if outside:
+        sys.exit(f"Libraries from outside {root} are in use: {', '.join(outside)}")
+
+
+def main() -> None:
+    """Do what the first argument says, below the folder that the second one names."""
+    what, root = sys.argv[1], Path(sys.argv[2])
+    if what == "python":
+        relocate_python(root)
+    elif what == "libraries":
+        copy_libraries(system_loader(), compiled(root / "venv", root / "python"), root)
+    elif what == "certificates":
+        copy_certificates(root)
+    elif what == "check":
+        check(root)
+    else:
+        sys.exit(f"{what!r} is not python, libraries, certificates or check")
+
+
+if __name__ == "__main__":
+    main()
