@@ -136,20 +136,21 @@ class Authorizer:
             held = self._tokens.get(scopes)
             if held and f"Bearer {held.value}" == refused:
                 del self._tokens[scopes]
-            header = self._header(challenge, scopes)
+            header = self._header(challenge, scopes, challenge.parameters.get("scope", ""))
             return header if header != refused else None
 
-    def _header(self, challenge: Challenge, scopes: frozenset[str]) -> str | None:
+    def _header(self, challenge: Challenge, scopes: frozenset[str], more: str = "") -> str | None:
+        # `more` is what the answer to one request asked for, and is of no use to the next.
         if challenge.scheme == "basic":
             if self._credential is None or self._credential.identity_token:
                 return None
             return self._credential.basic
         held = self._tokens.get(scopes)
         if held is None or held.ends <= time.monotonic():
-            held = self._tokens[scopes] = self._token(challenge, scopes)
+            held = self._tokens[scopes] = self._token(challenge, _joined(scopes, more))
         return f"Bearer {held.value}"
 
-    def _token(self, challenge: Challenge, scopes: frozenset[str]) -> _Token:
+    def _token(self, challenge: Challenge, scopes: list[str]) -> _Token:
         asked = time.monotonic()
         answer = self._send(self._request(challenge, scopes))
         server = f"The token server {answer.host} of registry {self._host}"
@@ -171,22 +172,21 @@ class Authorizer:
         seconds = min(seconds, _LONGEST)
         return _Token(value, asked + max(seconds - _MARGIN, seconds / 2))
 
-    def _request(self, challenge: Challenge, scopes: frozenset[str]) -> httpx.Request:
+    def _request(self, challenge: Challenge, scopes: list[str]) -> httpx.Request:
         realm = self._realm(challenge)
         parameters = [(name, challenge.parameters[name]) for name in ("service",) if name in challenge.parameters]
-        wanted = _joined(scopes, challenge.parameters.get("scope", ""))
         credential = self._credential
         if credential and credential.identity_token:
             form = {
                 **dict(parameters),
                 "grant_type": "refresh_token",
                 "client_id": _CLIENT,
-                "scope": " ".join(wanted),
+                "scope": " ".join(scopes),
                 "refresh_token": credential.identity_token,
             }
             return httpx.Request("POST", realm, data=form)
         headers = {"Authorization": credential.basic} if credential else {}
-        query = urlencode([*parameters, *(("scope", each) for each in wanted)])
+        query = urlencode([*parameters, *(("scope", each) for each in scopes)])
         joined = "&".join(part for part in (realm.query.decode(), query) if part)
         return httpx.Request("GET", realm.copy_with(query=joined.encode()), headers=headers)
 
