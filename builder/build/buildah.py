@@ -1,0 +1,232 @@
+"""Buildah: runs a Dockerfile without a daemon, on a laptop, in the tests, and where Kaniko is not.
+
+Facts of Buildah (https://github.com/containers/buildah, 1.28 and later) that shape this module:
+
+- Under chroot isolation RUN steps share the machine's network and, unless we see to it, its processes: they could read
+  another process's environment in /proc. So Buildah runs in PID and mount namespaces of its own where `unshare` may
+  make them. Steps as root could leave the chroot by another chroot(2); they lose CAP_SYS_CHROOT. That keeps honest
+  authors' mistakes and simple attacks out; authors one does not know belong into a container without credentials.
+- A name given to an image would be taken from the next build of the same name; the image is known by its id alone, and
+  its layers stay as the cache of later builds.
+- `--timestamp` would set the time of every file, and Python would take all compiled bytecode for stale.
+- Build arguments that the Dockerfile does not declare are not seen by RUN steps, and those it declares stand in the
+  image's history: no secret may be one. Proxies are passed on without either.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.build.buildah_files import SEEN_BUNDLE, Files, staged
+from builder.build.failure import failure
+from builder.build.process import Runner, run
+from builder.errors import BuilderError, BuildFailed, TryAgain
+
+if TYPE_CHECKING:
+    from builder.build.engine import BuildJob, Output
+    from builder.reference import Platform
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+_KILLED = frozenset({-signal.SIGKILL, 128 + signal.SIGKILL})
+_SHORT = 60.0
+_STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP \d+(?:/\d+)?: (.*)")
+_FAILED_STEP = re.compile(r'Error: building at STEP "(?P<step>.*?)": (?P<said>.*)')
+_EXIT_STATUS = re.compile(r"(?:while running runtime: )?exit status (\d+)")
+_NOISE = re.compile(
+    r"subprocess exited |\[Warning\] one or more build args were not consumed|"
+    r'time="[^"]*" level=(?:warning|info|debug) '
+)
+_UNKNOWN_INSTRUCTION = re.compile(r'Unknown instruction: "([^"]*)"')
+
+
+class Buildah:
+    """The engine that needs no daemon and no image of its own.
+
+    Args:
+        runner: runs programs; see `builder.build.process.run`.
+        storage: folder for images and the layer cache; None for the user's own container storage.
+    """
+
+    name = "buildah"
+
+    def __init__(self, *, runner: Runner = run, storage: Path | None = None) -> None:
+        self._runner = runner
+        self._storage = storage
+        self._namespaces: tuple[str, ...] | None = None
+
+    def available(self) -> bool:
+        """Return whether Buildah is installed."""
+        return shutil.which("buildah", path=_PATH) is not None
+
+    def build(self, job: BuildJob, output: Output) -> None:
+        """Build one image into `job.layout`.
+
+        Raises:
+            BuildFailed: the Dockerfile cannot be built, or took too long.
+            ServiceUnavailable: the registry of the base image is away.
+            TryAgain: a disk is full, or Buildah was killed, as when memory runs out.
+            InvalidSettings: a file of the settings cannot be read.
+            InvalidVersion: the Dockerfile has no FROM.
+        """
+        job.layout.parent.mkdir(parents=True, exist_ok=True)
+        with staged(job, job.layout.parent) as files:
+            said = _Said(output)
+            try:
+                code = self._run(self._build_argv(job, files), job, files, said, timeout=job.timeout)
+            except BaseException:
+                self._remove_containers(job, files)
+                raise
+            if code:
+                raise said.failure(code, job.platform)
+            said = _Said(output)
+            # The layout's name alone: a colon in a path before it would be taken for the begin of a tag.
+            argv = ["push", "--quiet", f"--signature-policy={files.policy}", "--format=oci"]
+            argv += [files.image_id.read_text().strip(), f"oci:{job.layout.name}"]
+            if code := self._run(argv, job, files, said, timeout=job.timeout):
+                raise said.failure(code, job.platform)
+
+    def _build_argv(self, job: BuildJob, files: Files) -> list[str]:
+        argv = [
+            "build",
+            "--isolation=chroot",
+            "--network=host",
+            "--cap-drop=CAP_SYS_CHROOT",
+            "--layers",
+            "--force-rm",
+            "--format=oci",
+            f"--platform={job.platform}",
+            f"--file={job.dockerfile}",
+            f"--iidfile={files.image_id}",
+            f"--authfile={files.authfile}",
+            f"--signature-policy={files.policy}",
+        ]
+        argv += [f"--volume={source}:{target}:ro" for source, target in files.volumes]
+        if job.network.ca_bundle:
+            # Seen by the RUN steps of a Dockerfile that says ARG SSL_CERT_FILE; others do not notice.
+            argv.append(f"--build-arg=SSL_CERT_FILE={SEEN_BUNDLE}")
+        if job.cache:
+            argv.append(f"--cache-from={job.cache}")
+        return [*argv, str(job.context)]
+
+    def _run(self, arguments: Sequence[str], job: BuildJob, files: Files, output: Output, *, timeout: float) -> int:
+        if self._namespaces is None:
+            self._namespaces = self._usable_namespaces(job, files)
+            if not self._namespaces:
+                output("no PID namespace can be made here: RUN steps see this machine's processes")
+        return self._runner(
+            [*self._namespaces, "buildah", *self._storage_flags(), *arguments],
+            env=self._environment(job, files),
+            cwd=job.layout.parent,
+            timeout=timeout,
+            output=output,
+            name="Buildah",
+        )
+
+    def _usable_namespaces(self, job: BuildJob, files: Files) -> tuple[str, ...]:
+        """Return the command that makes namespaces, or nothing where this user or container may not make them."""
+        try:
+            code = self._runner(
+                [*_NAMESPACES, "true"],
+                env=self._environment(job, files),
+                cwd=files.folder,
+                timeout=_SHORT,
+                output=lambda _: None,
+                name="unshare",
+            )
+        except BuildFailed:
+            return ()
+        return () if code else _NAMESPACES
+
+    def _storage_root(self) -> Path:
+        if self._storage:
+            return self._storage / "storage"
+        if os.geteuid() == 0:
+            return Path("/var/lib/containers/storage")
+        # Said to Buildah as well, since the home that it gets is not the user's.
+        return Path.home() / ".local/share/containers/storage"
+
+    def _storage_flags(self) -> list[str]:
+        if self._storage:
+            return [f"--root={self._storage_root()}", f"--runroot={self._storage / 'run'}"]
+        return [] if os.geteuid() == 0 else [f"--root={self._storage_root()}"]
+
+    @staticmethod
+    def _environment(job: BuildJob, files: Files) -> Mapping[str, str]:
+        runtime = Path(f"/run/user/{os.geteuid()}")
+        proxies = job.network.proxies.items()
+        return {
+            "PATH": _PATH,
+            "HOME": str(files.home),
+            "TMPDIR": str(files.folder),
+            "CONTAINERS_CONF": str(files.containers),
+            "CONTAINERS_REGISTRIES_CONF": str(files.registries),
+            "REGISTRY_AUTH_FILE": str(files.authfile),
+            **({"XDG_RUNTIME_DIR": str(runtime)} if os.geteuid() and runtime.is_dir() else {}),
+            **({"SSL_CERT_FILE": str(files.ca_bundle)} if files.ca_bundle else {}),
+            # Both spellings: programs disagree on which one counts.
+            **{spelt: value for name, value in proxies for spelt in (name, name.lower())},
+        }
+
+    def _remove_containers(self, job: BuildJob, files: Files) -> None:
+        """Remove the working containers of a run that was ended before it could tidy up.
+
+        Buildah gives them no name that we could choose. They are known by the mount of our folder in their
+        description; where a later Buildah writes that elsewhere, they stay until `buildah rm`.
+        """
+        mark = str(files.folder)
+        for state in self._storage_root().glob("*-containers/*/userdata/buildah.json"):
+            try:
+                ours = mark in state.read_text(errors="replace")
+            except OSError:
+                continue  # somebody else's, and just removed
+            if ours:
+                self._run(["rm", state.parts[-3]], job, files, lambda _: None, timeout=_SHORT)
+
+
+class _Said:
+    """Buildah's output: handed on without its noise, and remembered as far as a failure needs it."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._printed = ""  # the last line of the step's own program
+        self._error = ""  # Buildah's own last words
+
+    def __call__(self, line: str) -> None:
+        """Take one line."""
+        if _NOISE.match(line):
+            return
+        if _STEP.match(line):
+            self._printed = ""
+        elif line.startswith("Error: "):
+            self._error = line
+        elif line.strip():
+            self._printed = line
+        self._output(line)
+
+    def failure(self, code: int, platform: Platform) -> BuilderError:
+        """Return the error for a Buildah that ended with `code`."""
+        if code in _KILLED:
+            message = f"Buildah was killed while it built {platform}."
+            return TryAgain(message, remedy="Most often memory ran out: give the machine or the container more.")
+        match = _FAILED_STEP.match(self._error)
+        if match is None:
+            words = self._error.removeprefix("Error: ") or self._printed or f"exit code {code}"
+            return failure("Buildah", platform, words)
+        said = match["said"]
+        if unknown := _UNKNOWN_INSTRUCTION.search(said):
+            return failure("Buildah", platform, f"the Dockerfile does not parse: unknown instruction {unknown[1]!r}")
+        status = _EXIT_STATUS.fullmatch(said)
+        return failure(
+            "Buildah",
+            platform,
+            f"exit code {status[1]}" if status else said,
+            step=match["step"],
+            output=self._printed if status else "",
+        )

@@ -1,0 +1,40 @@
+"""Which engine runs the Dockerfile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from builder.build.buildah import Buildah
+from builder.build.kaniko import Kaniko
+from builder.errors import InvalidSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from builder.build.engine import Engine
+    from builder.settings import BuildSettings
+
+
+def select_engine(settings: BuildSettings, engines: Sequence[Engine] | None = None) -> Engine:
+    """Return the engine that BUILD_ENGINE names, or the first one that is there.
+
+    Args:
+        settings: BUILD_ENGINE is used.
+        engines: what to choose from, in order; None for Kaniko and Buildah.
+
+    Raises:
+        InvalidSettings: the engine that was asked for is not here, or none is.
+    """
+    candidates = (Kaniko(), Buildah()) if engines is None else engines
+    wanted = settings.build_engine
+    for engine in candidates:
+        if wanted in {"auto", engine.name} and engine.available():
+            return engine
+    ways_out = (
+        "Run in the builder image, which brings Kaniko, or install Buildah (a package of every large distribution)."
+    )
+    if wanted == "auto":
+        message = "No engine is here that could run a Dockerfile: neither Kaniko nor Buildah."
+        raise InvalidSettings(message, remedy=ways_out)
+    message = f"BUILD_ENGINE is {wanted}, and that is not here."
+    raise InvalidSettings(message, remedy=f"{ways_out} BUILD_ENGINE=auto takes what is there.")
