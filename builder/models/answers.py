@@ -27,6 +27,8 @@ from builder.log import masked
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# A store on this machine: a file is gone, or a link leads nowhere or in a circle.
+_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED_STATUS = frozenset({401, 403, 407})
 _GONE_STATUS = frozenset({404, 410})
@@ -138,7 +140,8 @@ def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) ->
     # MLflow says RESOURCE_DOES_NOT_EXIST; a 404 without that is another server's, or a wrong path.
     if code in _GONE_CODES or any(_client_error(one) in _GONE_WORDS for one in chain):
         return gone(f"{failed}.", remedy="Check the name and the version.")
-    if gone is not VersionNotFound and status in _GONE_STATUS:
+    no_file = isinstance(error, OSError) and error.errno in _NO_FILE
+    if gone is not VersionNotFound and (no_file or status in _GONE_STATUS):
         return gone(f"{failed}.", remedy="Log the file again, or register the model again.")
     if _is_no_address(chain):
         return InvalidSettings(f"{failed}.", remedy="MLFLOW_TRACKING_URI is a URI such as https://mlflow.example.com.")

@@ -17,6 +17,7 @@ _DEFAULTS = {
     # Progress is ours to show, and a publisher in a cluster reports to nobody.
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 

@@ -1,0 +1,198 @@
+"""`builder download`: versions as `DEST/<model>/v<N>`, each whole or not at all.
+
+Beside `v<N>` stands `.v<N>.json`, which says what `v<N>` was made from, so that only what is new or changed is
+downloaded. A folder is made under another name and then renamed; nothing here ever removes a version's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages
+from builder.build.template import render as render_templates
+from builder.errors import BuilderError, ExitCode, InvalidVersion, VersionNotFound
+from builder.log import get_logger
+from builder.models.answers import on_disk
+from builder.models.artifacts import find_model_folder
+from builder.models.catalog import Artifact, Catalog
+from builder.models.context import listing_digest, write_context
+from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.reference import repository_component
+from builder.settings import Settings
+
+DOCKERFILE = "Dockerfile"
+SCRIPT = "create_docker_image.sh"
+# Gives the files to add to a version's folder, by name; none where the version has no templates.
+Render = Callable[[ModelVersion, Path], Mapping[str, bytes]]
+State = Literal["new", "changed", "unchanged", "gone", "failed"]
+# Part of what a folder was made from: raised when the same version would come out otherwise.
+_LAYOUT = 1
+_log = get_logger("download")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadResult:
+    """What became of one version.
+
+    Attributes:
+        version: the version.
+        folder: where it is, or would be.
+        state: `gone` is a version that was deleted while this ran, which is no failure.
+        error: why it failed; None where it did not.
+    """
+
+    version: ModelVersion
+    folder: Path
+    state: State
+    error: BuilderError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that this result alone would end the process with."""
+        return int(self.error.exit_code) if self.error else int(ExitCode.OK)
+
+
+def download_all(settings: Settings, destination: Path) -> Iterator[DownloadResult]:
+    """Download what the settings name: one version, a model's tagged versions, or every tagged version.
+
+    Args:
+        settings: MODEL_NAME and MODEL_VERSION narrow it down.
+        destination: the folder to write to; made where it does not exist.
+
+    Raises:
+        VersionNotFound: the one version that was named does not exist.
+        ServiceUnavailable, PermissionRefused: MLflow cannot be asked for the versions.
+    """
+    catalog = MlflowCatalog.from_settings(settings)
+    versions: Iterable[ModelVersion]
+    if settings.model_name and settings.model_version:
+        versions = [catalog.find(settings.model_name, settings.model_version)]
+    else:
+        tagged = catalog.tagged(settings.target_tag)
+        versions = [version for version in tagged if settings.model_name in {"", version.name}]
+    return download(catalog, destination, versions, render=lambda version, folder: rendered(settings, version, folder))
+
+
+def download(
+    catalog: Catalog, destination: Path, versions: Iterable[ModelVersion], *, render: Render
+) -> Iterator[DownloadResult]:
+    """Download versions one after another, and yield what became of each; one that fails does not stop the others.
+
+    Args:
+        catalog: where the versions are.
+        destination: the folder to write to; made where it does not exist.
+        versions: what to download.
+        render: see `Render`.
+    """
+    for version in versions:
+        folder = destination / repository_component(version.name) / f"v{int(version.version)}"
+        try:
+            state = _download(catalog, version, folder, render)
+        except VersionNotFound as error:
+            _log.info("the version was deleted meanwhile", version=str(version), reason=error.what)
+            yield DownloadResult(version=version, folder=folder, state="gone")
+        except BuilderError as error:
+            _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
+            yield DownloadResult(version=version, folder=folder, state="failed", error=error)
+        else:
+            yield DownloadResult(version=version, folder=folder, state=state)
+
+
+def rendered(settings: Settings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
+    """Return a version's Dockerfile and script, made from its own templates; nothing where it has none.
+
+    Args:
+        settings: the base images that templates may stand on.
+        version: the version.
+        folder: its artifacts.
+
+    Raises:
+        InvalidVersion: the templates are wrong.
+    """
+    inputs = Inputs.of(version)
+    templates = folder / inputs.templates_folder
+    if not any((templates / name).is_file() for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)):
+        return {}
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    inputs = inputs.model_copy(update={"model_folder": find_model_folder(paths, inputs)})
+    files = render_templates(
+        folder,
+        template_variables(version, inputs, repository_component(version.name)),
+        templates_folder=inputs.templates_folder,
+        base_images=BaseImages(
+            default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
+        ),
+    )
+    return {DOCKERFILE: files.dockerfile, SCRIPT: files.script}
+
+
+def _download(catalog: Catalog, version: ModelVersion, folder: Path, render: Render) -> State:
+    """Make a version's folder, unless it is there and was made from the same."""
+    artifacts = catalog.artifacts(version)
+    made_from = _made_from(version, artifacts)
+    note = folder.with_name(f".{folder.name}.json")
+    there = folder.is_dir()
+    if there and _noted(note) == made_from:
+        return "unchanged"
+    new = folder.with_name(f".{folder.name}.new")
+    with on_disk(f"write {version} to {str(folder)!r}"):
+        try:
+            write_context(catalog, artifacts, new)
+            _add(new, render(version, new))
+        except BuilderError as error:
+            if not error.retryable:
+                # What was interrupted is taken up again; this would only lie around.
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+        # In this order a process that ends in between leaves what will be made again, never what only looks right.
+        note.unlink(missing_ok=True)
+        _put(new, folder)
+        note.write_text(json.dumps({"made_from": made_from}))
+    return "changed" if there else "new"
+
+
+def _made_from(version: ModelVersion, artifacts: tuple[Artifact, ...]) -> str:
+    what = [_LAYOUT, version.source_id("download"), str(listing_digest(artifacts))]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _noted(note: Path) -> str:
+    """Return what a folder was made from; the empty string where that cannot be told."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads(note.read_text()).get("made_from", ""))
+    return ""
+
+
+def _add(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write rendered files at the top of a version's folder, in the place of artifacts of these names."""
+    for name, content in files.items():
+        path = folder / name
+        if path.is_dir():
+            message = f"The version has a folder {name!r} where a rendered file belongs."
+            raise InvalidVersion(message, remedy="Log that folder under another name, and register again.")
+        path.write_bytes(content)
+        path.chmod(0o755 if path.suffix == ".sh" else 0o644)
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what was there before is removed only when that has worked."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.is_dir():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
