@@ -166,7 +166,7 @@ def test_a_hostile_author_finds_no_secret_of_the_publisher(make, base_image, tmp
     monkeypatch.setenv("DOCKER_CONFIG", str(docker))
     monkeypatch.setenv("HOME", str(docker.parent))
     # A process of the user that a step can become is the one whose environment the kernel would show it.
-    user = {"user": 65534} if os.geteuid() == 0 else {}
+    user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     bystander = subprocess.Popen(["sleep", "300"], env={"PATH": os.environ["PATH"], "X": "publisher-secret"}, **user)
     escape = "import os; os.mkdir('/x'); os.chroot('/x'); os.chdir('../../../../../..'); os.chroot('.')"
     try:
@@ -175,7 +175,7 @@ def test_a_hostile_author_finds_no_secret_of_the_publisher(make, base_image, tmp
             f"RUN cat /proc/*/environ /proc/*/root{tmp_path}/outside {tmp_path}/outside 2>&1 | tr '\\0' '\\n'; true\n"
             f"""RUN python3 -c "{escape}; print(open('{tmp_path}/outside').read())" 2>&1; true\n"""
             "RUN env\n"
-            "USER 65534\n"
+            "USER 65534:65534\n"
             "RUN cat /proc/*/environ 2>&1 | tr '\\0' '\\n'; true\n"
         )
     finally:
