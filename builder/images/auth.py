@@ -21,7 +21,8 @@ from builder.images.credentials import Credential
 from builder.images.descriptor import Malformed, from_bytes
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_SCHEME = re.compile(rf"[\s,]*({_WORD})(?=\s+{_WORD}\s*=|\s*,|\s*$)")
+# A scheme, perhaps with a value of its own (Negotiate's), and then its parameters or the next scheme.
+_SCHEME = re.compile(rf"[\s,]*({_WORD})(?:\s+[A-Za-z0-9._~+/-]+=*(?=\s*(?:,|$))|(?=\s+{_WORD}\s*=|\s*,|\s*$))")
 _PARAMETER = re.compile(rf'[\s,]*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
 _CLIENT = "model-image-builder"
 # A token that says nothing of its end holds 60 s by the specification; one is renewed before it ends.

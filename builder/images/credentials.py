@@ -100,12 +100,12 @@ class Credentials:
             raise InvalidSettings(message, remedy="credHelpers and credsStore hold the part after docker-credential-.")
         try:
             code, output, complaint = _run([program, "get"], server, self._helper_timeout)
-        except OSError as error:
-            message = f"DOCKER_CONFIG's config.json names the credential helper {program!r}, which cannot be run."
-            raise InvalidSettings(message, remedy="Install it on PATH, or name no helper for this host.") from error
         except TimeoutError as error:
             message = f"The credential helper {program!r} took more than {self._helper_timeout:g} s for {server}."
             raise PermissionRefused(message, remedy=f"See what `{program} get` waits for.") from error
+        except OSError as error:
+            message = f"DOCKER_CONFIG's config.json names the credential helper {program!r}, which cannot be run."
+            raise InvalidSettings(message, remedy="Install it on PATH, or name no helper for this host.") from error
         if code and "credentials not found" in output:
             return None
         # What it printed may be half of a credential.

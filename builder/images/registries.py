@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 import threading
 from collections.abc import Iterable, Mapping
@@ -145,12 +146,19 @@ class _Routes(httpx.BaseTransport):
 
 def _through(name: str, address: str, context: ssl.SSLContext) -> httpx.HTTPTransport:
     try:
-        proxy = httpx.Proxy(address if "://" in address else f"http://{address}", ssl_context=context)
-        return httpx.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS, proxy=proxy)
+        proxy = _proxy(address, context)
     except (ValueError, httpx.InvalidURL):
         # The address may hold a password, so neither it nor the cause is shown.
         message = f"{name} is not the address of a proxy that can be used."
         raise InvalidSettings(message, remedy="It is a URL such as http://proxy.example.com:3128.") from None
+    return httpx.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS, proxy=proxy)
+
+
+def _proxy(address: str, context: ssl.SSLContext) -> httpx.Proxy:
+    url = httpx.URL(address if "://" in address else f"http://{address}")
+    if url.scheme not in {"http", "https"} or not re.fullmatch(r"[A-Za-z0-9._:-]+", url.host):
+        raise ValueError
+    return httpx.Proxy(url, ssl_context=context if url.scheme == "https" else None)
 
 
 def _context(bundle: Path | None) -> ssl.SSLContext:
