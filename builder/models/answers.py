@@ -164,6 +164,21 @@ def _status(chain: list[BaseException]) -> int | None:
             return status
         if match := _STATUS_IN_TEXT.search(str(one)):
             return int(match[1] or match[2])
+    return next((status for one in chain if (status := _status_in_frames(one))), None)
+
+
+def _status_in_frames(error: BaseException) -> int | None:
+    """Return the status of the response that an exception was raised over.
+
+    Where the body is JSON, even of a gateway's making, MLflow raises with what it reads there and drops the status:
+    the response is then found only in the function that raised.
+    """
+    step = error.__traceback__
+    while step:
+        status = getattr(step.tb_frame.f_locals.get("response"), "status_code", None)
+        if isinstance(status, int):
+            return status
+        step = step.tb_next
     return None
 
 

@@ -68,7 +68,8 @@ class Shelf:
         try:
             self.client.create_registered_model(name)
         except mlflow.MlflowException as error:
-            assert error.error_code == "RESOURCE_ALREADY_EXISTS"
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         made = self.client.create_model_version(name, source=source, tags=dict(tags or {}), **more)
         return self.catalog.find(name, str(made.version))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from builder.errors import InvalidVersion, VersionNotFound
 from builder.models.artifacts import find_model_folder
@@ -142,7 +144,7 @@ def test_a_run_that_is_gone_is_said(shelf, model, monkeypatch):
 def test_an_artifact_that_is_gone_is_said(any_shelf, model, tmp_path):
     version = any_shelf.in_run((model, "mymodel"))
     artifact = any_shelf.catalog.artifacts(version)[0].model_copy(update={"remote": "mymodel/nowhere"})
-    with pytest.raises(InvalidVersion, match="could not download|Could not download"):
+    with pytest.raises(InvalidVersion, match="Could not download"):
         any_shelf.catalog.download(artifact, tmp_path / "file")
     assert not list(tmp_path.glob("*file*"))
 
@@ -201,10 +203,6 @@ def test_a_link_to_its_own_folder_ends(file_shelf, model):
 
 
 def file_shelf_path(uri):
-    from mlflow.utils.file_utils import local_file_uri_to_path
-
-    from pathlib import Path
-
     return Path(local_file_uri_to_path(uri))
 
 

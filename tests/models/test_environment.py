@@ -1,0 +1,83 @@
+"""What MLflow's client, requests and boto3 are told through the process's environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from builder.errors import BuilderError
+from builder.models.mlflow_catalog import MlflowCatalog
+from builder.settings import CatalogSettings
+from tests.models.http_answers import Answers, answering_server
+from tests.servers.certificates import for_loopback, self_signed
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    """Take back whatever a test exports."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def settings(**values):
+    return CatalogSettings.from_environ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:1", **values})
+
+
+def test_secrets_of_mlflow_come_from_files_too(tmp_path):
+    for name, value in {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "hunter2222"}.items():
+        (tmp_path / name).write_text(f"{value}\n")
+    answers = Answers(status=404)
+    with answering_server(answers) as uri:
+        catalog = MlflowCatalog.from_settings(settings(MLFLOW_TRACKING_URI=uri, SECRETS_DIR=str(tmp_path)))
+        with pytest.raises(BuilderError):
+            catalog.find("m", "1")
+    assert answers.headers[0]["Authorization"] == "Basic bWU6aHVudGVyMjIyMg=="
+
+
+def test_a_private_ca_is_trusted_by_its_one_setting(tmp_path, monkeypatch):
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    authority = self_signed(tmp_path, "authority")
+    certificate = for_loopback(tmp_path, authority)
+    with answering_server(Answers(status=403), certificate.path, certificate.key_path) as uri:
+        catalog = MlflowCatalog.from_settings(settings(MLFLOW_TRACKING_URI=uri, SSL_CERT_FILE=str(authority.path)))
+        with pytest.raises(BuilderError) as raised:
+            catalog.find("m", "1")
+    assert type(raised.value).__name__ == "PermissionRefused"
+    assert os.environ["AWS_CA_BUNDLE"] == str(authority.path)
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/theirs")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    ours = "/etc/hostname"
+    MlflowCatalog.from_settings(settings(SSL_CERT_FILE=ours, HTTPS_PROXY="http://proxy:1"))
+    assert os.environ["REQUESTS_CA_BUNDLE"] == "/theirs"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
+    assert os.environ["HTTPS_PROXY"] == "http://proxy:1"
+
+
+def test_dominos_key_does_not_follow_a_redirect_to_another_host():
+    elsewhere = Answers()
+    with answering_server(elsewhere) as other, answering_server(Answers(status=307, location=other)) as uri:
+        values = {"DOMINO_USER_API_KEY": "domino-api-key", "DOMINO_RUN_ID": "run-id-123"}
+        catalog = MlflowCatalog.from_settings(settings(MLFLOW_TRACKING_URI=uri, **values))
+        with pytest.raises(BuilderError):
+            catalog.find("m", "1")
+    assert elsewhere.headers == []
+
+
+def test_mlflow_is_imported_when_a_catalog_is_asked():
+    script = """
+import sys
+import builder.models.mlflow_catalog, builder.models.context, builder.models.outcome, builder.models.register
+builder.models.mlflow_catalog.MlflowCatalog("http://127.0.0.1:1")
+print(sorted({"mlflow", "requests", "boto3"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
