@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,31 +13,27 @@ from builder import cli
 from builder.errors import BuilderError, ExitCode, Terminated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import FrameType
 
 
 def main() -> None:
     """Run the command line, and end the process with its exit code."""
-    with reserved_stdout() as stdout:
-        code = run(sys.argv[1:], os.environ, stdout)
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:], os.environ))
 
 
-def run(arguments: Sequence[str], environ: Mapping[str, str], stdout: TextIO) -> int:
+def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command and return the exit code (sysexits).
 
     Args:
         arguments: the command line, without the program's name.
         environ: the environment.
-        stdout: where the command's product goes: a digest reference, a plan, a version's number.
     """
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, _terminated)
-    context = cli.Invocation(environ=environ, stdout=stdout)
+    context = cli.Invocation(environ=environ)
     try:
         code = cli.builder.main(list(arguments), prog_name="builder", standalone_mode=False, obj=context)
-        stdout.flush()
     except click.UsageError as error:
         error.show(sys.stderr)
         return ExitCode.USAGE
@@ -50,26 +45,11 @@ def run(arguments: Sequence[str], environ: Mapping[str, str], stdout: TextIO) ->
         return error.exit_code
     except BrokenPipeError:
         # Whoever read our stdout has gone; there is nobody to tell.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return ExitCode.TEMPORARY
     except Exception as error:  # noqa: BLE001 - whatever was not caught is a defect of ours, and says so
         context.defect(error)
         return ExitCode.SOFTWARE
     return int(code or 0)
-
-
-@contextmanager
-def reserved_stdout() -> Iterator[TextIO]:
-    """Give a stream to the process's stdout, and send everything else that is printed to stderr.
-
-    A library that prints (MLflow does) must not get between a script and the digest reference it reads.
-    """
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    with os.fdopen(kept, "w", encoding="utf-8") as stream:
-        yield stream
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:

@@ -6,12 +6,14 @@ Heavy modules are imported where a command needs them, so that `builder --help` 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -19,7 +21,7 @@ from builder import __version__
 from builder.errors import ExitCode, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from builder.publish import Published
     from builder.settings import CommonSettings
@@ -35,7 +37,24 @@ class Invocation:
     """One run of the program: its environment, where its product goes, and how it says what failed."""
 
     environ: Mapping[str, str]
-    stdout: TextIO
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
+
+    @contextmanager
+    def reserved_stdout(self) -> Iterator[None]:
+        """Keep the process's stdout for the command's product, and send everything else that is printed to stderr.
+
+        A library that prints (MLflow does) must not get between a script and the digest reference it reads.
+        """
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            with os.fdopen(os.dup(kept), "w", encoding="utf-8") as self.stdout:
+                yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
 
     def settings(self, kind: type[S], require: tuple[str, ...] = (), **overrides: object) -> S:
         """Return the settings of one kind, and send logs where they say."""
@@ -87,8 +106,19 @@ class Invocation:
 _pass = click.make_pass_decorator(Invocation)
 
 
+class _Command(click.Command):
+    """A command that has stdout for its product alone; its help is printed before that."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # what the command returns
+        """Run the command."""
+        with ctx.find_object(Invocation).reserved_stdout():  # type: ignore[union-attr] # `run` always gives one
+            return super().invoke(ctx)
+
+
 class _Group(click.Group):
     """A group that lists its commands in the order of a publish, not of the alphabet."""
+
+    command_class = _Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
@@ -171,7 +201,7 @@ def plan(
 @_again
 @_pass
 def fetch(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
-    """First phase: download the artifacts, render the Dockerfile, write the plan."""
+    """Phase 1: artifacts, Dockerfile and plan into the workspace."""
     from builder import publish as story
     from builder.settings import Settings
     from builder.show import download_progress
@@ -184,8 +214,9 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
 @builder.command()
 @_pass
 def build(invocation: Invocation) -> None:
-    """Second phase: run the Dockerfile for each platform into image layouts.
+    """Phase 2: run the Dockerfile for each platform.
 
+    It leaves an OCI image layout for each in the workspace.
     A Dockerfile that fails is written to the workspace and recorded by push; this command then still exits with 0.
     """
     from builder import publish as story
@@ -197,7 +228,7 @@ def build(invocation: Invocation) -> None:
 @builder.command()
 @_pass
 def push(invocation: Invocation) -> None:
-    """Third phase: push the layouts, move the tag, record the outcome."""
+    """Phase 3: push the layouts, move the tag, record it."""
     from builder import publish as story
     from builder.settings import Settings
 
@@ -242,16 +273,20 @@ def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: boo
 @click.option("--version", "version", help="Only this version of it; it need not carry the target tag.")
 @_pass
 def download(invocation: Invocation, destination: Path, name: str | None, version: str | None) -> int:
-    """Write tagged versions to DESTINATION/<model>/v<N>, with a rendered Dockerfile and script."""
+    """Write tagged versions to a folder, templates rendered.
+
+    Each becomes DESTINATION/<model>/v<N>, whole or not at all; only what is new or changed is downloaded. The folders
+    that were written are printed.
+    """
     from builder import show
-    from builder.download import download_versions
+    from builder.download import download_all
     from builder.settings import Settings
 
     settings = invocation.settings(Settings, MODEL_NAME=name, MODEL_VERSION=version)
     results = []
-    for result in download_versions(settings, destination):
+    for result in download_all(settings, destination):
         results.append(result)
-        if not result.error:
+        if result.state in {"new", "changed"}:
             invocation.product(str(result.folder))
     show.downloads(results)
     return max((result.exit_code for result in results), default=0)
@@ -271,10 +306,16 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
 @click.option("--experiment", default="", help="Experiment of the run that holds the artifacts.")
 @click.option("--select/--no-select", default=True, show_default=True, help="Set the target tag.")
 @_pass
-def register(invocation: Invocation, *, name: str, model: Path, **options: object) -> None:
-    """Register a saved model in the layout and with the tags that publishing needs; prints the version."""
+def register(invocation: Invocation, /, model: Path, **options: Any) -> None:  # what the options above are named
+    """Register a saved model, ready to be published.
+
+    Its folder, the client and the templates are checked, logged in the layout that publishing reads, and registered
+    with the tags it needs. The version's number is printed.
+    """
     from builder.models.register import register as run
+    from builder.rendering import rendered
     from builder.settings import CatalogSettings
 
-    version = run(invocation.settings(CatalogSettings), name=name, model=model, **options)
+    settings = invocation.settings(CatalogSettings)
+    version = run(settings, model, check_templates=lambda *found: rendered(settings, *found), **options)
     invocation.product(version.version)

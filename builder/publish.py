@@ -25,6 +25,7 @@ from builder.models.context import Progress, content_digest, listing_digest, wri
 from builder.models.version import ModelVersion
 from builder.plan import Plan, PlatformPlan
 from builder.reference import Digest, Platform, Reference, Repository
+from builder.rendering import rendered
 from builder.settings import BuildSettings, CommonSettings, Settings
 from builder.survey import (
     Services,
@@ -33,7 +34,6 @@ from builder.survey import (
     connected,
     existing_image,
     find,
-    rendered,
     survey,
 )
 from builder.workspace import BuildResult, Workspace
@@ -140,7 +140,8 @@ def fetch(
             log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
             write_context(services.catalog, artifacts, workspace.context, progress=progress)
             content = content_digest(workspace.context)
-            dockerfile = rendered(settings, version, artifacts, workspace.context).dockerfile
+            paths = [artifact.path for artifact in artifacts]
+            dockerfile = rendered(settings, version, workspace.context, paths).dockerfile
             plan = plan.model_copy(update={"artifacts": artifacts, "content_digest": content})
             plan = completed(services, plan, dockerfile)
             workspace.write_dockerfile(dockerfile)

@@ -237,7 +237,7 @@ class BuildSettings(CommonSettings):
 
 
 class CatalogSettings(CommonSettings):
-    """What talks to MLflow needs."""
+    """What finds versions on MLflow and reads what they ask for needs."""
 
     mlflow_tracking_uri: str = _setting(
         "MLFLOW_TRACKING_URI",
@@ -258,12 +258,31 @@ class CatalogSettings(CommonSettings):
         "EXTERNAL_TARGET_PLTR_FOUNDRY",
         form="a tag's name of letters, digits, '_', '-' and '.'",
     )
+    base_image: str = _setting(
+        "BASE_IMAGE",
+        "Base of the default template; `{python_version}` is the model's.",
+        "docker.io/library/python:{python_version}-slim",
+        form="an image reference; the only field it may have is {python_version}",
+    )
+    allowed_base_images: Annotated[tuple[str, ...], _LIST] = _setting(
+        "ALLOWED_BASE_IMAGES",
+        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for.",
+        (),
+        shown="none",
+    )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 
     @field_validator("target_tag")
     @classmethod
     def _target_tag_is_a_tag(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", value):
+            raise ValueError
+        return value
+
+    @field_validator("base_image")
+    @classmethod
+    def _base_image_has_known_fields(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._/:@-]+", value.replace("{python_version}", "3")):
             raise ValueError
         return value
 
@@ -308,31 +327,12 @@ class Settings(CatalogSettings, BuildSettings):
     build_method: Literal["auto", "dockerfile"] = _setting(
         "BUILD_METHOD", "How the image is made: `auto` or `dockerfile`.", "auto", form="auto or dockerfile"
     )
-    base_image: str = _setting(
-        "BASE_IMAGE",
-        "Base of the default template; `{python_version}` is the model's.",
-        "docker.io/library/python:{python_version}-slim",
-        form="an image reference; the only field it may have is {python_version}",
-    )
-    allowed_base_images: Annotated[tuple[str, ...], _LIST] = _setting(
-        "ALLOWED_BASE_IMAGES",
-        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for.",
-        (),
-        shown="none",
-    )
     sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
         "SWEEP_ATTEMPTS",
         "How often a sweep tries a version that fails before it waits for a change of it.",
         3,
         form="a positive number",
     )
-
-    @field_validator("base_image")
-    @classmethod
-    def _base_image_has_known_fields(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9._/:@-]+", value.replace("{python_version}", "3")):
-            raise ValueError
-        return value
 
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from builder.log import get_logger
 
 if TYPE_CHECKING:
+    from builder.download import DownloadResult
     from builder.models.context import Progress
     from builder.plan import Plan
     from builder.sweep import Swept
@@ -74,6 +75,22 @@ def sweep(swept: Sequence[Swept]) -> None:
     _table(
         ("model", "version", "state", "detail"),
         [(r.version.name, r.version.version, r.state, str(r.reference or r.detail)) for r in swept],
+        ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag",
+    )
+
+
+def downloads(results: Sequence[DownloadResult]) -> None:
+    """Show a download's summary: a table on a terminal, one log line elsewhere."""
+    counts = Counter(result.state for result in results)
+    if not sys.stderr.isatty():
+        log.info("downloaded", versions=len(results), states=dict(counts))
+        return
+    _table(
+        ("model", "version", "state", "detail"),
+        [
+            (r.version.name, r.version.version, r.state, r.error.one_line() if r.error else str(r.folder))
+            for r in results
+        ],
         ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag",
     )
 

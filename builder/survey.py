@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from builder.build.dockerfile import Dockerfile
 from builder.build.engines import select_engine
-from builder.build.template import BaseImages, Rendered, render
 from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.images.existing import published as read_published
 from builder.images.existing import resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
 from builder.images.registries import Registries
+from builder.images.retry import Patience
 from builder.log import get_logger
-from builder.models.artifacts import find_model_folder
-from builder.models.catalog import Artifact, Catalog
+from builder.models.catalog import Catalog
 from builder.models.context import listing_digest, sketch_context
 from builder.models.mlflow_catalog import MlflowCatalog
-from builder.models.version import Inputs, ModelVersion, check_version_text, template_variables, wanted_platforms
+from builder.models.version import Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.plan import Base, Plan, decide
 from builder.reference import Platform, Reference, repository_component
+from builder.rendering import rendered
 from builder.settings import Settings
 
 log = get_logger("survey")
@@ -31,10 +31,17 @@ log = get_logger("survey")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """The clients that everything here talks through."""
+    """The clients that everything here talks through.
+
+    Attributes:
+        catalog: the model registry.
+        registries: where images go, and what stands there.
+        bases: the registries of base images, which an engine may reach another way: they are not waited for.
+    """
 
     catalog: Catalog
     registries: Registries
+    bases: Registries
 
 
 @contextmanager
@@ -42,7 +49,8 @@ def connected(settings: Settings) -> Iterator[Services]:
     """Give clients for MLflow and for registries, and close them afterwards."""
     with ExitStack() as stack:
         registries = stack.enter_context(Registries.from_settings(settings))
-        yield Services(catalog=MlflowCatalog.from_settings(settings), registries=registries)
+        bases = stack.enter_context(Registries.from_settings(settings, patience=Patience(attempts=2, deadline=20)))
+        yield Services(catalog=MlflowCatalog.from_settings(settings), registries=registries, bases=bases)
 
 
 def find(settings: Settings, services: Services) -> ModelVersion:
@@ -107,34 +115,11 @@ def preview(settings: Settings, *, force: bool = False, rebuild: bool = False, c
         if plan.builds:
             with tempfile.TemporaryDirectory(prefix="builder-plan-") as folder:
                 sketch_context(services.catalog, version, plan.artifacts, Path(folder))
-                plan = completed(services, plan, rendered(settings, version, plan.artifacts, Path(folder)).dockerfile)
+                paths = [artifact.path for artifact in plan.artifacts]
+                plan = completed(services, plan, rendered(settings, version, Path(folder), paths).dockerfile)
         if check_push:
             services.registries.for_host(plan.reference.repository.host).check_push(plan.reference.repository)
     return plan
-
-
-def rendered(settings: Settings, version: ModelVersion, artifacts: Sequence[Artifact], context: Path) -> Rendered:
-    """Return what a version's templates come to.
-
-    Args:
-        settings: REGISTRY_URL, BASE_IMAGE and ALLOWED_BASE_IMAGES are used.
-        version: the model version.
-        artifacts: the listing of its context.
-        context: the folder they are in.
-
-    Raises:
-        InvalidVersion: the templates cannot be rendered, or there are none and no requirements either.
-    """
-    inputs = Inputs.of(version)
-    inputs = inputs.model_copy(update={"model_folder": find_model_folder((a.path for a in artifacts), inputs)})
-    return render(
-        context,
-        template_variables(version, inputs, repository_component(version.name)),
-        templates_folder=inputs.templates_folder,
-        base_images=BaseImages(
-            default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
-        ),
-    )
 
 
 def completed(services: Services, plan: Plan, dockerfile: bytes) -> Plan:
@@ -160,7 +145,7 @@ def changes(services: Services, plan: Plan) -> list[str]:
         return found
     try:
         reference = Reference.parse(name)
-        base = services.registries.for_host(reference.repository.host).manifest(reference)
+        base = services.bases.for_host(reference.repository.host).manifest(reference)
     except BuilderError as error:
         log.info("the base image could not be looked up", base=name, error=error.one_line())
         return found
@@ -197,7 +182,7 @@ def _base(services: Services, name: str | None, platform: Platform) -> Base | No
         return None
     try:
         reference = Reference.parse(name)
-        found = resolve_base(services.registries.for_host(reference.repository.host), reference, platform)
+        found = resolve_base(services.bases.for_host(reference.repository.host), reference, platform)
     except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
         # The engine may still reach it, with a credential of its own.
         log.warning("the base image could not be looked up", base=name, error=error.one_line())

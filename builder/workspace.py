@@ -143,7 +143,8 @@ class Workspace:
         try:
             return Plan.model_validate_json(_read_regular(path, _MOST_PLAN_BYTES))
         except (OSError, ValidationError, BuilderError) as error:
-            message = f"The workspace {self.folder} has no plan that can be read: {one_line(str(error), 200)}."
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            message = f"The workspace {self.folder} has no plan that can be read: {one_line(why, 200)}."
             raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
 
     def write_result(self, result: BuildResult) -> None:
