@@ -15,7 +15,7 @@ setup: ## install what the other targets need: Debian packages (as root) and .ve
 
 demo: ## register, publish and run two real models, with real servers, from nothing
 	@scripts/setup.sh demo
-	@$(python) examples/demo.py
+	@$(python) -m examples.demo
 
 test: ## run all tests; coverage is reported before the summary (PYTEST_ADDOPTS is taken)
 	@scripts/setup.sh test

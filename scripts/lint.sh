@@ -14,7 +14,7 @@ check ruff check --quiet .
 check ruff format --check --quiet .
 check mypy --no-error-summary
 check lint-imports --no-logo
-check python -m scripts.settings_table --check
+[ ! -f scripts/settings_table.py ] || check python -m scripts.settings_table --check
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -1,0 +1,103 @@
+"""What the demo finds on this machine: where images come from, what runs them, what can be emulated."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.launch import Program
+
+# The one image that is asked for to see whether images can be pulled here.
+_PULLED = "docker.io/library/python"
+_PULL_TIMEOUT = "8s"
+_MOST = 1024
+
+
+def native_platform() -> str:
+    """Return this machine's platform, as images name it."""
+    name = platform.machine().lower()
+    return f"linux/{({'x86_64': 'amd64', 'aarch64': 'arm64'}).get(name, name)}"
+
+
+def emulated_platform() -> str | None:
+    """Return the other common platform, if the kernel starts its programs through an emulator; None if it does not."""
+    name, emulator = ("amd64", "x86_64") if native_platform() == "linux/arm64" else ("arm64", "aarch64")
+    try:
+        enabled = Path(f"/proc/sys/fs/binfmt_misc/qemu-{emulator}").read_text().startswith("enabled")
+    except OSError:
+        return None
+    return f"linux/{name}" if enabled else None
+
+
+def pulled_base() -> str | None:
+    """Return the base image's reference, with the Python version left open, if it can be pulled here."""
+    command = ["skopeo", f"--command-timeout={_PULL_TIMEOUT}", "inspect", "--raw", f"docker://{_PULLED}:3.11-slim"]
+    done = subprocess.run(command, check=False, capture_output=True)
+    return None if done.returncode else f"{_PULLED}:{{python_version}}-slim"
+
+
+def container_runners() -> list[list[str]]:
+    """Return the ways to run a container here, the first choice first: a plain one may not work everywhere."""
+    found = []
+    if shutil.which("podman"):
+        # Where a process may not raise its limits, or both versions of cgroups are mounted, crun fails before the
+        # container starts. runc does not, with limits that are surely below ours.
+        limits = [
+            f"--ulimit={name}={most}:{most}"
+            for name, most in (("nofile", _limit(resource.RLIMIT_NOFILE)), ("nproc", _limit(resource.RLIMIT_NPROC)))
+        ]
+        found += [["podman", "run"], ["podman", "run", "--runtime=runc", *limits]]
+    if shutil.which("docker"):
+        found.append(["docker", "run"])
+    return found
+
+
+def pip_configuration() -> dict[str, str]:
+    """Return PIP_CONFIG_FILE where this machine has a pip.conf, so that RUN steps find their packages as it does."""
+    named = os.environ.get("PIP_CONFIG_FILE")
+    found = next((path for path in (named, "/etc/pip.conf") if path and Path(path).is_file()), None)
+    return {"PIP_CONFIG_FILE": found} if found else {}
+
+
+def registry(folder: Path, port: int) -> Program:
+    """Return a registry that keeps its content in `folder`."""
+    (folder / "registry.yml").write_text(
+        "version: 0.1\n"
+        f"storage: {{filesystem: {{rootdirectory: {folder / 'registry'}}}, delete: {{enabled: true}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}'}}\n"
+    )
+    return Program(
+        name="registry",
+        kind="registry",
+        argv=("docker-registry", "serve", str(folder / "registry.yml")),
+        port=port,
+        ready=f"http://127.0.0.1:{port}/v2/",
+        folder=folder,
+    )
+
+
+def mlflow(folder: Path, port: int, *options: str) -> Program:
+    """Return an MLflow server; without `options` it has a database, and hands on artifacts itself, in `folder`."""
+    defaults = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
+    defaults += ("--artifacts-destination", str(folder / "artifacts"))
+    command = (sys.executable, "-m", "mlflow", "server", "--workers", "1")
+    return Program(
+        name="mlflow",
+        kind="python",
+        argv=(*command, "--host", "{listen}", "--port", str(port), *(options or defaults)),
+        port=port,
+        ready=f"http://127.0.0.1:{port}/health",
+        folder=folder,
+        # The job runner's five processes would cost more than the server, and nothing here asks for a job.
+        environ={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+    )
+
+
+def _limit(which: int) -> int:
+    hard = resource.getrlimit(which)[1]
+    return _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
