@@ -44,8 +44,8 @@ def render_in_process(source: str, variables: Mapping[str, Value]) -> str:
         TemplateProblem: it cannot be rendered.
     """
     # Imported here, since most commands render nothing.
-    from jinja2 import StrictUndefined, TemplateSyntaxError  # noqa: PLC0415
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+    from jinja2 import StrictUndefined, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     # What comes out is a Dockerfile, in which HTML's escapes would be errors. There is no loader, so that a template
     # reads no other file.
