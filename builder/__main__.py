@@ -43,8 +43,8 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except BuilderError as error:
         context.failed(type(error).__name__, error.what, error.remedy, error.exit_code)
         return error.exit_code
-    except BrokenPipeError:
-        # Whoever read our stdout has gone; there is nobody to tell.
+    except SystemExit:
+        # click's way to say that whoever read our stdout has gone; there is nobody to tell.
         return ExitCode.TEMPORARY
     except Exception as error:  # noqa: BLE001 - whatever was not caught is a defect of ours, and says so
         context.defect(error)

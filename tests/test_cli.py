@@ -1,0 +1,224 @@
+"""The program as its users run it: a process with an environment, stdout, stderr and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from builder.errors import ExitCode
+from tests.versions import MLMODEL, register, seed_layout
+
+COPIES = "FROM {base}\nCOPY $model_folder /app/$model_folder\nUSER 10001\n"
+
+
+@pytest.fixture
+def builder(mlflow_server, registry, tmp_path):
+    """Run `python -m builder`; gives the finished process."""
+    base = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "MLFLOW_TRACKING_URI": mlflow_server.uri,
+        "REGISTRY_URL": f"{registry.host}/cli",
+    }
+
+    def run(*arguments, **environ):
+        return subprocess.run(
+            [sys.executable, "-m", "builder", *arguments],
+            check=False, text=True, capture_output=True, env={**base, **environ}, timeout=120,
+        )  # fmt: skip
+
+    run.environ = base
+    return run
+
+
+def bare(*arguments, **environ):
+    return subprocess.run(
+        [sys.executable, "-m", "builder", *arguments],
+        check=False, text=True, capture_output=True, env={"PATH": os.environ["PATH"], **environ}, timeout=60,
+    )  # fmt: skip
+
+
+def failure(done):
+    """Return the last line of stderr, which says what failed."""
+    return json.loads(done.stderr.strip().splitlines()[-1])
+
+
+COMMANDS = ("publish", "plan", "fetch", "build", "push", "sweep", "download", "register")
+
+
+def test_help_goes_to_stdout_and_lists_every_command():
+    done = bare("--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    done = bare(command, "--help")
+    assert done.returncode == 0
+    assert f"builder {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["publis"], ["publish", "--frobnicate"], ["publish", "a", "1", "b"], ["download"], ["register"]]
+)
+def test_a_wrong_command_line_is_usage(arguments):
+    done = bare(*arguments)
+    assert done.returncode == ExitCode.USAGE
+    assert done.stdout == ""
+    assert "builder" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["publish"], ["plan"], ["fetch"], ["push"], ["sweep"], ["download", "x"]])
+def test_missing_settings_are_said_at_once(command):
+    done = bare(*command)
+    assert done.returncode == ExitCode.CONFIG
+    assert done.stdout == ""
+    assert {"MLFLOW_TRACKING_URI", "REGISTRY_URL"} <= set(failure(done)["what"].replace(":", " ").split())
+
+
+def test_an_error_on_a_terminal_is_for_people():
+    done = bare("publish", LOG_FORMAT="text")
+    assert done.stderr.startswith("error: The settings cannot be used")
+    assert "\n  what to do: " in done.stderr
+
+
+def test_publish_prints_the_digest_reference_and_nothing_else(builder, mlflow_server, base_image, crane, tmp_path):
+    model = register(mlflow_server.uri, seed_layout(base_image, COPIES))
+    message = tmp_path / "termination-log"
+    message.touch()
+    done = builder("publish", model.name, model.version, TERMINATION_LOG=str(message))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert crane("digest", line).strip() == line.partition("@")[2]
+    assert json.loads(message.read_text()) == {
+        "state": "published",
+        "image": line,
+        "tag": f"{builder.environ['REGISTRY_URL']}/{model.name}:v1",
+        "platforms": ["linux/amd64"],
+        "changed": True,
+    }
+    assert all(json.loads(each)["event"] for each in done.stderr.splitlines() if each.startswith("{"))
+    again = builder("publish", MODEL_NAME=model.name, MODEL_VERSION=model.version)
+    assert again.stdout == done.stdout
+
+
+def test_the_three_phases_hand_over_through_the_workspace(builder, mlflow_server, base_image, tmp_path):
+    model = register(mlflow_server.uri, seed_layout(base_image, COPIES))
+    workspace = {"BUILDER_WORKSPACE": str(tmp_path / "w")}
+    fetched = builder("fetch", model.name, model.version, **workspace)
+    assert (fetched.returncode, fetched.stdout) == (0, ""), fetched.stderr
+    # The build phase is told of neither MLflow nor the registry.
+    built = bare("build", **workspace, HOME=str(tmp_path))
+    assert (built.returncode, built.stdout) == (0, ""), built.stderr
+    pushed = builder("push", **workspace)
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith(f"{builder.environ['REGISTRY_URL']}/{model.name}@sha256:")
+
+
+def test_a_failed_build_exits_0_and_push_exits_73(builder, mlflow_server, base_image, tmp_path):
+    model = register(mlflow_server.uri, seed_layout(base_image, "FROM {base}\nRUN echo the-reason >&2; false\n"))
+    workspace = {"BUILDER_WORKSPACE": str(tmp_path / "w")}
+    assert builder("fetch", model.name, model.version, **workspace).returncode == 0
+    assert bare("build", **workspace, HOME=str(tmp_path)).returncode == 0
+    message = tmp_path / "termination-log"
+    message.touch()
+    pushed = builder("push", **workspace, TERMINATION_LOG=str(message))
+    assert pushed.returncode == ExitCode.CANNOT_CREATE
+    assert pushed.stdout == ""
+    assert failure(pushed)["exit_code"] == 73
+    assert json.loads(message.read_text())["state"] == "failed"
+    assert model.outcome()["state"] == "failed"
+
+
+@pytest.mark.parametrize("phase", ["build", "push"])
+def test_a_phase_without_the_one_before_it_says_so(builder, phase, tmp_path):
+    done = builder(phase, BUILDER_WORKSPACE=str(tmp_path))
+    assert done.returncode == ExitCode.USAGE
+    assert "builder fetch" in failure(done)["remedy"]
+
+
+def test_plan_is_for_people_and_for_programs(builder, mlflow_server, base_image):
+    model = register(mlflow_server.uri, seed_layout(base_image, COPIES))
+    done = builder("plan", model.name, model.version)
+    assert done.returncode == 0, done.stderr
+    assert "nothing stands under the tag" in done.stdout
+    assert f"  FROM {base_image}" in done.stdout
+    planned = json.loads(builder("plan", "--json", model.name, model.version).stdout)
+    assert planned["action"] == "publish"
+    assert planned["platforms"][0]["platform"] == "linux/amd64"
+
+
+def test_no_such_version(builder):
+    done = builder("publish", "nobody", "1")
+    assert done.returncode == ExitCode.NO_INPUT
+    assert "nobody" in failure(done)["what"]
+
+
+def test_no_secret_is_printed(builder, mlflow_server, base_image):
+    model = register(mlflow_server.uri, seed_layout(base_image, COPIES))
+    done = builder(
+        "publish", model.name, model.version,
+        REGISTRY_USER="me", REGISTRY_TOKEN="t0k3n-of-mine", MLFLOW_TRACKING_PASSWORD="passw0rd-of-mine",
+        MLFLOW_TRACKING_USERNAME="me", LOG_LEVEL="debug",
+    )  # fmt: skip
+    assert "of-mine" not in done.stderr + done.stdout
+
+
+def test_sigterm_ends_the_engine_first(builder, mlflow_server, base_image, tmp_path):
+    model = register(mlflow_server.uri, seed_layout(base_image, "FROM {base}\nRUN echo it-runs; exec sleep 1000\n"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "builder", "publish", model.name, model.version],
+        env={**builder.environ, "BUILDER_WORKSPACE": str(tmp_path / "w")},
+        text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        for line in process.stderr:
+            if "it-runs" in line and '"RUN' not in line and "STEP" not in line:
+                break
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.TEMPORARY
+    assert stdout == ""
+    assert time.monotonic() - began < 25
+    sleeping = subprocess.run(["pgrep", "-f", "^sleep 1000$"], check=False, capture_output=True, text=True)
+    assert sleeping.stdout == ""
+
+
+def test_register_prints_the_version(builder, tmp_path, base_image):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "MLmodel").write_text(MLMODEL)
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "app.py").write_text("print(1)\n")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "Dockerfile.template").write_text(COPIES.format(base=base_image))
+    arguments = ("--name", "Registered Here", "--model", str(model), "--client", str(tmp_path / "client"))
+    arguments += ("--templates", str(tmp_path / "templates"), "--entry-point", "app.py")
+    done = builder("register", *arguments)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    published = builder("publish", "Registered Here", "1")
+    assert published.returncode == 0, published.stderr
+    (tmp_path / "templates" / "Dockerfile.template").write_text("FROM x\nCOPY ${modle_folder} /\n")
+    refused = builder("register", *arguments)
+    assert refused.returncode == ExitCode.DATA
+    assert "model_folder" in failure(refused)["what"] + failure(refused)["remedy"]
+
+
+def test_a_closed_stdout_is_no_defect(builder, mlflow_server, base_image):
+    model = register(mlflow_server.uri, seed_layout(base_image, COPIES))
+    with subprocess.Popen(
+        [sys.executable, "-m", "builder", "plan", model.name, model.version],
+        env=builder.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Traceback" not in said
+    assert process.returncode == ExitCode.TEMPORARY
