@@ -32,6 +32,7 @@ class Reply:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     content: bytes = b""
+    slowly: bool = False
 
     @classmethod
     def error(cls, status: int, code: str, message: str = "said the registry", **headers: str) -> Reply:
@@ -58,6 +59,7 @@ class Fake:
     asked: list[Asked] = field(default_factory=list)
     answers: list[Reply | Reset] = field(default_factory=list)
     answer: Answer | None = None
+    over: threading.Event = field(default_factory=threading.Event)
 
     def reply(self, asked: Asked) -> Reply | Reset:
         self.asked.append(asked)
@@ -78,6 +80,7 @@ def serve() -> Iterator[Fake]:
     try:
         yield fake
     finally:
+        fake.over.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -111,8 +114,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(reply.content)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(reply.content)
+        if self.command == "HEAD":
+            return
+        if reply.slowly:
+            fake: Fake = self.server.fake  # type: ignore[attr-defined]
+            with contextlib.suppress(OSError):
+                for byte in reply.content:
+                    if fake.over.wait(0.02):
+                        break
+                    self.wfile.write(bytes([byte]))
+            return
+        self.wfile.write(reply.content)
 
     def finish(self) -> None:
         with contextlib.suppress(OSError, ValueError):

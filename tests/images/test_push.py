@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import threading
+import tracemalloc
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,8 +28,9 @@ from builder.images.registries import Registries
 from builder.images.registry import Registry
 from builder.images.retry import Patience
 from builder.reference import Digest, Platform, Reference, Repository
+from scripts.launch import clean_environ
 from tests.images.layouts import make_layout, tar
-from tests.servers.registries import RegistryServer
+from tests.servers.registries import RegistryServer, run_registry
 
 AMD64, ARM64, ARM = Platform("linux", "amd64"), Platform("linux", "arm64"), Platform("linux", "arm", "v7")
 QUICK = Patience(attempts=3, first=0.01, longest=0.05, deadline=20)
@@ -71,7 +77,11 @@ def judged(registry: RegistryServer, crane, tmp_path: Path):
             copy = new_repository(registry).tag("copy")
             login = ["--src-creds", f"{server.user}:{server.password}"]
             flags = ["--quiet", "--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"]
-            subprocess.run(["skopeo", "copy", *flags, *login, f"docker://{tag}", f"docker://{copy}"], check=True)
+            subprocess.run(
+                ["skopeo", "copy", *flags, *login, f"docker://{tag}", f"docker://{copy}"],
+                check=True,
+                env=clean_environ(),
+            )
             tag = copy
         assert crane("digest", str(tag), environ=environ).strip() == str(digest)
         crane("validate", "--remote", str(tag), environ=environ)
@@ -297,6 +307,55 @@ def test_a_blob_file_that_is_swapped_is_not_accepted(registry: RegistryServer, t
         with pytest.raises(BuildFailed):
             client.push_blob(repository, blob)
         assert not client.has_blob(repository, blob.digest)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A large blob that is nowhere as a whole."""
+
+    size: int
+
+    @property
+    def digest(self) -> Digest:
+        state = hashlib.sha256()
+        for chunk in self.stream():
+            state.update(chunk)
+        return Digest(f"sha256:{state.hexdigest()}")
+
+    def stream(self) -> Iterator[bytes]:
+        for _ in range(self.size >> 20):
+            yield bytes(1 << 20)
+
+
+def test_a_large_blob_is_never_in_memory_as_a_whole(registry: RegistryServer) -> None:
+    blob = Zeros(64 << 20)
+    repository = new_repository(registry)
+    with registries_for(registry) as registries:
+        client = registries.for_host(registry.host)
+        client.check_push(repository)
+        tracemalloc.start()
+        try:
+            assert client.push_blob(repository, blob) == blob.size
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("kind", ["registry", "registry-v3"])
+def test_a_registry_whose_disk_is_full_says_so(kind: str, launcher, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        with run_registry(launcher, tmp_path, kind=kind, storage=disk) as server, registries_for(server) as registries:
+            repository = new_repository(server)
+            with pytest.raises(ServiceUnavailable, match="disk is full") as caught:
+                registries.for_host(server.host).push_blob(repository, Zeros(4 << 20))
+        assert caught.value.retryable
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_an_empty_blob_can_be_pushed(server: RegistryServer) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import threading
 import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -16,12 +18,16 @@ from builder.images.blob import BytesBlob
 from builder.images.credentials import Credential, Credentials
 from builder.images.descriptor import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor
 from builder.images.existing import published
+from builder.images.layout import open_layout
+from builder.images.manifest import finished_image
+from builder.images.push import push_image
 from builder.images.registries import Registries
 from builder.images.registry import Registry
 from builder.images.retry import Patience, retry_after
-from builder.reference import Digest, Repository
+from builder.reference import Digest, Platform, Repository
 from builder.settings import BuildSettings, Settings
 from tests.images.fake import Asked, Fake, Reply, Reset, serve
+from tests.images.layouts import make_layout, tar
 
 MANIFEST = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
 FOUND = Reply(200, {"Content-Type": OCI_INDEX}, MANIFEST)
@@ -137,6 +143,22 @@ def test_an_upload_that_breaks_begins_anew(fake, registry, repository) -> None:
         ("POST", "/v2/models/one/blobs/uploads/"),
         ("PUT", "/upload/2"),
     ]
+
+
+def test_an_answer_that_trickles_is_given_up(fake, repository) -> None:
+    fake.answer = lambda _: Reply(200, {"Content-Type": OCI_INDEX}, MANIFEST * 100, slowly=True)
+    patience = Patience(deadline=0.3)
+    with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="too slow"):
+        registries.for_host(fake.host).manifest(repository.tag("v1"))
+    assert len(fake.asked) == 1
+
+
+def test_waiting_ends_with_the_deadline(fake, repository, waits) -> None:
+    fake.answer = lambda _: Reply(429, {"Retry-After": "20"})
+    patience = Patience(deadline=10, sleep=waits.append)
+    with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="429"):
+        registries.for_host(fake.host).manifest(repository.tag("v1"))
+    assert waits == [], "a wait that leads past the deadline is not begun"
 
 
 @pytest.mark.parametrize(
@@ -293,6 +315,40 @@ def test_a_mount_that_becomes_an_upload_is_used_or_cancelled(fake, registry, rep
     fake.answers = [Reply(202, {"Location": "/u"}), Reply(204)]
     assert registry.mount_blob(repository, BLOB.digest, source) is False
     assert (fake.asked[-1].method, fake.asked[-1].path) == ("DELETE", "/u")
+
+
+def test_a_body_is_sent_again_with_the_token_that_was_renewed(fake, other, registry, repository) -> None:
+    tokens = iter(["first", "second", "third"])
+    other.answer = lambda _: Reply.json({"token": next(tokens)})
+
+    def home(asked: Asked) -> Reply:
+        good = "second" if asked.method == "PUT" else "first"
+        if asked.authorization != f"Bearer {good}":
+            return bearer(f"http://{other.host}/token")
+        return {"HEAD": ABSENT, "POST": Reply(202, {"Location": "/u"}), "PUT": Reply(201)}[asked.method]
+
+    fake.answer = home
+    assert registry.push_blob(repository, BLOB) == 7
+    assert [each.body for each in fake.asked if each.method == "PUT"] == [b"content", b"content"]
+
+
+def test_one_layer_that_is_refused_ends_the_push(fake, registry, repository, tmp_path: Path) -> None:
+    made = make_layout(tmp_path / "layout", layers=[tar(f"file{n}", b"x") for n in range(20)])
+    layout = open_layout(made.folder, Platform("linux", "amd64"))
+    image = finished_image(layout, labels={}, annotations={}, created=datetime.now(UTC))
+    refused = layout.layers[0].digest
+
+    def home(asked: Asked) -> Reply:
+        if asked.method == "HEAD" and str(refused) not in asked.path:
+            return Reply(200)
+        return Reply.error(403, "DENIED") if asked.method == "POST" else ABSENT
+
+    fake.answer = home
+    with pytest.raises(PermissionRefused):
+        push_image(registry, repository, layout, image)
+    asked = " ".join(f"{each.method} {each.path}" for each in fake.asked)
+    assert str(image.config_descriptor.digest) not in asked
+    assert "manifests" not in asked
 
 
 # -- credentials stay at home
@@ -506,6 +562,32 @@ def test_a_host_that_is_not_named_is_never_reached_over_plain_http(fake: Fake) -
     with Registries(proxies=proxies, patience=Patience(attempts=1)) as registries, pytest.raises(ServiceUnavailable):
         registries.for_host("registry.invalid").manifest(Repository("registry.invalid", "x").tag("v1"))
     assert all(each.method == "CONNECT" for each in fake.asked)
+
+
+def test_a_named_host_that_does_not_speak_tls_says_how_to_name_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Loopback by its address, and not by its name.
+        host = f"127.1:{listener.getsockname()[1]}"
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with Registries() as registries, pytest.raises(InvalidSettings, match=r"does not speak TLS.*INSECURE_REGISTR"):
+            registries.for_host(host).manifest(Repository(host, "x").tag("v1"))
+        thread.join()
+
+
+def test_a_named_host_is_reached_over_plain_http(fake: Fake) -> None:
+    fake.answer = lambda _: FOUND
+    host = fake.host.replace("127.0.0.1", "127.1")
+    for name in (host, "127.1"):
+        with Registries(insecure=[name]) as registries:
+            assert registries.for_host(host).manifest(Repository(host, "x").tag("v1"))
 
 
 @pytest.mark.parametrize("address", ["ftp://proxy.invalid", "http://[", "://:secret-word@"])
