@@ -12,20 +12,20 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages
-from builder.build.template import render as render_templates
+from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE
 from builder.errors import BuilderError, ExitCode, InvalidVersion, VersionNotFound
 from builder.log import get_logger
 from builder.models.answers import on_disk
-from builder.models.artifacts import find_model_folder
 from builder.models.catalog import Artifact, Catalog
 from builder.models.context import listing_digest, write_context
 from builder.models.mlflow_catalog import MlflowCatalog
-from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.models.version import Inputs, ModelVersion
 from builder.reference import repository_component
+from builder.rendering import rendered
 from builder.settings import Settings
 
 DOCKERFILE = "Dockerfile"
@@ -78,7 +78,7 @@ def download_all(settings: Settings, destination: Path) -> Iterator[DownloadResu
     else:
         tagged = catalog.tagged(settings.target_tag)
         versions = [version for version in tagged if settings.model_name in {"", version.name}]
-    return download(catalog, destination, versions, render=lambda version, folder: rendered(settings, version, folder))
+    return download(catalog, destination, versions, render=partial(own_templates, settings))
 
 
 def download(
@@ -106,7 +106,7 @@ def download(
             yield DownloadResult(version=version, folder=folder, state=state)
 
 
-def rendered(settings: Settings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
+def own_templates(settings: Settings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
     """Return a version's Dockerfile and script, made from its own templates; nothing where it has none.
 
     Args:
@@ -117,20 +117,10 @@ def rendered(settings: Settings, version: ModelVersion, folder: Path) -> dict[st
     Raises:
         InvalidVersion: the templates are wrong.
     """
-    inputs = Inputs.of(version)
-    templates = folder / inputs.templates_folder
+    templates = folder / Inputs.of(version).templates_folder
     if not any((templates / name).is_file() for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)):
         return {}
-    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    inputs = inputs.model_copy(update={"model_folder": find_model_folder(paths, inputs)})
-    files = render_templates(
-        folder,
-        template_variables(version, inputs, repository_component(version.name)),
-        templates_folder=inputs.templates_folder,
-        base_images=BaseImages(
-            default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
-        ),
-    )
+    files = rendered(settings, version, folder)
     return {DOCKERFILE: files.dockerfile, SCRIPT: files.script}
 
 
