@@ -6,6 +6,9 @@ Facts of Buildah (https://github.com/containers/buildah, 1.28 and later) that sh
   another process's environment in /proc. So Buildah runs in PID and mount namespaces of its own where `unshare` may
   make them. Steps as root could leave the chroot by another chroot(2); they lose CAP_SYS_CHROOT. That keeps honest
   authors' mistakes and simple attacks out; authors one does not know belong into a container without credentials.
+- Before 1.38.1 a RUN step's `--mount` can bring any folder of the machine into the step, writable: through a link in
+  another stage (CVE-2024-1753), or through a cache's id (CVE-2024-9675). Seen with Debian 12's 1.28.2. There, only
+  mounts that name no source are allowed; the triggers of a hostile base image (ONBUILD) are beyond our sight.
 - A name given to an image would be taken from the next build of the same name; the image is known by its id alone, and
   its layers stay as the cache of later builds.
 - `--timestamp` would set the time of every file, and Python would take all compiled bytecode for stale.
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.build.buildah_files import SEEN_BUNDLE, Files, staged
+from builder.build.dockerfile import Dockerfile
 from builder.build.failure import failure
 from builder.build.process import Runner, run
 from builder.errors import BuilderError, BuildFailed, TryAgain
@@ -36,6 +40,13 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 _KILLED = frozenset({-signal.SIGKILL, 128 + signal.SIGKILL})
 _SHORT = 60.0
+_SAFE_MOUNTS = (1, 38, 1)
+_VERSION = re.compile(r"buildah version (\d+)\.(\d+)\.(\d+)")
+_SOURCELESS = re.compile(
+    r"type=(?:cache|tmpfs|secret|ssh)"
+    r"(?:,(?:target|dst|destination|sharing|mode|uid|gid|required|tmpfs-size|size)=[A-Za-z0-9_./-]+"
+    r"|,id=[A-Za-z0-9_-]+|,ro|,rw|,readonly|,required)*"
+)
 _STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP \d+(?:/\d+)?: (.*)")
 _FAILED_STEP = re.compile(r'Error: building at STEP "(?P<step>.*?)": (?P<said>.*)')
 _EXIT_STATUS = re.compile(r"(?:while running runtime: )?exit status (\d+)")
@@ -77,6 +88,7 @@ class Buildah:
         """
         job.layout.parent.mkdir(parents=True, exist_ok=True)
         with staged(job, job.layout.parent) as files:
+            self._refuse_mounts(job, files)
             said = _Said(output)
             try:
                 code = self._run(self._build_argv(job, files), job, files, said, timeout=job.timeout)
@@ -91,6 +103,23 @@ class Buildah:
             argv += [files.image_id.read_text().strip(), f"oci:{job.layout.name}"]
             if code := self._run(argv, job, files, said, timeout=job.timeout):
                 raise said.failure(code, job.platform)
+
+    def _refuse_mounts(self, job: BuildJob, files: Files) -> None:
+        """Refuse mounts that this version of Buildah does not keep within the build."""
+        dockerfile = Dockerfile.parse(job.dockerfile.read_text(errors="replace"))
+        mounts = [step for step, value in dockerfile.mounts() if not _SOURCELESS.fullmatch(value)]
+        if not mounts:
+            return
+        lines: list[str] = []
+        self._run(["--version"], job, files, lines.append, timeout=_SHORT)
+        found = _VERSION.search("\n".join(lines))
+        version = tuple(int(part) for part in found.groups()) if found else (0,)
+        if version < _SAFE_MOUNTS:
+            message = (
+                f"Line {mounts[0].first} of the Dockerfile has a RUN --mount that names a source, and this Buildah "
+                f"({'.'.join(map(str, version))}) lets such a mount reach any file of the machine (CVE-2024-1753)."
+            )
+            raise BuildFailed(message, remedy="Use COPY --from instead, or install Buildah 1.38.1 or newer.")
 
     def _build_argv(self, job: BuildJob, files: Files) -> list[str]:
         argv = [

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Self
 
 from builder.errors import InvalidVersion
@@ -120,6 +121,15 @@ class Dockerfile:
                 if not is_number and _stage_named(stages[:number], source) is None:
                     found.append(source)
         return tuple(dict.fromkeys(image for image in found if image not in _NO_IMAGE))
+
+    def mounts(self) -> Iterator[tuple[Instruction, str]]:
+        """Yield each RUN instruction with a `--mount` flag, and the flag's value, quotes and escapes taken away."""
+        for instruction in self.instructions:
+            if instruction.keyword == "RUN":
+                flags = takewhile(lambda word: word.startswith("--"), _words(instruction.rest, self.escape))
+                for flag in flags:
+                    if flag.startswith("--mount"):
+                        yield instruction, flag.removeprefix("--mount").removeprefix("=")
 
     def _stages(self, args: Mapping[str, str]) -> list[_Stage]:
         stages: list[_Stage] = []
