@@ -303,13 +303,13 @@ def test_a_tag_moved_in_mid_run_is_not_overwritten(settings, new, base_image, cr
 
 def test_a_registry_that_is_away_is_not_an_absent_image(settings, new):
     model = new(COPIES)
-    with pytest.raises(ServiceUnavailable, match="127.0.0.1:1"):
+    with pytest.raises(ServiceUnavailable, match=r"127.0.0.1:1"):
         publish(settings(model, REGISTRY_URL="127.0.0.1:1/models"))
     assert model.outcome()["error"].startswith("ServiceUnavailable: ")
 
 
 def test_mlflow_that_is_away(settings, new):
-    with pytest.raises(ServiceUnavailable, match="MLFLOW_TRACKING_URI|127.0.0.1:1"):
+    with pytest.raises(ServiceUnavailable, match=r"MLFLOW_TRACKING_URI|127.0.0.1:1"):
         publish(settings(new(COPIES), MLFLOW_TRACKING_URI="http://127.0.0.1:1"))
 
 
