@@ -99,7 +99,9 @@ def refusal(what: str, answer: Answer, *, repository: str = "", credential: bool
         repository: where something was to be written; empty where something was read.
         credential: whether a credential was used.
     """
-    message = f"{what} was answered {told(answer)} by {answer.host}."
+    # After a redirect, or from a token server, it is not the host that `what` names.
+    by = "" if answer.host in what else f" by {answer.host}"
+    message = f"{what} was answered {told(answer)}{by}."
     error, remedy = _denial(answer, credential=credential) or _obstacle(answer, repository)
     return error(message, remedy=remedy)
 
@@ -121,7 +123,7 @@ def _denial(answer: Answer, *, credential: bool) -> tuple[type[BuilderError], st
 def _obstacle(answer: Answer, repository: str) -> tuple[type[BuilderError], str]:
     """Return what to raise and to do where the registry would if it could, or is none."""
     codes, status = answer.codes, answer.status
-    if answer.is_page:
+    if answer.is_page and status < HTTPStatus.INTERNAL_SERVER_ERROR:
         remedy = "That is no registry's answer: see that REGISTRY_URL names one, and no website or login page."
     elif repository and (status == HTTPStatus.NOT_FOUND or "NAME_UNKNOWN" in codes):
         remedy = (
@@ -137,6 +139,8 @@ def _obstacle(answer: Answer, repository: str) -> tuple[type[BuilderError], str]
         remedy = "The registry's disk is full: make room there."
     elif status == HTTPStatus.TOO_MANY_REQUESTS:
         remedy = "The registry limits the rate of requests: try again later, or with a credential."
+    elif status == HTTPStatus.NOT_FOUND:
+        remedy = "It is not the registry itself that says so: see that this is a registry's host."
     elif HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
         remedy = "That is a redirect that is not followed: see that REGISTRY_URL names the registry itself."
     else:

@@ -241,7 +241,8 @@ class Registry:
         joined = f"{upload}{'&' if upload.query else '?'}digest=sha256%3A{blob.digest.hex}"
         answer = self._transport.send("PUT", joined, until=until, scopes=_push(repository), headers=_BINARY, body=blob)
         if answer.status not in {HTTPStatus.CREATED, HTTPStatus.NO_CONTENT} or answer.is_page:
-            raise self._refusal(what, answer, repository)
+            # Not about the repository: a 404 here is of an upload that the registry has forgotten.
+            raise self._refusal(what, answer)
         _check_digest(what, answer, blob.digest)
 
     def _cancel(self, repository: Repository, upload: httpx.URL, until: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -13,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable
+from builder.errors import BuilderError, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
 from builder.images.blob import BytesBlob
 from builder.images.credentials import Credential, Credentials
 from builder.images.descriptor import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor
-from builder.images.existing import published
+from builder.images.existing import published, resolve_base
 from builder.images.layout import open_layout
-from builder.images.manifest import finished_image
+from builder.images.manifest import finished_image, index
 from builder.images.push import push_image
 from builder.images.registries import Registries
 from builder.images.registry import Registry
@@ -216,6 +217,7 @@ def test_not_there(fake, registry, repository, reply) -> None:
         ),
         (Reply(302, {"Location": "ftp://127.0.0.1/"}), ServiceUnavailable),
         (Reply(302, {"Location": "http://[::1/"}), ServiceUnavailable),
+        (Reply(302, {"Location": "http://127.0.0.1:port/"}), ServiceUnavailable),
         (Reply(302), ServiceUnavailable),
         (Reply(204), ServiceUnavailable),
     ],
@@ -263,6 +265,31 @@ def test_what_is_no_image_is_there_and_not_ours(fake, registry, repository, mani
     assert (there.digest, there.source_id, there.platforms) == (Digest.of(content), None, {})
 
 
+def test_a_base_that_is_no_image_is_said_so(fake, registry, repository) -> None:
+    chart = {"mediaType": "application/vnd.cncf.helm.config.v1+json", "digest": str(BLOB.digest), "size": 7}
+    content = json.dumps({"schemaVersion": 2, "config": chart, "layers": []}).encode()
+    fake.answers = [Reply(200, {"Content-Type": OCI_MANIFEST}, content), Reply(200, content=BLOB.content)]
+    with pytest.raises(InvalidVersion, match="is not an image"):
+        resolve_base(registry, repository.tag("v1"), Platform("linux", "amd64"))
+
+
+def test_an_index_without_its_image_is_no_base(fake, registry, repository) -> None:
+    platform = Platform("linux", "amd64")
+    content = index([Descriptor.of(b"{}", OCI_MANIFEST, platform)], annotations={})
+    fake.answers = [Reply(200, {"Content-Type": OCI_INDEX}, content), Reply.error(404, "MANIFEST_UNKNOWN")]
+    with pytest.raises(ServiceUnavailable, match="without its image for linux/amd64"):
+        resolve_base(registry, repository.tag("v1"), platform)
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("v7", True), ("v6", True), ("v5", False)])
+def test_an_older_arm_runs_on_a_newer_one(fake, registry, repository, wanted: str, found: bool) -> None:
+    config = json.dumps({"os": "linux", "architecture": "arm", "variant": "v6", "rootfs": {"diff_ids": []}}).encode()
+    manifest = json.dumps({"schemaVersion": 2, "config": Descriptor.of(config, OCI_CONFIG).to_json()}).encode()
+    fake.answers = [Reply(200, {"Content-Type": OCI_MANIFEST}, manifest), Reply(200, content=config)]
+    with contextlib.nullcontext() if found else pytest.raises(InvalidVersion, match="it has linux/arm/v6"):
+        assert resolve_base(registry, repository.tag("v1"), Platform("linux", "arm", wanted))
+
+
 # -- pushing
 
 
@@ -297,6 +324,25 @@ def test_the_digest_that_the_registry_tells_is_compared(fake, registry, reposito
     fake.answers = [ABSENT, Reply(202, {"Location": "/u"}), Reply(201, wrong), Reply(204)]
     with pytest.raises(ServiceUnavailable, match="is not"):
         registry.push_blob(repository, BLOB)
+
+
+def test_an_upload_that_the_registry_forgot_is_not_a_missing_repository(fake, registry, repository) -> None:
+    replies = {"HEAD": ABSENT, "POST": Reply(202, {"Location": "/u"}), "DELETE": Reply(404)}
+    fake.answer = lambda asked: replies.get(asked.method, Reply.error(404, "BLOB_UPLOAD_UNKNOWN"))
+    with pytest.raises(ServiceUnavailable, match="BLOB_UPLOAD_UNKNOWN"):
+        registry.push_blob(repository, BLOB)
+
+
+def test_a_token_server_that_refuses_a_mount_leaves_the_upload(fake, other, registry, repository) -> None:
+    other.answer = lambda asked: Reply(403) if "base" in asked.path else Reply.json({"token": "good"})
+
+    def home(asked: Asked) -> Reply:
+        if asked.authorization != "Bearer good":
+            return bearer(f"http://{other.host}/token")
+        return {"HEAD": ABSENT, "POST": Reply(202, {"Location": "/u"}), "PUT": Reply(201)}[asked.method]
+
+    fake.answer = home
+    assert registry.push_blob(repository, BLOB, [Repository(fake.host, "base")]) == 7
 
 
 @pytest.mark.parametrize("refusal", [Reply.error(401, "UNAUTHORIZED"), Reply.error(403, "DENIED"), Reply(404)])
@@ -511,6 +557,7 @@ def test_a_token_server_that_gives_none(*, fake, other, registry, repository, re
         "/token",
         "http://[",
         "http:///token",
+        "http://a:b/",
     ],
 )
 def test_a_realm_that_is_not_asked(fake, registry, repository, realm) -> None:
