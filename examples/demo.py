@@ -37,7 +37,7 @@ CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 # In the builder's log, a line of the engine's own output.
 STEP_OUTPUT = " engine="
 
-FLOWERS = {"inputs": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}
+FLOWERS = {"rows": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}
 READINGS = {"inputs": [{"bearing_celsius": 96, "vibration_mm_s": 2.8, "pressure_bar": 17}]}
 
 
@@ -202,7 +202,7 @@ def tell(demo: Demo) -> None:
             first = demo.run(
                 *(BUILDER, "register", "--name", "pltr_foundry_model", "--model", str(flower)),
                 *("--client", str(example / "client"), "--templates", str(templates)),
-                *("--entry-point", "serve.py", "--platforms", native),
+                *("--entry-point", "app.py", "--platforms", native),
             )
             second = demo.run(
                 *(BUILDER, "register", "--name", "pump_alarm", "--model", str(pump)),

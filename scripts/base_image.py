@@ -49,6 +49,18 @@ class NoMirror(Exception):
     """This machine has no apt that names a Debian mirror."""
 
 
+def base_layer(platform: str) -> Path:
+    """Return the base image's one layer for `platform`, a compressed tar archive; cached.
+
+    Raises:
+        NoMirror: no Debian mirror is known.
+        subprocess.CalledProcessError: mmdebstrap failed; its own message is on stderr.
+    """
+    folder = _folder()
+    with locked(folder / "index"):
+        return _layer(folder, _ARCHITECTURES[platform])
+
+
 def base_image(platforms: Sequence[str]) -> Path:
     """Return an OCI image layout with one index of a Python 3.11 base image for `platforms`; cached.
 
@@ -59,8 +71,7 @@ def base_image(platforms: Sequence[str]) -> Path:
         NoMirror: no Debian mirror is known.
         subprocess.CalledProcessError: mmdebstrap failed; its own message is on stderr.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + _HOOK.read_bytes()).hexdigest()[:16]
-    folder = cache_folder(f"base-image/{recipe}")
+    folder = _folder()
     with locked(folder / "index"):
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             layers = list(pool.map(lambda platform: _layer(folder, _ARCHITECTURES[platform]), platforms))
@@ -68,6 +79,12 @@ def base_image(platforms: Sequence[str]) -> Path:
         if not layout.exists():
             _write_layout(layout, dict(zip(platforms, layers, strict=True)))
     return layout
+
+
+def _folder() -> Path:
+    """Return the folder of what this version of this file makes."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + _HOOK.read_bytes()).hexdigest()[:16]
+    return cache_folder(f"base-image/{recipe}")
 
 
 def _mirror() -> str:
