@@ -118,7 +118,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) -> BuilderError:
     """Return our error for a foreign one: what is surest first."""
     chain = list(_chain(error))
-    reason = one_line(masked(f"{type(error).__name__}: {error}"), _LONGEST_REASON)
+    reason = one_line(masked(f"{type(error).__name__}: {error}"), _LONGEST_REASON).rstrip(".")
     failed = f"Could not {what}: {reason}"
     if any(isinstance(one, OSError) and one.errno in _NO_SPACE for one in chain):
         return _full(what)

@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import stat
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from builder.errors import InvalidSettings, InvalidVersion, TryAgain
 from builder.models.answers import on_disk
 from builder.models.artifacts import MODEL_FILE, checked_path, find_model_folder
+from builder.models.crew import side_by_side
 from builder.models.version import Inputs
 from builder.reference import Digest
 
@@ -214,7 +214,8 @@ def _fetch(
 ) -> None:
     """Download artifacts side by side, the largest first; the first error ends it."""
 
-    def one(index: int, artifact: Artifact) -> Artifact:
+    def one(item: tuple[int, Artifact]) -> Artifact:
+        index, artifact = item
         part = unfinished / str(index)
         catalog.download(artifact, part)
         destination = folder / artifact.path
@@ -227,16 +228,11 @@ def _fetch(
 
     arrived: list[Artifact] = []
     report(arrived)
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
-    try:
-        order = sorted(missing, key=lambda artifact: -(artifact.size or 0))
-        waiting: set[Future[Artifact]] = {pool.submit(one, index, item) for index, item in enumerate(order)}
-        while waiting:
-            done, waiting = wait(waiting, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
-            arrived += [future.result() for future in done]
-            report(arrived)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    order = sorted(enumerate(missing), key=lambda item: -(item[1].size or 0))
+    for artifact in side_by_side(one, order, threads=_THREADS, every=_REPORT_SECONDS):
+        if artifact:
+            arrived.append(artifact)
+        report(arrived)
 
 
 def _settle(folder: Path) -> None:

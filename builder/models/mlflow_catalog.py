@@ -38,7 +38,7 @@ class MlflowCatalog:
         quiet_client()
         self.tracking_uri = tracking_uri
         self._page_size = page_size
-        self._store = ArtifactStore(tracking_uri)
+        self.store = ArtifactStore(tracking_uri)
 
     @classmethod
     def from_settings(cls, settings: CatalogSettings) -> Self:
@@ -115,7 +115,7 @@ class MlflowCatalog:
         inputs = Inputs.of(version)
         roots = Origin(self.client, self.find, self.server).roots(version, inputs)
         found = union(
-            (file for root in roots for file in self._store.files(root)), same=self._store.same, whose=str(version)
+            (file for root in roots for file in self.store.files(root)), same=self.store.same, whose=str(version)
         )
         if not found:
             message = f"{version} has no artifacts."
@@ -124,7 +124,7 @@ class MlflowCatalog:
 
     def download(self, artifact: Artifact, destination: Path) -> None:
         """Write one artifact's bytes to the file `destination`; see `ArtifactStore.download`."""
-        self._store.download(artifact, destination)
+        self.store.download(artifact, destination)
 
     def set_tags(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags on the version, in their order; others stay as they are.

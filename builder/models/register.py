@@ -17,6 +17,7 @@ from builder.log import get_logger
 from builder.models.answers import answering
 from builder.models.candidate import MODEL_FOLDER, check_candidate
 from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.store import Root
 from builder.models.version import (
     DEFAULT_CLIENT_FOLDER,
     DEFAULT_TEMPLATES_FOLDER,
@@ -168,6 +169,7 @@ def _send(
         for folder, path in folders.items():
             with answering(f"log {str(path)!r} in run {run_id}", server=server, gone=InvalidVersion):
                 client.log_artifacts(run_id, str(path), folder)
+        _check_arrived(catalog, run.info.artifact_uri, folders)
         with answering(f"register model {name!r}", server=server):
             _ensure_model(client, name)
             version = client.create_model_version(
@@ -178,6 +180,21 @@ def _send(
         _end_in_vain(client, run_id)
         raise
     return catalog.find(name, str(version.version))
+
+
+def _check_arrived(catalog: MlflowCatalog, uri: str, folders: Mapping[str, Path]) -> None:
+    """Raise InvalidVersion unless the run holds what was logged: a '#' or '?' in a name gets lost on the way."""
+    sent = {
+        f"{folder}/{file.relative_to(path).as_posix()}": file.stat().st_size
+        for folder, path in folders.items()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
+    there = {artifact.path: artifact.size for artifact in catalog.store.files(Root(uri, ""))}
+    lost = [path for path, size in sent.items() if path not in there or there[path] not in {None, size}]
+    if lost:
+        message = f"MLflow did not take {len(lost)} of {len(sent)} files as they are, {lost[0]!r} among them."
+        raise InvalidVersion(message, remedy="Rename what has a '#', '?' or '%' in its name, and register again.")
 
 
 def _ensure_model(client: Any, name: str) -> None:

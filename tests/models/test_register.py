@@ -143,6 +143,19 @@ def test_templates_are_checked_with_what_they_will_see(shelf, model, client_prog
     assert nothing_was_sent(shelf, "unrendered")
 
 
+@pytest.mark.parametrize("name", ["a#b.txt", "a?b.txt", "%41.txt"])
+def test_a_name_that_does_not_survive_mlflow_is_refused(shelf, model, name):
+    (model / name).write_text("x")
+    with pytest.raises(InvalidVersion):
+        register(shelf.catalog, model, name="lost on the way")
+    assert not shelf.client.search_model_versions("name = 'lost on the way'")
+
+
+def test_nothing_is_printed(shelf, model, capfd):
+    register(shelf.catalog, model, name="quiet")
+    assert capfd.readouterr().out == ""
+
+
 def test_a_run_whose_model_cannot_be_registered_has_failed(shelf, model):
     with pytest.raises(InvalidVersion, match="register model 'a/b'"):
         register(shelf.catalog, model, name="a/b", experiment="in vain")

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from builder.errors import Terminated
+from builder.models.crew import side_by_side
+
+
+def test_every_item_is_done_once():
+    results = side_by_side(lambda number: number * 2, range(100), threads=7, every=60)
+    assert sorted(result for result in results if result is not None) == [2 * number for number in range(100)]
+    assert list(side_by_side(str, [], threads=7, every=60)) == []
+
+
+def test_an_error_is_raised_when_what_was_begun_has_ended():
+    begun, ended = threading.Barrier(2, timeout=30), []
+
+    def work(number):
+        if number > 1:
+            ended.append("never begun")
+            return
+        begun.wait()
+        if number == 0:
+            raise ValueError
+        threading.Event().wait(0.2)
+        ended.append(number)
+
+    with pytest.raises(ValueError):
+        list(side_by_side(work, range(50), threads=2, every=60))
+    assert ended == [1]
+
+
+def test_a_request_to_end_waits_for_nobody():
+    release = threading.Event()
+    results = side_by_side(lambda _: release.wait(30), [1], threads=1, every=0.01)
+    assert next(results) is None
+    with pytest.raises(Terminated):
+        results.throw(Terminated())
+    assert not release.is_set()
+    release.set()
+
+
+def test_those_who_wait_hear_of_it():
+    release = threading.Event()
+    results = side_by_side(lambda _: release.wait(30), [1], threads=1, every=0.01)
+    assert next(results) is None
+    release.set()
+    assert [result for result in results if result is not None] == [True]
