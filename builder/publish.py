@@ -74,6 +74,7 @@ def publish(
     Raises:
         BuilderError: what failed; where the version was found, it is recorded there as well.
     """
+    refuse_untrusted(settings)
     with connected(settings) as services, workspace_of(settings) as workspace:
         version = find(settings, services)
         return publish_version(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
