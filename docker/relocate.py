@@ -1,3 +1,4 @@
+# ruff: noqa: INP001, S607, T201  # a program of the build stage, not a part of the package
 """Make the Python that runs this file live under one folder, with its loader and every library it needs.
 
 Kaniko runs RUN steps in its own root: it deletes, and overwrites with the base image, everything outside /kaniko,
@@ -15,10 +16,12 @@ Used by the Dockerfile, in its build stage; it needs nothing but the standard li
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -129,14 +132,31 @@ def needed_by_name(loader: str, name: str) -> dict[str, Path]:
 
 
 def copy_certificates(root: Path) -> None:
-    """Copy the system's CA certificates, as one file and as OpenSSL's hashed names, to ROOT/ssl/certs."""
-    source, target = Path("/etc/ssl/certs"), root / "ssl" / "certs"
+    """Copy the system's CA certificates to ROOT/ssl/certs: as one file, and as the hashed names that OpenSSL looks up.
+
+    The hashed names are made here: not every base image has them.
+    """
+    source, target = Path("/etc/ssl/certs/ca-certificates.crt"), root / "ssl" / "certs"
+    if not source.is_file():
+        sys.exit(f"{source} is missing: PYTHON_IMAGE needs the package ca-certificates.")
     target.mkdir(parents=True)
-    if not (source / "ca-certificates.crt").is_file():
-        sys.exit(f"{source}/ca-certificates.crt is missing: PYTHON_IMAGE needs the package ca-certificates.")
-    shutil.copyfile(source / "ca-certificates.crt", target / "ca-certificates.crt")
-    for path in sorted(source.glob("????????.[0-9]")):
-        shutil.copyfile(path.resolve(), target / path.name)
+    shutil.copyfile(source, target / source.name)
+    for certificate in re.findall(
+        r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n", source.read_text(), re.DOTALL
+    ):
+        name = subject_hash(root, ssl.PEM_cert_to_DER_cert(certificate))
+        number = next(number for number in range(100) if not (target / f"{name}.{number}").exists())
+        (target / f"{name}.{number}").write_text(certificate)
+
+
+def subject_hash(root: Path, der: bytes) -> str:
+    """Return the name under which OpenSSL looks a certificate up (X509_subject_name_hash(3))."""
+    crypto = ctypes.CDLL(str(next((root / "lib").glob("libcrypto.so.*"))))
+    crypto.d2i_X509.restype = ctypes.c_void_p
+    crypto.X509_subject_name_hash.restype = ctypes.c_ulong
+    crypto.X509_subject_name_hash.argtypes = [ctypes.c_void_p]
+    start = ctypes.c_char_p(der)
+    return f"{crypto.X509_subject_name_hash(crypto.d2i_X509(None, ctypes.byref(start), ctypes.c_long(len(der)))):08x}"
 
 
 def check(root: Path) -> None:

@@ -6,4 +6,5 @@ pytest_plugins = [
     "tests.servers.registries",
     "tests.servers.mlflow",
     "tests.servers.images",
+    "tests.builder_image",
 ]

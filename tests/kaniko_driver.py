@@ -49,7 +49,12 @@ def build(number: int, wanted: dict) -> dict:
         Kaniko().build(job, lines.append)
     except BuilderError as error:
         outcome = {"error": str(error), "type": type(error).__name__, "exit_code": int(error.exit_code)}
-    return {**outcome, "lines": lines, "processes": processes(), "kaniko": sorted(os.listdir("/kaniko"))}
+    return {
+        **outcome,
+        "lines": lines,
+        "processes": processes(),
+        "kaniko": sorted(entry.name for entry in Path("/kaniko").iterdir()),
+    }
 
 
 def processes() -> list[str]:

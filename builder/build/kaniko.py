@@ -171,6 +171,7 @@ class Kaniko:
             self._forget()
 
     def _forget(self) -> None:
+        (self._root / "Dockerfile").unlink(missing_ok=True)
         for name in _LEFT:
             shutil.rmtree(self._root / name, ignore_errors=True)
 
