@@ -1,8 +1,7 @@
-"""What became of a version: written back to its tags, where the data scientist looks, and into a Pod's message."""
+"""What became of a version: written back to its tags, where the data scientist looks."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -19,8 +18,6 @@ State = Literal["", "pending", "running", "published", "failed", "foreign"]
 
 _LONGEST_ERROR = 1000
 _NUMBER = re.compile(r"[0-9]{1,9}")
-# What Kubernetes keeps of a container's termination message.
-_LONGEST_MESSAGE = 4096
 _log = get_logger("outcome")
 
 
@@ -112,15 +109,3 @@ def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
         report.error("the outcome could not be recorded", error=error.one_line())
     except Exception:  # noqa: BLE001, see above: whatever it is, the outcome matters more
         report.exception("the outcome could not be recorded")
-
-
-def termination_message(outcome: Outcome) -> str:
-    """Return an outcome as JSON of at most 4,096 bytes; a long error is cut to make it fit."""
-    values = {"target": outcome.target, **outcome.values()}
-    limit = len(values["error"])
-    while len(text := json.dumps(values)) > _LONGEST_MESSAGE and limit:
-        limit //= 2
-        values["error"] = one_line(outcome.error, limit) if limit else ""
-    if len(text) > _LONGEST_MESSAGE:
-        text = json.dumps({"target": outcome.target[:_LONGEST_ERROR], "state": outcome.state})
-    return text

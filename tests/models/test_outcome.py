@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from builder import log
 from builder.errors import ServiceUnavailable
-from builder.models.outcome import Outcome, record, termination_message
+from builder.models.outcome import Outcome, record
 from builder.models.version import ModelVersion
 
 PUBLISHED = Outcome(
@@ -126,19 +124,3 @@ def test_a_deleted_version_hides_nothing(shelf, capsys):
     shelf.client.delete_model_version(made.name, "1")
     record(shelf.catalog, made, PUBLISHED)
     assert "could not be recorded" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("character", ["x", "é", "模", "😀", '"', "\n"])
-@pytest.mark.parametrize("length", [0, 900, 5000])
-def test_a_termination_message_is_json_that_fits(character, length):
-    outcome = FAILED.model_copy(update={"error": "BuildFailed: " + character * length})
-    text = termination_message(outcome)
-    assert len(text.encode()) <= 4096
-    said = json.loads(text)
-    assert said["state"] == "failed"
-    assert said["error"].startswith("BuildFailed")
-
-
-def test_a_termination_message_fits_whatever_else_is_long():
-    outcome = FAILED.model_copy(update={"platforms": ("linux/amd64",) * 1000})
-    assert json.loads(termination_message(outcome)) == {"target": "pltr_foundry", "state": "failed"}
