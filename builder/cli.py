@@ -96,8 +96,10 @@ class Invocation:
         """Write the outcome to the termination log, where that file exists."""
         path = Path(self.environ.get("TERMINATION_LOG") or "/dev/termination-log")
         text = json.dumps(message)
+        if len(text) > _MOST_MESSAGE_BYTES:
+            text = json.dumps({key: value[:300] if isinstance(value, str) else value for key, value in message.items()})
         try:
-            if path.is_file() and len(text) <= _MOST_MESSAGE_BYTES:
+            if path.is_file():
                 path.write_text(text)
         except OSError as error:
             click.echo(f"{path} cannot be written: {error.strerror}", err=True)
