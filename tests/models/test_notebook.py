@@ -52,7 +52,7 @@ def test_the_notebook_registers_a_version_that_can_be_published(mlflow_server, m
     settings = CatalogSettings.from_environ({"MLFLOW_TRACKING_URI": mlflow_server.uri})
     files = rendered(settings, version, tmp_path / "context")
     assert 'ENTRYPOINT ["python", "/app/client/app.py"]' in str(files.dockerfile)
-    assert "ENV PATH=$PATH:/home/app/.local/bin" in str(files.dockerfile)
+    assert "ENV PATH=$PATH:/app/bin" in str(files.dockerfile)
     assert prediction(tmp_path / "context") == {"predictions": [0, 2]}
 
 
