@@ -99,6 +99,7 @@ class Demo:
 
     def predict(self, image: str, platform: str, body: Mapping[str, Any]) -> None:
         """Run a published image, and show what it predicts."""
+        start = time.monotonic()
         for number, runner in enumerate(machine.container_runners()):
             tool, name = runner[0], f"demo-{free_port()}-{number}"
             trust = ["--tls-verify=false"] if tool == "podman" else []
@@ -108,13 +109,17 @@ class Demo:
             if done.returncode:
                 continue
             CONSOLE.print(f"$ {shlex.join([*command, image])}", style="cyan", markup=False)
+            CONSOLE.print(f"pulled and started in {time.monotonic() - start:.1f} s", style="dim")
+            start = time.monotonic()
             try:
                 question = json.dumps(body)
                 with (HERE / "ask.py").open() as program:
                     self.run(tool, "exec", "--interactive", name, "python", "-", question, stdin=program)
+                CONSOLE.print(f"answered {time.monotonic() - start:.1f} s after that", style="dim")
             finally:
-                subprocess.run([tool, "rm", "--force", name], check=False, capture_output=True)
-                subprocess.run([tool, "rmi", "--force", image], check=False, capture_output=True)
+                # Killed, since a program that is a container's first process ignores what asks it to end.
+                for words in (["kill", name], ["rm", "--force", name], ["rmi", "--force", image]):
+                    subprocess.run([tool, *words], check=False, capture_output=True)
             return
         sys.exit(f"no container can be run here: {done.stderr}")
 
