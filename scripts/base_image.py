@@ -128,7 +128,7 @@ def _layer(folder: Path, architecture: str) -> Path:
         with (
             tar.open("rb") as source,
             part.open("wb") as target,
-            gzip.GzipFile("", "wb", compresslevel=3, fileobj=target, mtime=0) as packed,
+            gzip.GzipFile("", "wb", compresslevel=1, fileobj=target, mtime=0) as packed,
         ):
             while chunk := source.read(1 << 20):
                 digest.update(chunk)

@@ -47,23 +47,28 @@ def _record_packages(root: Path) -> None:
     info = root / "var/lib/dpkg/info"
     status = []
     for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
-        control = _output("dpkg-deb", "--field", str(package))
-        fields = dict(line.split(": ", 1) for line in control.splitlines() if ": " in line and line[0] != " ")
-        first, _, rest = control.partition("\n")
+        control = root / "tmp/control"
+        subprocess.run(["dpkg-deb", "--control", str(package), str(control)], check=True)
+        text = (control / "control").read_text()
+        fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line and line[0] != " ")
+        first, _, rest = text.partition("\n")
         status.append(f"{first}\nStatus: install ok installed\n{rest}")
         same = fields.get("Multi-Arch") == "same"
         stem = f"{fields['Package']}:{fields['Architecture']}" if same else fields["Package"]
-        files = _output("sh", "-c", 'dpkg-deb --fsys-tarfile "$0" | tar --list', str(package)).splitlines()
-        listing = "\n".join(name.removeprefix(".").rstrip("/") or "/." for name in files)
-        (info / f"{stem}.list").write_text(f"{listing}\n")
-        scripts = root / "tmp/control"
-        subprocess.run(["dpkg-deb", "--control", str(package), str(scripts)], check=True)
-        for script in scripts.iterdir():
-            if script.name not in {"control", "md5sums", "conffiles"}:
+        (info / f"{stem}.list").write_text("\n".join(["/.", *_files(control), ""]))
+        for script in control.iterdir():
+            if script.name not in {"control", "conffiles"}:
                 script.rename(info / f"{stem}.{script.name}")
-        shutil.rmtree(scripts)
+        shutil.rmtree(control)
     with (root / "var/lib/dpkg/status").open("a") as file:
         file.write("\n".join(["", *status]))
+
+
+def _files(control: Path) -> list[str]:
+    """Return the files that a package's control files name: all but folders and links, and no archive is unpacked."""
+    sums, settings = control / "md5sums", control / "conffiles"
+    named = [f"/{line.split(maxsplit=1)[1]}" for line in sums.read_text().splitlines()] if sums.exists() else []
+    return named + (settings.read_text().splitlines() if settings.exists() else [])
 
 
 def _write_users(root: Path) -> None:
@@ -114,10 +119,6 @@ def _compile(root: Path, bytecode: Path) -> None:
 def _link(path: Path, target: str) -> None:
     if not path.exists() and (path.parent / target).exists():
         path.symlink_to(target)
-
-
-def _output(*argv: str) -> str:
-    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":
