@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -266,6 +267,9 @@ def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: boo
         if result.reference is not None:
             invocation.product(str(result.reference))
     show.sweep(swept)
+    states = dict(Counter(result.state for result in swept))
+    failed = [f"{result.version}: {result.detail}" for result in swept if result.state == "failed"]
+    invocation.leave_message({"state": "failed" if failed else "swept", "versions": states, "error": "; ".join(failed)})
     return max((result.exit_code for result in swept), default=0)
 
 
@@ -282,11 +286,16 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
     """
     from builder import show
     from builder.download import download_all
-    from builder.settings import Settings
+    from builder.settings import CatalogSettings
 
-    settings = invocation.settings(Settings, MODEL_NAME=name, MODEL_VERSION=version)
+    if version and not name:
+        message = "--version needs --model, since versions are numbered for each model."
+        raise click.UsageError(message)
+    settings = invocation.settings(CatalogSettings)
+    if not name:
+        name, version = invocation.environ.get("MODEL_NAME"), invocation.environ.get("MODEL_VERSION")
     results = []
-    for result in download_all(settings, destination):
+    for result in download_all(settings, destination, name=name or "", version=version or ""):
         results.append(result)
         if result.state in {"new", "changed"}:
             invocation.product(str(result.folder))

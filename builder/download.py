@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Literal
 
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE
-from builder.errors import BuilderError, ExitCode, InvalidVersion, VersionNotFound
+from builder.errors import BuilderError, Defect, ExitCode, InvalidVersion, VersionNotFound
 from builder.log import get_logger
 from builder.models.answers import on_disk
 from builder.models.catalog import Artifact, Catalog
 from builder.models.context import listing_digest, write_context
 from builder.models.mlflow_catalog import MlflowCatalog
-from builder.models.version import Inputs, ModelVersion
+from builder.models.version import Inputs, ModelVersion, check_version_text
 from builder.reference import repository_component
 from builder.rendering import rendered
-from builder.settings import Settings
+from builder.settings import CatalogSettings
 
 DOCKERFILE = "Dockerfile"
 SCRIPT = "create_docker_image.sh"
@@ -60,12 +60,16 @@ class DownloadResult:
         return int(self.error.exit_code) if self.error else int(ExitCode.OK)
 
 
-def download_all(settings: Settings, destination: Path) -> Iterator[DownloadResult]:
-    """Download what the settings name: one version, a model's tagged versions, or every tagged version.
+def download_all(
+    settings: CatalogSettings, destination: Path, *, name: str = "", version: str = ""
+) -> Iterator[DownloadResult]:
+    """Download one version, a model's tagged versions, or every tagged version.
 
     Args:
-        settings: MODEL_NAME and MODEL_VERSION narrow it down.
+        settings: where MLflow is, and what its templates may stand on.
         destination: the folder to write to; made where it does not exist.
+        name: only this registered model.
+        version: only this version of it, a number or an alias; it need not carry the target tag.
 
     Raises:
         VersionNotFound: the one version that was named does not exist.
@@ -73,11 +77,10 @@ def download_all(settings: Settings, destination: Path) -> Iterator[DownloadResu
     """
     catalog = MlflowCatalog.from_settings(settings)
     versions: Iterable[ModelVersion]
-    if settings.model_name and settings.model_version:
-        versions = [catalog.find(settings.model_name, settings.model_version)]
+    if name and version:
+        versions = [catalog.find(name, check_version_text(version))]
     else:
-        tagged = catalog.tagged(settings.target_tag)
-        versions = [version for version in tagged if settings.model_name in {"", version.name}]
+        versions = [found for found in catalog.tagged(settings.target_tag) if name in {"", found.name}]
     return download(catalog, destination, versions, render=partial(own_templates, settings))
 
 
@@ -102,11 +105,15 @@ def download(
         except BuilderError as error:
             _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
             yield DownloadResult(version=version, folder=folder, state="failed", error=error)
+        except Exception as error:  # noqa: BLE001 - one version's surprise must not keep the others from coming
+            _log.exception("the version could not be downloaded", version=str(version))
+            defect = Defect(f"{type(error).__name__} while {version} was downloaded.", remedy="See the log.")
+            yield DownloadResult(version=version, folder=folder, state="failed", error=defect)
         else:
             yield DownloadResult(version=version, folder=folder, state=state)
 
 
-def own_templates(settings: Settings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
+def own_templates(settings: CatalogSettings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
     """Return a version's Dockerfile and script, made from its own templates; nothing where it has none.
 
     Args:

@@ -11,8 +11,9 @@ import re
 from enum import IntEnum
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-# The password in `scheme://user:password@host`, and a user alone: either may be a token.
-_URL_CREDENTIAL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s'\"]+@")
+# The password in `scheme://user:password@host`, and a user alone: either may be a token. A password may hold what it
+# should not, so it reaches to the last `@`, unless a digest follows that.
+_URL_CREDENTIAL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@(?!sha256:)")
 
 
 class ExitCode(IntEnum):
@@ -121,6 +122,10 @@ def one_line(text: str, limit: int = 1000) -> str:
     line = _URL_CREDENTIAL.sub(r"\g<scheme>", _CONTROL.sub(" ", text)).strip()
     line = re.sub(r" {2,}", " ", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class Defect(BuilderError):
+    """This program did what it should not; its exit code is the base's."""
 
 
 class Terminated(BaseException):

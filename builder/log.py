@@ -34,7 +34,8 @@ def mask(secrets: Iterable[str]) -> None:
 
 def masked(text: str) -> str:
     """Return `text` with every known secret replaced by asterisks."""
-    for secret in _secrets:
+    # The longest first: one secret may begin another.
+    for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
 
@@ -94,6 +95,8 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
             structlog.stdlib.filter_by_level,
             structlog.contextvars.merge_contextvars,
             structlog.stdlib.add_log_level,
+            # To text, without local variables, before anything is masked.
+            structlog.processors.format_exc_info,
             _mask_event,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],

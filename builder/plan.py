@@ -69,6 +69,8 @@ class Plan(BaseModel):
         reason: why, for people.
         observed: digest that the tag had when the plan was made; None where it did not exist.
         observed_annotations: annotations of what it named.
+        stands: whether that was an image of the same source.
+        wanted: the platforms that were asked for.
         platforms: what happens for each platform.
         artifacts: the files of the context; empty where nothing is built.
         dockerfile: the rendered Dockerfile; empty where nothing is built.
@@ -86,6 +88,8 @@ class Plan(BaseModel):
     reason: str
     observed: AsDigest | None
     observed_annotations: dict[str, str] = Field(default_factory=dict)
+    stands: bool
+    wanted: tuple[AsPlatform, ...]
     platforms: tuple[PlatformPlan, ...]
     artifacts: tuple[Artifact, ...] = ()
     dockerfile: str = ""
@@ -149,7 +153,10 @@ def decide(
             raise InvalidVersion(message, remedy=remedy)
         return Decision(action="publish", reason="--force replaces another source's image", platforms=everything)
     if rebuild:
-        return Decision(action="publish", reason="--rebuild makes every platform again", platforms=everything)
+        # A platform that nobody asks for now may still be pulled, so it is made again too; --force drops it.
+        others = () if force else tuple(platform for platform in sorted(existing.platforms) if platform not in wanted)
+        again = (*everything, *(PlatformPlan(platform=platform, action="build") for platform in others))
+        return Decision(action="publish", reason="--rebuild makes every platform again", platforms=again)
     kept = tuple(
         PlatformPlan(platform=platform, action="keep", kept=descriptor.digest)
         for platform, descriptor in sorted(existing.platforms.items())

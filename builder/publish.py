@@ -12,10 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from builder import record
 from builder.build.engine import BuildJob, Engine, Network
 from builder.build.engines import select_engine
-from builder.errors import BuilderError, InvalidSettings, TryAgain, VersionNotFound, one_line
+from builder.errors import (
+    BuilderError,
+    BuildFailed,
+    Defect,
+    InvalidSettings,
+    InvalidVersion,
+    TryAgain,
+    UsageError,
+    VersionNotFound,
+    one_line,
+)
 from builder.images import manifest as manifests
 from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
 from builder.images.layout import open_layout
@@ -24,11 +33,13 @@ from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, listing_digest, write_context
 from builder.models.version import ModelVersion
 from builder.plan import Plan, PlatformPlan
+from builder.record import Record
 from builder.reference import Digest, Platform, Reference, Repository
 from builder.rendering import rendered
 from builder.settings import BuildSettings, CommonSettings, Settings
 from builder.survey import (
     Services,
+    artifacts_changed,
     changes,
     completed,
     connected,
@@ -105,7 +116,8 @@ def workspace_of(settings: CommonSettings) -> Iterator[Workspace]:
     folder, temporary = settings.workspace_or_temporary()
     workspace = Workspace(folder)
     try:
-        yield workspace
+        with workspace.locked():
+            yield workspace
     finally:
         if temporary:
             workspace.remove()
@@ -132,12 +144,17 @@ def fetch(
     Raises:
         BuilderError: what failed; it is recorded on the version as well.
     """
-    with record.failures(settings, services.catalog, version):
+    record = Record(services.catalog, version, settings.target, version.source_id(settings.build_method))
+    with record.failures():
         plan = survey(settings, services, version, force=force, rebuild=rebuild)
-        workspace.prepare()
+        workspace.prepare(keep_context=bool(plan.builds))
         if plan.builds:
-            record.started(services.catalog, plan)
+            record.started(plan)
             artifacts = services.catalog.artifacts(version)
+            if plan.action == "extend" and artifacts_changed(plan, artifacts):
+                message = f"{version} has other artifacts now than its image was made from."
+                remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
+                raise InvalidVersion(message, remedy=remedy)
             log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
             write_context(services.catalog, artifacts, workspace.context, progress=progress)
             content = content_digest(workspace.context)
@@ -187,15 +204,14 @@ def build(settings: BuildSettings, workspace: Workspace, *, engine: Engine | Non
 
     Raises:
         UsageError: fetch has not run.
-        InvalidSettings: see `refuse_untrusted`.
     """
     plan = workspace.plan()
     if not plan.builds:
         log.info("nothing to build", reason=plan.reason)
         return BuildResult()
-    refuse_untrusted(settings, engine)
     result = BuildResult()
     try:
+        refuse_untrusted(settings, engine)
         engine = engine or select_engine(settings)
         result = BuildResult(engine=engine.name)
         for platform in plan.builds:
@@ -204,6 +220,9 @@ def build(settings: BuildSettings, workspace: Workspace, *, engine: Engine | Non
     except BuilderError as error:
         log.error("the build failed", error=masked(error.one_line()))
         result = result.failing(error)
+    except Exception as error:
+        log.exception("the build failed in a way that nobody foresaw")
+        result = result.failing(Defect(f"{type(error).__name__} in the build phase.", remedy="See its log."))
     workspace.write_result(result)
     return result
 
@@ -228,7 +247,12 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
         docker_config=settings.build_docker_config,
         cache=settings.build_cache,
     )
-    engine.build(job, lambda line: lines.info(safe_line(line)))
+    try:
+        engine.build(job, lambda line: lines.info(safe_line(line)))
+    except OSError as error:
+        # A RUN step of an earlier platform can have put anything into the folder of layouts.
+        message = f"The layout for {platform} could not be written: {error.strerror or error}."
+        raise BuildFailed(message, remedy="See what the Dockerfile's RUN steps leave behind, and the disk.") from error
     lines.info("built", seconds=round(time.monotonic() - began, 1))
 
 
@@ -244,26 +268,44 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
         BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
     """
     plan = workspace.plan()
-    version, tag = plan.version, plan.reference
-    platforms = tuple(str(step.platform) for step in plan.platforms)
-    with record.failures(settings, services.catalog, version):
-        now = services.catalog.find(version.name, version.version)
-        if now.created_ms != version.created_ms:
-            message = f"{version} was deleted and registered again while it was being published."
-            raise VersionNotFound(message, remedy="Publish it again.")
+    if settings.model_name not in {"", plan.version.name}:
+        message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {settings.model_name!r}."
+        raise UsageError(message, remedy="Run fetch for the model that is to be pushed, in a workspace of its own.")
+    record = Record.of_plan(services.catalog, plan.version, plan)
+    with record.failures():
+        now = _same_version(services, plan)
+    record = Record.of_plan(services.catalog, now, plan)
+    tag = plan.reference
     if plan.action == "foreign":
         log.warning("left alone", reference=str(tag), reason=plan.reason)
-        record.left_alone(services.catalog, plan, now)
-        return Published(version=version, tag=tag, reference=None, platforms=(), changed=False)
-    with record.failures(settings, services.catalog, now):
+        record.left_alone(plan)
+        return Published(version=now, tag=tag, reference=None, platforms=(), changed=False)
+    with record.failures():
+        if now.source_id(settings.build_method) != plan.source_id:
+            message = f"The tags of {now} were changed while it was being published."
+            raise TryAgain(message, remedy="Publish it again: it starts from what they are then.")
         if plan.action == "nothing" and plan.observed is not None:
             log.info("nothing to do", reference=str(tag), reason=plan.reason)
             digest = plan.observed
         else:
             digest = _push_and_tag(services, workspace, plan)
     pinned = tag.repository.digest(digest)
-    record.succeeded(services.catalog, plan, now, pinned)
+    record.succeeded(plan, pinned)
+    platforms = tuple(str(step.platform) for step in plan.platforms)
     return Published(version=now, tag=tag, reference=pinned, platforms=platforms, changed=plan.action != "nothing")
+
+
+def _same_version(services: Services, plan: Plan) -> ModelVersion:
+    """Return the plan's version as MLflow has it now.
+
+    Raises:
+        VersionNotFound: it was deleted, and perhaps another has its number.
+    """
+    now = services.catalog.find(plan.version.name, plan.version.version)
+    if now.created_ms != plan.version.created_ms:
+        message = f"{plan.version} was deleted and registered again while it was being published."
+        raise VersionNotFound(message, remedy="Publish it again.")
+    return now
 
 
 def _push_and_tag(services: Services, workspace: Workspace, plan: Plan) -> Digest:
@@ -271,20 +313,26 @@ def _push_and_tag(services: Services, workspace: Workspace, plan: Plan) -> Diges
     workspace.result().check()
     registry = services.registries.for_host(plan.reference.repository.host)
     kept = _kept(services, plan)
-    images = {
-        step.platform: _push_platform(services, workspace, plan, step)
-        for step in plan.platforms
-        if step.action == "build"
-    }
-    descriptors = [*kept.values(), *(image.descriptor for image in images.values())]
-    if len(descriptors) == 1 and images:
-        (image,) = images.values()
+    images = [_push_platform(services, workspace, plan, step) for step in plan.platforms if step.action == "build"]
+    descriptors = [*kept.values(), *(image.descriptor for image in images)]
+    if len(descriptors) == 1:
+        (image,) = images
         content, media_type = image.manifest, OCI_MANIFEST
     else:
-        content = manifests.index(descriptors, annotations=_annotations(plan))
+        notes = [image.annotations for image in images] + ([plan.observed_annotations] if kept else [])
+        bases = {(note.get(manifests.BASE_NAME, ""), note.get(manifests.BASE_DIGEST, "")) for note in notes}
+        content = manifests.index(descriptors, annotations=_annotations(plan) | _base_note(bases))
         media_type = OCI_INDEX
-    services.catalog.find(plan.version.name, plan.version.version)
+    _same_version(services, plan)
     return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+
+
+def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
+    """Return the annotations of the base that all images of an index stand on; none where they differ."""
+    if len(bases) != 1 or ("", "") in bases:
+        return {}
+    ((name, digest),) = bases
+    return {manifests.BASE_NAME: name, manifests.BASE_DIGEST: digest}
 
 
 def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: PlatformPlan) -> manifests.Image:
@@ -340,29 +388,32 @@ def run_fetch(
     settings: Settings, *, force: bool = False, rebuild: bool = False, progress: Progress | None = None
 ) -> Plan:
     """Run the fetch phase on the workspace that the settings name."""
-    workspace = _shared_workspace(settings)
-    with connected(settings) as services:
+    with _shared_workspace(settings) as workspace, connected(settings) as services:
+        workspace.clear_plan()
         version = find(settings, services)
         return fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
 
 
 def run_build(settings: BuildSettings) -> BuildResult:
     """Run the build phase on the workspace that the settings name."""
-    return build(settings, _shared_workspace(settings))
+    with _shared_workspace(settings) as workspace:
+        return build(settings, workspace)
 
 
 def run_push(settings: Settings) -> Published:
     """Run the push phase on the workspace that the settings name."""
-    workspace = _shared_workspace(settings)
-    with connected(settings) as services:
+    with _shared_workspace(settings) as workspace, connected(settings) as services:
         return push(settings, services, workspace)
 
 
-def _shared_workspace(settings: CommonSettings) -> Workspace:
-    """Return the workspace; one phase alone needs one that the others find."""
+@contextmanager
+def _shared_workspace(settings: CommonSettings) -> Iterator[Workspace]:
+    """Give the workspace; one phase alone needs one that the others find."""
     folder, temporary = settings.workspace_or_temporary()
     if temporary:
         Workspace(folder).remove()
         message = "BUILDER_WORKSPACE is missing: the phases hand over through that folder."
         raise InvalidSettings(message, remedy="Name the same folder for fetch, build and push.")
-    return Workspace(folder)
+    workspace = Workspace(folder)
+    with workspace.locked():
+        yield workspace

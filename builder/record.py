@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from builder.errors import BuilderError
+from builder.errors import BuilderError, ExitCode, Terminated
 from builder.log import masked
 from builder.models.catalog import Catalog
 from builder.models.outcome import Outcome
@@ -14,82 +14,112 @@ from builder.models.outcome import record as write
 from builder.models.version import ModelVersion
 from builder.plan import Plan
 from builder.reference import Reference
-from builder.settings import Settings
+
+# What is the version's own fault, and will be again. All else (a service that is away, a credential that has expired, a
+# setting) says nothing of the version, and is no attempt at it.
+_OWN_FAULTS = frozenset({ExitCode.DATA, ExitCode.SOFTWARE, ExitCode.CANNOT_CREATE})
 
 
-def started(catalog: Catalog, plan: Plan) -> None:
-    """Record that work on the version has begun: one more attempt at this source."""
-    before = Outcome.of(plan.version, plan.target)
-    attempts = before.attempts + 1 if before.source_id == plan.source_id else 1
-    now = _changed(
-        before, state="running", source_id=plan.source_id, tag=str(plan.reference), attempts=attempts, error=""
-    )
-    write(catalog, plan.version, now)
-
-
-def succeeded(catalog: Catalog, plan: Plan, version: ModelVersion, pinned: Reference) -> None:
-    """Record what stands in the registry; a version whose tags say so already is left untouched.
+class Record:
+    """One version's record for one target.
 
     Args:
         catalog: where to write.
-        plan: what was done.
-        version: the version as MLflow has it now.
-        pinned: the digest reference.
+        version: the version, with the tags it has now.
+        target: the target's name.
+        source_id: what is being published.
     """
-    before = Outcome.of(version, plan.target)
-    now = _changed(
-        before,
-        state="published",
-        image=str(pinned),
-        tag=str(plan.reference),
-        source_id=plan.source_id,
-        platforms=tuple(sorted(str(step.platform) for step in plan.platforms)),
-        error="",
-    )
-    if plan.action != "nothing" or now != before:
-        write(catalog, version, _changed(now, finished=_now()))
 
+    def __init__(self, catalog: Catalog, version: ModelVersion, target: str, source_id: str) -> None:
+        self._catalog = catalog
+        self._version = version
+        self._source_id = source_id
+        self._before = Outcome.of(version, target)
+        self._plan: Plan | None = None
 
-def left_alone(catalog: Catalog, plan: Plan, version: ModelVersion) -> None:
-    """Record that the tag holds an image that is not ours."""
-    before = Outcome.of(version, plan.target)
-    now = _changed(
-        before,
-        state="foreign",
-        image="",
-        tag=str(plan.reference),
-        source_id=plan.source_id,
-        platforms=(),
-        error=plan.reason,
-    )
-    if now != before:
-        write(catalog, version, _changed(now, finished=_now()))
+    @classmethod
+    def of_plan(cls, catalog: Catalog, version: ModelVersion, plan: Plan) -> Record:
+        """Return the record of a plan that another phase has made, and whose start it has recorded."""
+        record = cls(catalog, version, plan.target, plan.source_id)
+        record._plan = plan
+        return record
 
+    def started(self, plan: Plan) -> None:
+        """Record that work has begun: one more attempt at this source, until it turns out not to be one."""
+        self._plan = plan
+        wanted = tuple(str(platform) for platform in plan.wanted)
+        again = self._again and self._before.wanted == wanted
+        self._write(
+            state="running",
+            source_id=self._source_id,
+            tag=str(plan.reference),
+            wanted=wanted,
+            error="",
+            attempts=self._before.attempts + 1 if again else 1,
+        )
 
-@contextmanager
-def failures(settings: Settings, catalog: Catalog, version: ModelVersion) -> Iterator[None]:
-    """Record what fails inside on the version, and let it through.
+    def succeeded(self, plan: Plan, pinned: Reference) -> None:
+        """Record what stands in the registry; a version whose tags say so already is left untouched."""
+        facts = {
+            "state": "published",
+            "image": str(pinned),
+            "tag": str(plan.reference),
+            "source_id": plan.source_id,
+            "platforms": tuple(sorted(str(step.platform) for step in plan.platforms)),
+            "error": "",
+        }
+        if plan.action != "nothing" or self._before.model_copy(update=facts) != self._before:
+            self._write(**facts, finished=_now())
 
-    An image that stands is not called a failure because a service was away for a moment.
-    """
-    try:
-        yield
-    except BuilderError as error:
-        source = version.source_id(settings.build_method)
-        before = Outcome.of(version, settings.target)
-        same = before.source_id == source
-        if not (before.state == "published" and same and error.retryable):
-            # An attempt that `started` counted is not counted again.
-            attempts = before.attempts if same else 0
-            attempts += before.state != "running" or not same
-            text = masked(error.one_line())
-            now = _changed(before, state="failed", source_id=source, error=text, attempts=attempts, finished=_now())
-            write(catalog, version, now)
-        raise
+    def left_alone(self, plan: Plan) -> None:
+        """Record that the tag holds an image that is not ours."""
+        facts = {
+            "state": "foreign",
+            "image": "",
+            "tag": str(plan.reference),
+            "source_id": plan.source_id,
+            "platforms": (),
+            "error": plan.reason,
+        }
+        if self._before.model_copy(update=facts) != self._before:
+            self._write(**facts, finished=_now())
 
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Record what fails inside, whatever it is, and let it through."""
+        try:
+            yield
+        except BuilderError as error:
+            self._failed(masked(error.one_line()), own_fault=error.exit_code in _OWN_FAULTS)
+            raise
+        except Terminated:
+            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=True)
+            raise
+        except Exception as error:
+            self._failed(f"Defect: {masked(type(error).__name__)}. The publisher's log has more.", own_fault=True)
+            raise
 
-def _changed(outcome: Outcome, **facts: object) -> Outcome:
-    return outcome.model_copy(update=facts)
+    def _failed(self, error: str, *, own_fault: bool) -> None:
+        """Record a failure. An image of this source that stands is not called failed for what is not its fault."""
+        stands = self._plan.stands if self._plan else self._before.state == "published" and self._again
+        counted = bool(self._plan and self._plan.builds)
+        attempts = (self._before.attempts if self._again else 0) + (own_fault - counted)
+        self._write(
+            state="published" if stands and not own_fault else "failed",
+            source_id=self._source_id,
+            error=error,
+            attempts=max(attempts, 0),
+            finished=_now(),
+        )
+
+    @property
+    def _again(self) -> bool:
+        """Whether the record is of earlier work on the same source."""
+        return self._before.source_id == self._source_id
+
+    def _write(self, **facts: object) -> None:
+        self._before = self._before.model_copy(update=facts)
+        write(self._catalog, self._version, self._before)
 
 
 def _now() -> str:

@@ -24,7 +24,16 @@ from builder.reference import Platform, Repository, parse_platforms
 _MLFLOW_VARIABLE = re.compile(
     r"MLFLOW_[A-Z0-9_]+|AWS_[A-Z0-9_]+|AZURE_[A-Z0-9_]+|GOOGLE_APPLICATION_CREDENTIALS|DATABRICKS_[A-Z0-9_]+"
 )
-_CREDENTIAL_VARIABLE = re.compile(r"[A-Z0-9_]*(?:TOKEN|PASSWORD|SECRET|API_KEY|ACCESS_KEY|PRIVATE_KEY)[A-Z0-9_]*")
+_CREDENTIAL_VARIABLE = re.compile(
+    r"[A-Z0-9_]*(?:TOKEN|PASSWORD|SECRET|API_KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|CLIENT_CERT|CONNECTION_STRING)[A-Z0-9_]*"
+    r"|(?:AWS|AZURE|DATABRICKS)_[A-Z0-9_]+"
+)
+# What of a cloud's variables is no secret.
+_PLAIN_VARIABLE = re.compile(
+    r"AWS_(?:DEFAULT_)?REGION|AWS_CA_BUNDLE|AWS_ENDPOINT_URL[A-Z0-9_]*|AWS_DEFAULT_OUTPUT|AWS_MAX_ATTEMPTS|AWS_RETRY_MODE"
+    r"|AWS_EC2_METADATA_DISABLED|AWS_STS_REGIONAL_ENDPOINTS|AZURE_AUTHORITY_HOST|DATABRICKS_HOST"
+)
+_URL_PASSWORD = re.compile(r"://[^\s/]*:([^\s]*)@|://([^\s/:]+)@")
 INDEX_VARIABLES = (
     "PIP_INDEX_URL",
     "PIP_EXTRA_INDEX_URL",
@@ -156,7 +165,12 @@ class CommonSettings(BaseModel):
             if _MLFLOW_VARIABLE.fullmatch(name) and name != "MLFLOW_TRACKING_URI"
         }
         values["secret_values"] = tuple(
-            str(value) for name, value in values.items() if _is_credential(name, value) or name == "DOMINO_RUN_ID"
+            secret
+            for name, value in values.items()
+            for secret in (
+                *((str(value),) if _is_credential(name, value) or name == "DOMINO_RUN_ID" else ()),
+                *(_url_secrets(value) if isinstance(value, str) else ()),
+            )
         )
         values["holds_credential"] = any(_is_credential(name, value) for name, value in values.items()) or bool(
             values["DOCKER_CONFIG"] and (Path(values["DOCKER_CONFIG"]) / "config.json").exists()
@@ -340,11 +354,19 @@ class Settings(CatalogSettings, BuildSettings):
 
 
 def _is_credential(name: str, value: object) -> bool:
-    """Return whether a variable holds what a Dockerfile's RUN step must not read."""
-    if not isinstance(value, str) or not value:
+    """Return whether a variable holds what a Dockerfile's RUN step must not read.
+
+    Proxies and package indexes may have a password in their address; RUN steps need those, so they do not count.
+    """
+    if not isinstance(value, str) or not value or name in INDEX_VARIABLES or name.upper() in PROXY_VARIABLES:
         return False
-    in_url = name == "MLFLOW_TRACKING_URI" and re.search(r"://[^/]*@", value)
-    return bool(_CREDENTIAL_VARIABLE.fullmatch(name) or in_url)
+    named = _CREDENTIAL_VARIABLE.fullmatch(name) and not _PLAIN_VARIABLE.fullmatch(name)
+    return bool(named or _url_secrets(value))
+
+
+def _url_secrets(value: str) -> list[str]:
+    """Return the passwords and bare users of the URLs in a value."""
+    return [password or user for password, user in _URL_PASSWORD.findall(value)]
 
 
 def _unreadable(variable: str, values: Mapping[str, Any], kind: Literal["file", "folder"]) -> list[str]:

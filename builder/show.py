@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from builder.errors import one_line
 from builder.log import get_logger
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
         push_checked: whether it was seen that the credential may push.
     """
     version = planned.version
+    name = one_line(version.name, 200)
     rows = [
-        ("model", f"{version.name} version {version.version}, registered {version.created:%Y-%m-%d %H:%M} UTC"),
+        ("model", f"{name} version {version.version}, registered {version.created:%Y-%m-%d %H:%M} UTC"),
         ("action", f"{planned.action}: {planned.reason}"),
         ("tag", str(planned.reference) + (", push allowed" if push_checked else "")),
         ("there now", str(planned.observed) if planned.observed else "nothing"),
@@ -62,8 +64,15 @@ def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
     if len(planned.artifacts) > _MOST_FILES:
         lines.append(f"{'':<{width}}  … and {len(planned.artifacts) - _MOST_FILES} more; --json lists them all")
     if planned.dockerfile:
-        lines += ["", "Dockerfile", *(f"  {line}" for line in planned.dockerfile.splitlines())]
+        lines += ["", "Dockerfile", *(f"  {_printable(line)}" for line in planned.dockerfile.splitlines())]
     return "\n".join(lines)
+
+
+def _printable(line: str) -> str:
+    """Return a line that others wrote, fit for a terminal: what would steer it is shown, not sent."""
+    return "".join(
+        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in line
+    )
 
 
 def sweep(swept: Sequence[Swept]) -> None:

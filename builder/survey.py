@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from builder.images.existing import resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
 from builder.images.registries import Registries
 from builder.images.retry import Patience
-from builder.log import get_logger
-from builder.models.catalog import Catalog
+from builder.log import get_logger, masked
+from builder.models.catalog import Artifact, Catalog
 from builder.models.context import listing_digest, sketch_context
 from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.version import Inputs, ModelVersion, check_version_text, wanted_platforms
@@ -90,6 +90,8 @@ def survey(
         reason=decision.reason,
         observed=existing.digest if existing else None,
         observed_annotations=dict(existing.annotations) if existing else {},
+        stands=existing is not None and existing.source_id == source_id,
+        wanted=wanted,
         platforms=decision.platforms,
     )
 
@@ -137,9 +139,12 @@ def changes(services: Services, plan: Plan) -> list[str]:
     """Return what has changed since the image was made although its source is the same: its artifacts, its base."""
     was = plan.observed_annotations
     found = []
-    listed = str(listing_digest(services.catalog.artifacts(plan.version)))
-    if was.get(ARTIFACTS_DIGEST, listed) != listed:
-        found.append("the artifacts have changed since this version was published; --rebuild takes them up")
+    try:
+        if artifacts_changed(plan, services.catalog.artifacts(plan.version)):
+            found.append("the artifacts have changed since this version was published; --rebuild takes them up")
+    except BuilderError as error:
+        # The image stands, whether or not what it was made from still does.
+        log.warning("the artifacts could not be listed", version=str(plan.version), error=masked(error.one_line()))
     name, digest = was.get(BASE_NAME), was.get(BASE_DIGEST)
     if not name or not digest:
         return found
@@ -152,6 +157,12 @@ def changes(services: Services, plan: Plan) -> list[str]:
     if base is not None and str(base.digest) != digest:
         found.append(f"the base image {name} has moved since this version was published; --rebuild takes it up")
     return found
+
+
+def artifacts_changed(plan: Plan, artifacts: Sequence[Artifact]) -> bool:
+    """Return whether the artifacts are others than those that the image under the tag was made from."""
+    listed = str(listing_digest(artifacts))
+    return plan.stands and plan.observed_annotations.get(ARTIFACTS_DIGEST, listed) != listed
 
 
 def engine_here(settings: Settings) -> str:

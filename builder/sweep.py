@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from builder.errors import BuilderError, ExitCode, VersionNotFound
+from builder.errors import BuilderError, ExitCode, InvalidVersion, VersionNotFound
 from builder.log import get_logger, masked
 from builder.models.outcome import Outcome
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
 from builder.publish import publish_version, refuse_untrusted, workspace_of
 from builder.reference import Reference
 from builder.settings import Settings
-from builder.survey import Services, connected
+from builder.survey import Services, connected, reference_of
 
 log = get_logger("sweep")
 
-# `published` was made now; `current` was there; `gone` was deleted under our hands; `waiting` failed too often and is
-# left until somebody changes it.
+# `published` was made now; `current` was there; `gone` was deleted, or its tag withdrawn, under our hands; `waiting`
+# failed too often and is left until somebody changes it.
 State = Literal["published", "current", "foreign", "failed", "waiting", "gone"]
 
 
@@ -78,7 +78,9 @@ def sweep(settings: Settings, options: Options | None = None) -> Iterator[Swept]
     options = options or Options()
     refuse_untrusted(settings)
     with connected(settings) as services:
-        for version in natural_order(services.catalog.tagged(settings.target_tag)):
+        versions = natural_order(services.catalog.tagged(settings.target_tag))
+        # What has failed, or has taken the whole process with it, comes last: it must not keep the others waiting.
+        for version in sorted(versions, key=lambda version: _in_vain(settings, version)):
             yield _sweep_one(settings, services, version, options)
 
 
@@ -87,6 +89,10 @@ def _sweep_one(settings: Settings, services: Services, version: ModelVersion, op
         settled = None if options.asks else _settled(settings, version, retry=options.retry_failed)
         if settled:
             return settled
+        # The listing may be hours old by now.
+        version = services.catalog.find(version.name, version.version)
+        if not version.selected_by(settings.target_tag):
+            return Swept(version=version, state="gone", detail="no longer carries the target tag")
         with workspace_of(settings) as workspace:
             published = publish_version(
                 settings, services, workspace, version, force=options.force, rebuild=options.rebuild
@@ -112,14 +118,31 @@ def _sweep_one(settings: Settings, services: Services, version: ModelVersion, op
     )
 
 
+def _in_vain(settings: Settings, version: ModelVersion) -> int:
+    """Return how often a version was tried in vain."""
+    outcome = Outcome.of(version, settings.target)
+    return outcome.attempts if outcome.state in {"running", "failed"} else 0
+
+
 def _settled(settings: Settings, version: ModelVersion, *, retry: bool) -> Swept | None:
     """Return what the version's own tags settle, without a request; None where something has to be done."""
     outcome = Outcome.of(version, settings.target)
     if outcome.source_id != version.source_id(settings.build_method):
         return None
-    wanted = {str(platform) for platform in wanted_platforms(version, settings.target_platforms)}
-    if outcome.state == "published" and wanted <= set(outcome.platforms):
-        return Swept(version=version, state="current", detail=outcome.tag)
-    if outcome.state == "failed" and outcome.attempts >= settings.sweep_attempts and not retry:
-        return Swept(version=version, state="waiting", detail=outcome.error)
+    try:
+        platforms = wanted_platforms(version, settings.target_platforms)
+    except InvalidVersion:
+        # What nobody can read cannot be compared: it was tried, or is tried, and says so on the version.
+        wanted = outcome.wanted
+    else:
+        wanted = tuple(str(platform) for platform in platforms)
+        here = outcome.tag == str(reference_of(settings, version))
+        if outcome.state == "published" and here and set(wanted) <= set(outcome.platforms) and not outcome.error:
+            return Swept(version=version, state="current", detail=outcome.tag)
+    # `running` is what a process leaves that was killed: it has not said why, but it was an attempt.
+    tried = outcome.state in {"running", "failed"} and outcome.wanted in {wanted, ()}
+    if tried and outcome.attempts >= settings.sweep_attempts and not retry:
+        detail = outcome.error or "the publisher ended without saying why"
+        log.warning("waits for a change, or for --retry-failed", version=str(version), error=detail)
+        return Swept(version=version, state="waiting", detail=detail)
     return None

@@ -12,6 +12,7 @@ build writes are written in place, never renamed, since in a Pod each is a mount
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -25,12 +26,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from builder.errors import (
     BuilderError,
     BuildFailed,
+    Defect,
     InvalidSettings,
+    InvalidVersion,
     ServiceUnavailable,
     TryAgain,
     UsageError,
     one_line,
 )
+from builder.models.answers import on_disk
 from builder.plan import AsPlatform, Plan
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ _MOST_TEXT = 4000
 
 # What a build phase may fail with. It is told by a stranger, so it decides an exit code and nothing else.
 _FAILURES: dict[str, type[BuilderError]] = {
-    kind.__name__: kind for kind in (BuildFailed, ServiceUnavailable, TryAgain, InvalidSettings)
+    kind.__name__: kind for kind in (BuildFailed, ServiceUnavailable, TryAgain, InvalidSettings, Defect)
 }
 
 
@@ -105,33 +109,77 @@ class Workspace:
         """The folder of one platform's OCI image layout."""
         return self.folder / "layouts" / platform.folder
 
-    def prepare(self) -> None:
-        """Make an empty workspace: what an earlier run left is removed, what is not ours stays.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process of this program out of the folder meanwhile.
 
         Raises:
-            TryAgain: the folder cannot be made or written.
+            TryAgain: another one is at work there.
+            InvalidSettings: the folder cannot be made or read.
         """
-        with _disk(self.folder):
+        with on_disk(f"make the workspace {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (self.folder / "plan.json", self.folder / "result.json"):
-                path.unlink(missing_ok=True)
-            for path in (self.context, self.folder / "layouts"):
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            message = f"Another publish is at work in the workspace {self.folder}."
+            raise TryAgain(message, remedy="Give each its own BUILDER_WORKSPACE, or wait for it to end.") from error
+        finally:
+            os.close(descriptor)
+
+    def clear_plan(self) -> None:
+        """Remove what an earlier run planned and built, so that nobody takes it for this run's."""
+        with on_disk(f"write to the workspace {self.folder}"):
+            for name in ("plan.json", "result.json"):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def prepare(self, *, keep_context: bool = False) -> None:
+        """Make the workspace ready: what an earlier run left is removed, what is not ours stays.
+
+        Args:
+            keep_context: leave the context, of which a download that broke off keeps what it has.
+
+        Raises:
+            TryAgain: the disk is full.
+            InvalidSettings: the folder cannot be made or written.
+        """
+        self.clear_plan()
+        layouts = self.folder / "layouts"
+        with on_disk(f"write to the workspace {self.folder}"):
+            for path in (layouts,) if keep_context else (layouts, self.context):
                 if path.is_symlink():
                     path.unlink()
                 elif path.exists():
                     shutil.rmtree(path)
-            (self.folder / "layouts").mkdir()
+            layouts.mkdir()
             (self.folder / "result.json").touch()
 
     def write_dockerfile(self, content: bytes) -> None:
-        """Write the rendered Dockerfile into the context, over whatever the artifacts have there."""
-        with _disk(self.folder):
+        """Write the rendered Dockerfile into the context, over whatever the artifacts have there.
+
+        Raises:
+            InvalidVersion: the artifacts have a folder of that name.
+        """
+        if self.dockerfile.is_dir():
+            message = "The version has a folder 'Dockerfile' where the rendered file belongs."
+            raise InvalidVersion(message, remedy="Log that folder under another name.")
+        with on_disk(f"write {self.dockerfile}"):
             self.dockerfile.write_bytes(content)
 
     def write_plan(self, plan: Plan) -> None:
-        """Write plan.json."""
-        with _disk(self.folder):
-            (self.folder / "plan.json").write_text(plan.model_dump_json(indent=1))
+        """Write plan.json.
+
+        Raises:
+            InvalidVersion: the version has so many artifacts that their list would not be read again.
+        """
+        text = plan.model_dump_json(indent=1).encode()
+        if len(text) > _MOST_PLAN_BYTES:
+            message = f"{plan.version} has {len(plan.artifacts)} artifacts, more than a plan can list."
+            raise InvalidVersion(message, remedy="Put many small files into an archive, and log that.")
+        with on_disk(f"write to the workspace {self.folder}"):
+            (self.folder / "plan.json").write_bytes(text)
 
     def plan(self) -> Plan:
         """Return the plan that fetch wrote.
@@ -149,7 +197,7 @@ class Workspace:
 
     def write_result(self, result: BuildResult) -> None:
         """Write result.json, in place."""
-        with _disk(self.folder), (self.folder / "result.json").open("w") as file:
+        with on_disk(f"write to the workspace {self.folder}"), (self.folder / "result.json").open("w") as file:
             file.write(result.model_dump_json())
 
     def result(self) -> BuildResult:
@@ -178,14 +226,3 @@ def _read_regular(path: Path, limit: int) -> bytes:
             message = f"{path.name} is not a regular file of at most {limit} bytes"
             raise OSError(message)
         return file.read(limit)
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into our errors."""
-    try:
-        yield
-    except OSError as error:
-        message = f"The workspace {folder} cannot be written: {error.strerror or error}."
-        remedy = "Name a folder that this user may write, with room, in BUILDER_WORKSPACE."
-        raise TryAgain(message, remedy=remedy) from error

@@ -40,6 +40,14 @@ def steps(decision):
         (standing(AMD64), (AMD64, ARM64), {}, "extend", {"linux/amd64": "keep", "linux/arm64": "build"}),
         (standing(AMD64), (ARM64,), {}, "extend", {"linux/amd64": "keep", "linux/arm64": "build"}),
         (standing(AMD64), (AMD64,), {"rebuild": True}, "publish", {"linux/amd64": "build"}),
+        (
+            standing(AMD64, ARM64),
+            (AMD64,),
+            {"rebuild": True},
+            "publish",
+            {"linux/amd64": "build", "linux/arm64": "build"},
+        ),
+        (standing(AMD64, ARM64), (AMD64,), {"rebuild": True, "force": True}, "publish", {"linux/amd64": "build"}),
         (standing(AMD64, source_id=None), (AMD64,), {}, "foreign", {}),
         (standing(AMD64, source_id=None), (AMD64,), {"rebuild": True}, "foreign", {}),
         (standing(AMD64, source_id=None), (AMD64,), {"force": True}, "publish", {"linux/amd64": "build"}),
@@ -115,6 +123,8 @@ def test_a_plan_survives_the_workspace():
         action=decision.action,
         reason=decision.reason,
         observed=Digest.of(b""),
+        stands=True,
+        wanted=(AMD64, ARM64),
         platforms=decision.platforms,
     )
     assert Plan.model_validate_json(plan.model_dump_json()) == plan

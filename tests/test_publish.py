@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from builder.errors import BuildFailed, InvalidVersion, ServiceUnavailable, TryAgain, VersionNotFound
+from builder.errors import BuildFailed, InvalidVersion, ServiceUnavailable, TryAgain, UsageError, VersionNotFound
 from builder.publish import Published, build, fetch, publish, push, workspace_of
 from builder.settings import Settings
 from builder.survey import connected, find, preview
@@ -74,6 +76,7 @@ def test_the_whole_job(settings, new, base_image, crane, registry):
         "tag": str(published.tag),
         "source": notes["io.modelimage.source-id"],
         "platforms": "linux/amd64",
+        "wanted": "linux/amd64",
         "attempts": "1",
     }
 
@@ -268,7 +271,78 @@ def test_changed_artifacts_are_noticed_and_taken_up_by_rebuild(settings, new, tm
     assert rebuilt.reference != first.reference
 
 
-def phases(settings, model) -> Published:
+def test_a_platform_of_other_artifacts_is_not_joined_to_the_rest(settings, new, tmp_path):
+    model = new(COPIES)
+    publish(settings(model))
+    changed = tmp_path / "weights.txt"
+    changed.write_text("43")
+    model.client.log_artifact(model.run_id, str(changed), "mymodel")
+    model.set_tag("MODEL_PLATFORMS", "linux/amd64,linux/arm64")
+    with pytest.raises(InvalidVersion, match="--rebuild makes all of them again"):
+        publish(settings(model))
+    assert publish(settings(model), rebuild=True).platforms == ("linux/amd64", "linux/arm64")
+
+
+def test_a_published_version_needs_its_artifacts_no_longer(settings, new, mlflow_server, caplog):
+    model = new(COPIES)
+    first = publish(settings(model))
+    shutil.rmtree(Path(mlflow_server.artifacts) / "0" / model.run_id / "artifacts")
+    assert publish(settings(model)).reference == first.reference
+    assert "the artifacts could not be listed" in caplog.text
+    assert model.outcome()["state"] == "published"
+
+
+def test_a_service_that_was_away_is_no_attempt(settings, new, impatient):
+    model = new(COPIES)
+    with pytest.raises(ServiceUnavailable):
+        publish(settings(model, REGISTRY_URL="127.0.0.1:1/models"))
+    assert model.outcome()["attempts"] == "0"
+    publish(settings(model))
+    tags = model.tags()
+    with pytest.raises(ServiceUnavailable):
+        publish(settings(model, REGISTRY_URL="127.0.0.1:1/models"), rebuild=True)
+    assert model.outcome()["state"] == "published"
+    assert model.outcome()["image"] == tags["publish.pltr_foundry.image"]
+    assert not publish(settings(model)).changed
+    assert model.outcome()["error"] == ""
+
+
+def test_tags_changed_in_mid_run_are_not_published_as_they_were(settings, new):
+    model = new(COPIES)
+    run = phases(settings(model))
+    next(run)
+    next(run)
+    model.set_tag("MODEL_ENTRY_POINT", "other.py")
+    with pytest.raises(TryAgain, match="tags"):
+        next(run)
+
+
+def test_push_refuses_another_models_plan(settings, new):
+    one, other = new(COPIES), new(COPIES)
+    run = phases(settings(one))
+    next(run)
+    with (
+        connected(settings(other)) as services,
+        workspace_of(settings(other, BUILDER_WORKSPACE="")) as workspace,
+    ):
+        shutil.copytree(settings(one).workspace, workspace.folder, dirs_exist_ok=True)
+        with pytest.raises(UsageError, match="MODEL_NAME"):
+            push(settings(other), services, workspace)
+
+
+def test_a_base_that_moved_is_noticed_for_an_index_too(settings, new, crane, base_image, caplog):
+    base = base_image.replace("base/python", "moving/python")
+    crane("copy", base_image, base)
+    model = new(COPIES.replace("{base}", base), tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    publish(settings(model))
+    assert not publish(settings(model)).changed
+    assert "has moved" not in caplog.text
+    crane("mutate", "--label=moved=1", "--tag", base, f"{base_image}", "--platform=linux/amd64")
+    publish(settings(model))
+    assert f"the base image {base} has moved" in caplog.text
+
+
+def phases(settings) -> Published:
     with connected(settings) as services, workspace_of(settings) as workspace:
         version = find(settings, services)
         fetch(settings, services, workspace, version)
@@ -280,7 +354,7 @@ def phases(settings, model) -> Published:
 
 def test_a_version_deleted_in_mid_run_is_not_tagged(settings, new, crane, registry):
     model = new(COPIES)
-    run = phases(settings(model), model)
+    run = phases(settings(model))
     next(run)
     next(run)
     model.client.delete_model_version(model.name, model.version)
@@ -291,7 +365,7 @@ def test_a_version_deleted_in_mid_run_is_not_tagged(settings, new, crane, regist
 
 def test_a_tag_moved_in_mid_run_is_not_overwritten(settings, new, base_image, crane):
     model = new(COPIES)
-    run = phases(settings(model), model)
+    run = phases(settings(model))
     next(run)
     next(run)
     tag = f"{settings(model).registry_url}/{model.name}:v1"
@@ -301,7 +375,7 @@ def test_a_tag_moved_in_mid_run_is_not_overwritten(settings, new, base_image, cr
     assert crane("digest", tag) == crane("digest", "--platform", "linux/amd64", base_image)
 
 
-def test_a_registry_that_is_away_is_not_an_absent_image(settings, new):
+def test_a_registry_that_is_away_is_not_an_absent_image(settings, new, impatient):
     model = new(COPIES)
     with pytest.raises(ServiceUnavailable, match=r"127.0.0.1:1"):
         publish(settings(model, REGISTRY_URL="127.0.0.1:1/models"))

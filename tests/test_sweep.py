@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.version import ModelVersion
 from builder.publish import publish
 from builder.settings import Settings
 from builder.sweep import Options, sweep
@@ -76,13 +78,15 @@ def test_a_sweep_over_everything(settings, new, crane, base_image, registry):
     assert {result.state for result in again} == {"current", "failed", "foreign"}
 
 
-def test_what_is_published_costs_no_request_beyond_the_listing(settings, new, registry, mlflow_server):
+def test_what_is_published_costs_no_request_beyond_the_listing(settings, new, registry, monkeypatch):
     for _ in range(3):
         new()
     assert {result.state for result in sweep(settings())} == {"published"}
-    # Neither can the registry be asked, nor anything of a version be read: only the listing works.
-    away = settings(REGISTRY_URL="127.0.0.1:1/swept")
-    assert {result.state for result in sweep(away)} == {"current"}
+    asked = registry.log().count("http.request.method")
+    monkeypatch.delattr(MlflowCatalog, "find")
+    monkeypatch.delattr(MlflowCatalog, "artifacts")
+    assert {result.state for result in sweep(settings())} == {"current"}
+    assert registry.log().count("http.request.method") == asked > 0
 
 
 def test_check_asks_the_registry(settings, new, crane, registry):
@@ -99,6 +103,55 @@ def test_a_platform_that_is_wanted_now_is_added(settings, new):
     (result,) = sweep(settings(TARGET_PLATFORMS="linux/amd64,linux/arm64"))
     assert (result.state, result.detail) == ("published", "linux/amd64, linux/arm64")
     assert model.outcome(settings().target)["platforms"] == "linux/amd64,linux/arm64"
+
+
+def test_another_registry_is_another_place_to_publish_to(settings, new, registry):
+    new()
+    list(sweep(settings()))
+    (result,) = sweep(settings(REGISTRY_URL=f"{registry.host}/moved"))
+    assert result.state == "published"
+
+
+def test_what_killed_the_publisher_comes_last_and_is_given_up(settings, new):
+    killer, innocent = new(name="a-killer"), new(name="b-innocent")
+    target = settings().target
+    ours = killer.client.get_model_version(killer.name, killer.version)
+    source = ModelVersion(
+        name=killer.name, version="1", created_ms=ours.creation_timestamp, source=ours.source, run_id=killer.run_id,
+        tags=dict(ours.tags),
+    ).source_id("auto")  # fmt: skip
+    for name, value in {"state": "running", "source": source, "attempts": "2", "wanted": "linux/amd64"}.items():
+        killer.set_tag(f"publish.{target}.{name}", value)
+    order = [result.version.name for result in sweep(settings())]
+    assert order == [innocent.name, killer.name]
+    killer.set_tag(f"publish.{target}.state", "running")
+    killer.set_tag(f"publish.{target}.attempts", "3")
+    assert states(sweep(settings()))[f"{killer.name}:1"] == "waiting"
+
+
+def test_a_registry_that_is_away_gives_up_on_nobody(settings, new, impatient):
+    new()
+    away = settings(REGISTRY_URL="127.0.0.1:1/swept", SWEEP_ATTEMPTS="1")
+    assert [next(iter(sweep(away))).state for _ in range(2)] == ["failed", "failed"]
+    assert next(iter(sweep(settings()))).state == "published"
+
+
+def test_a_platform_that_cannot_be_built_can_be_left_out(settings, new):
+    model = new("FROM {base}\nRUN true\n", tags={"MODEL_PLATFORMS": "linux/amd64,linux/s390x"})
+    once = settings(SWEEP_ATTEMPTS="1")
+    assert [next(iter(sweep(once))).state for _ in range(2)] == ["failed", "waiting"]
+    model.set_tag("MODEL_PLATFORMS", "linux/amd64")
+    assert next(iter(sweep(once))).state == "published"
+
+
+def test_a_withdrawn_tag_is_seen_although_the_listing_had_it(settings, new):
+    withdrawn = new()
+    changed = new(name=withdrawn.name)
+    run = sweep(settings())
+    first = next(run)
+    last = withdrawn if first.version.version == changed.version else changed
+    last.set_tag(settings().target_tag, "false")
+    assert [result.state for result in run] == ["gone"]
 
 
 def test_what_fails_too_often_waits_for_a_change(settings, new):

@@ -21,6 +21,7 @@ from builder.workspace import BuildResult, Workspace
 @pytest.fixture
 def workspace(tmp_path):
     made = Workspace(tmp_path / "workspace")
+    made.folder.mkdir()
     made.prepare()
     return made
 
@@ -117,5 +118,30 @@ def test_links_an_earlier_run_left_are_not_followed(workspace, tmp_path):
 
 def test_a_workspace_that_cannot_be_made_says_so(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TryAgain, match="BUILDER_WORKSPACE"):
-        Workspace(tmp_path / "file" / "workspace").prepare()
+    with pytest.raises(InvalidSettings, match="workspace"), Workspace(tmp_path / "file" / "workspace").locked():
+        pass
+
+
+def test_two_publishes_do_not_share_a_workspace(workspace):
+    with (
+        workspace.locked(),
+        pytest.raises(TryAgain, match="BUILDER_WORKSPACE"),
+        Workspace(workspace.folder).locked(),
+    ):
+        pass
+    with workspace.locked():
+        pass
+
+
+def test_a_plan_of_an_earlier_run_is_not_taken_for_this_ones(workspace):
+    (workspace.folder / "plan.json").write_text("{}")
+    workspace.clear_plan()
+    with pytest.raises(UsageError, match="builder fetch"):
+        workspace.plan()
+
+
+def test_a_context_that_a_download_left_unfinished_is_kept(workspace):
+    workspace.context.mkdir()
+    (workspace.context / "half").touch()
+    workspace.prepare(keep_context=True)
+    assert (workspace.context / "half").exists()

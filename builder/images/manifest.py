@@ -54,6 +54,7 @@ class Image:
         descriptor: names the manifest, with its platform: an entry of an index.
         config_descriptor: names the config.
         layers: name the layers, first to last.
+        annotations: of the manifest.
     """
 
     platform: Platform
@@ -62,6 +63,7 @@ class Image:
     descriptor: Descriptor
     config_descriptor: Descriptor
     layers: tuple[Descriptor, ...]
+    annotations: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,7 @@ def finished_image(
         descriptor=Descriptor.of(manifest, OCI_MANIFEST, image.platform),
         config_descriptor=config_descriptor,
         layers=layers,
+        annotations=dict(annotations),
     )
 
 

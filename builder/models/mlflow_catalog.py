@@ -101,7 +101,7 @@ class MlflowCatalog:
                     order_by=["name ASC", "version_number ASC"],
                     page_token=token,
                 )
-            for version in map(_version, page):
+            for version in filter(None, map(self._readable, page)):
                 key = (version.name, version.version)
                 if version.selected_by(tag) and _IS_PROMPT not in version.tags and key not in seen:
                     seen.add(key)
@@ -109,6 +109,15 @@ class MlflowCatalog:
             token = page.token
             if not token:
                 return
+
+    @staticmethod
+    def _readable(found: Any) -> ModelVersion | None:
+        """Return our version for MLflow's; None, and a line in the log, for one that no publish could be made of."""
+        try:
+            return _version(found)
+        except (TypeError, ValueError) as error:
+            _log.warning("a version is passed over: MLflow's answer on it cannot be read", error=type(error).__name__)
+            return None
 
     def artifacts(self, version: ModelVersion) -> tuple[Artifact, ...]:
         """Return the files of the version's context; see `Catalog.artifacts`."""

@@ -33,7 +33,8 @@ class Outcome(BaseModel):
         source_id: source id of what was published or tried.
         platforms: platforms of the image, `os/architecture[/variant]`.
         error: what went wrong: `Type: what remedy`.
-        attempts: how often this source was tried.
+        wanted: platforms that were asked for when work on it last began.
+        attempts: how often this source was tried since it last came to something.
         finished: when it ended, RFC 3339 in UTC.
     """
 
@@ -46,6 +47,7 @@ class Outcome(BaseModel):
     source_id: str = ""
     platforms: tuple[str, ...] = ()
     error: str = ""
+    wanted: tuple[str, ...] = ()
     attempts: int = 0
     finished: str = ""
 
@@ -66,7 +68,8 @@ class Outcome(BaseModel):
             image=tag("image"),
             tag=tag("tag"),
             source_id=tag("source"),
-            platforms=tuple(name.strip() for name in tag("platforms").split(",") if name.strip()),
+            platforms=_names(tag("platforms")),
+            wanted=_names(tag("wanted")),
             error=tag("error"),
             attempts=int(attempts) if _NUMBER.fullmatch(attempts) else 0,
             finished=tag("finished"),
@@ -80,6 +83,7 @@ class Outcome(BaseModel):
             "source": self.source_id,
             "platforms": ",".join(self.platforms),
             "error": one_line(masked(self.error), _LONGEST_ERROR),
+            "wanted": ",".join(self.wanted),
             "attempts": str(self.attempts),
             "finished": self.finished,
             "state": self.state,
@@ -88,6 +92,10 @@ class Outcome(BaseModel):
     def tags(self) -> dict[str, str]:
         """Return the tags that say it, `publish.<target>.state` last, so that whoever sees the state sees all."""
         return {f"publish.{self.target}.{name}": value for name, value in self.values().items()}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:

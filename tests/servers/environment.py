@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
 import pytest
 
+from builder.images.retry import Patience
 from scripts.launch import ambient
 
 
@@ -22,3 +24,9 @@ def _clean_environment(monkeypatch):
 
         mlflow.set_tracking_uri(None)
         mlflow.set_registry_uri(None)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait hardly at all between two requests to a registry that is away."""
+    monkeypatch.setattr("builder.images.registries.Patience", functools.partial(Patience, first=0.01, longest=0.05))
