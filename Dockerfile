@@ -1,5 +1,5 @@
 # The builder image: Kaniko, and beside it under /kaniko everything the builder is made of. docs/kubernetes.md says how
-# it is used, docs/decisions/0010-everything-under-kaniko.md why it looks like this.
+# it is used, docs/decisions/0006-everything-under-kaniko.md why it looks like this.
 #
 #   docker build -t builder .
 #   docker build -t builder-without-engine --build-arg KANIKO_IMAGE=scratch --build-arg BUILDER_USER=65532 .
