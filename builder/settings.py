@@ -32,6 +32,7 @@ _CREDENTIAL_VARIABLE = re.compile(
 _PLAIN_VARIABLE = re.compile(
     r"AWS_(?:DEFAULT_)?REGION|AWS_CA_BUNDLE|AWS_ENDPOINT_URL[A-Z0-9_]*|AWS_DEFAULT_OUTPUT|AWS_MAX_ATTEMPTS|AWS_RETRY_MODE"
     r"|AWS_EC2_METADATA_DISABLED|AWS_STS_REGIONAL_ENDPOINTS|AZURE_AUTHORITY_HOST|DATABRICKS_HOST"
+    r"|DOCKER_CREDENTIAL_GCR_CONFIG"  # where a credential helper of the Kaniko image would keep its settings
 )
 _URL_PASSWORD = re.compile(r"://[^\s/]*:([^\s]*)@|://([^\s/:]+)@")
 INDEX_VARIABLES = (

@@ -17,6 +17,15 @@ FOLDER = Path(__file__).parents[1] / "k8s"
 # The oldest and the newest release that somebody may run: podFailurePolicy is stable since 1.31.
 RELEASES = ("1.31", kubernetes_validate.latest_version())
 RETRYABLE = {ExitCode.OK, ExitCode.UNAVAILABLE, ExitCode.TEMPORARY}
+# What the image sets by itself: the Dockerfile's variables, and those of the official Kaniko image.
+IMAGE = {
+    "PATH": "/kaniko/bin:/usr/local/bin:/kaniko",
+    "HOME": "/kaniko/tmp",
+    "USER": "root",
+    "DOCKER_CONFIG": "/kaniko/.docker",
+    "DOCKER_CREDENTIAL_GCR_CONFIG": "/kaniko/.config/gcloud/docker_credential_gcr_config.json",
+    "SSL_CERT_DIR": "/kaniko/ssl/certs",
+}
 KANIKO_OWNS = {"Dockerfile", "stages", "bases", "buildcontext", "deps", "layers", "secrets", "swap", "caches"}
 
 
@@ -178,7 +187,7 @@ def test_build_sees_no_credential_and_writes_two_things():
     assert writable == {"layouts", "result.json"}
     assert "env" not in build
     assert build["envFrom"] == [{"configMapRef": {"name": "builder-network"}}]
-    assert not BuildSettings.from_environ(environment(build)).holds_credential
+    assert not BuildSettings.from_environ(IMAGE | environment(build)).holds_credential
 
 
 def test_push_writes_nothing_into_the_workspace():
