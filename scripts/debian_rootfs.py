@@ -55,7 +55,8 @@ def _record_packages(root: Path) -> None:
         status.append(f"{first}\nStatus: install ok installed\n{rest}")
         same = fields.get("Multi-Arch") == "same"
         stem = f"{fields['Package']}:{fields['Architecture']}" if same else fields["Package"]
-        (info / f"{stem}.list").write_text("\n".join(["/.", *_files(control), ""]))
+        loader = _loader(root) if fields["Package"] == "libc6" else []
+        (info / f"{stem}.list").write_text("\n".join(["/.", *_files(control), *loader, ""]))
         for script in control.iterdir():
             if script.name not in {"control", "conffiles"}:
                 script.rename(info / f"{stem}.{script.name}")
@@ -69,6 +70,12 @@ def _files(control: Path) -> list[str]:
     sums, settings = control / "md5sums", control / "conffiles"
     named = [f"/{line.split(maxsplit=1)[1]}" for line in sums.read_text().splitlines()] if sums.exists() else []
     return named + (settings.read_text().splitlines() if settings.exists() else [])
+
+
+def _loader(root: Path) -> list[str]:
+    """Return the C library's folder and link outside its own folder: an upgrade removes a /lib64 that nobody owns."""
+    links = sorted(f"/lib64/{path.name}" for path in (root / "usr/lib64").glob("ld*"))
+    return ["/lib64", *links] if links else []
 
 
 def _write_users(root: Path) -> None:
