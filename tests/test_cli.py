@@ -76,12 +76,25 @@ def test_a_wrong_command_line_is_usage(arguments):
     assert "builder" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["publish"], ["plan"], ["fetch"], ["push"], ["sweep"], ["download", "x"]])
+@pytest.mark.parametrize("command", [["publish"], ["plan"], ["fetch"], ["push"], ["sweep"]])
 def test_missing_settings_are_said_at_once(command):
     done = bare(*command)
     assert done.returncode == ExitCode.CONFIG
     assert done.stdout == ""
     assert {"MLFLOW_TRACKING_URI", "REGISTRY_URL"} <= set(failure(done)["what"].replace(":", " ").split())
+
+
+@pytest.mark.parametrize("command", [["download", "x"], ["register", "--name=x", "--model=x"]])
+def test_what_talks_to_mlflow_alone_needs_no_registry(command):
+    done = bare(*command)
+    assert done.returncode == ExitCode.CONFIG
+    assert "REGISTRY_URL" not in failure(done)["what"]
+
+
+def test_a_version_alone_names_nothing(tmp_path):
+    done = bare("download", str(tmp_path), "--version", "3", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
+    assert done.returncode == ExitCode.USAGE
+    assert "--model" in done.stderr
 
 
 def test_an_error_on_a_terminal_is_for_people():

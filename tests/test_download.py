@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from builder.download import download, download_all
 from builder.errors import InvalidVersion, ServiceUnavailable, VersionNotFound
 from builder.models.mlflow_catalog import MlflowCatalog
-from builder.settings import Settings
+from builder.settings import CatalogSettings
 from tests.models.models import Shelf, model_folder
 
 SEED_DOCKERFILE = """FROM python:3.11-slim
@@ -182,15 +182,13 @@ def seed_version(shelf, model, tmp_path):
 def settings(shelf, **values):
     environ = {
         "MLFLOW_TRACKING_URI": shelf.client.tracking_uri,
-        "REGISTRY_URL": "127.0.0.1:1",
         "TARGET_TAG": "DOWNLOAD_ME",
     }
-    return Settings.from_environ({**environ, **values})
+    return CatalogSettings.from_environ({**environ, **values})
 
 
 def test_tagged_versions_come_with_what_their_templates_make(shelf, seed_version, tmp_path):
-    named = settings(shelf, MODEL_NAME=seed_version.name)
-    plain, rendered = list(download_all(named, tmp_path / "out"))
+    plain, rendered = list(download_all(settings(shelf), tmp_path / "out", name=seed_version.name))
     assert (plain.state, rendered.state) == ("new", "new")
     assert not (plain.folder / "Dockerfile").exists()
     assert (rendered.folder / "Dockerfile").read_text() == (
@@ -202,15 +200,16 @@ def test_tagged_versions_come_with_what_their_templates_make(shelf, seed_version
     )
     said = subprocess.run([rendered.folder / "create_docker_image.sh"], capture_output=True, text=True, check=True)
     assert said.stdout == f"{rendered.folder.parent.name}:v2\n"
-    assert [result.state for result in download_all(named, tmp_path / "out")] == ["unchanged", "unchanged"]
+    again = download_all(settings(shelf), tmp_path / "out", name=seed_version.name)
+    assert [result.state for result in again] == ["unchanged", "unchanged"]
 
 
 def test_one_version_need_not_carry_the_tag(shelf, model, tmp_path):
     version = shelf.in_run((model, "mymodel"))
-    one = settings(shelf, MODEL_NAME=version.name, MODEL_VERSION="1")
-    assert [result.state for result in download_all(one, tmp_path / "out")] == ["new"]
+    found = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    assert [result.state for result in found] == ["new"]
     with pytest.raises(VersionNotFound):
-        download_all(settings(shelf, MODEL_NAME=version.name, MODEL_VERSION="2"), tmp_path / "out")
+        download_all(settings(shelf), tmp_path / "out", name=version.name, version="2")
 
 
 def test_every_tagged_version_of_every_model(shelf, model, tmp_path):

@@ -35,7 +35,7 @@ def test_tags_are_read_back(outcome):
 def test_the_tags_are_those_of_the_contract_and_the_state_comes_last():
     assert list(PUBLISHED.tags()) == [
         f"publish.pltr_foundry.{name}"
-        for name in ("image", "tag", "source", "platforms", "error", "attempts", "finished", "state")
+        for name in ("image", "tag", "source", "platforms", "error", "wanted", "attempts", "finished", "state")
     ]
 
 
