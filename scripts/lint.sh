@@ -11,7 +11,7 @@ check() {
 }
 
 check ruff check --quiet .
-check ruff format --check --quiet .
+check ruff format --check .
 check mypy --no-error-summary
 check lint-imports --no-logo
 [ ! -f scripts/settings_table.py ] || check python -m scripts.settings_table --check
