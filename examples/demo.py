@@ -1,7 +1,7 @@
 """`make demo`: two models registered, published and run, with real servers and nothing prepared.
 
-Where the registry and the base image come from differs between machines (scripts/machine.py); everything after that is
-the same everywhere.
+Where the registry, the base image and the engine come from differs between machines (scripts/demo_tools.py);
+everything after that is the same everywhere.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from rich.table import Table
 
 from examples.models import save_flower_model, save_pump_model
 from scripts import machine
-from scripts.base_image import base_image
+from scripts.demo_tools import BUILDER, Tools, find_tools
 from scripts.launch import Processes, clean_environ, free_port, running
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
-BUILDER = str(Path(sys.executable).with_name("builder"))
 CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
 
 # In the builder's log, a line of the engine's own output.
@@ -52,6 +51,7 @@ class Demo:
         self.folder = folder
         self.times: list[tuple[str, float]] = []
         self.environ = clean_environ(LOG_FORMAT="text", TERM="dumb", **machine.pip_configuration())
+        self.tools: Tools = find_tools()
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -129,7 +129,7 @@ def servers(demo: Demo) -> Iterator[str]:
     """Run a registry and MLflow; give the registry's host."""
     launcher = Processes()
     port = free_port()
-    registry = machine.registry(demo.folder, port)
+    registry = demo.tools.registry(demo.folder, port)
     mlflow = machine.mlflow(demo.folder, free_port())
     with running(launcher, registry), running(launcher, mlflow):
         host, uri = f"127.0.0.1:{registry.port}", f"http://127.0.0.1:{mlflow.port}"
@@ -140,15 +140,10 @@ def servers(demo: Demo) -> Iterator[str]:
 
 def prepare_base(demo: Demo, host: str, platforms: list[str]) -> None:
     """Set BASE_IMAGE: to the one that everybody pulls, or to one that is made here and pushed to the registry."""
-    pulled = machine.pulled_base()
-    if not pulled:
+    base = demo.environ["BASE_IMAGE"] = demo.tools.base(host, platforms)
+    if base.startswith(host):
         CONSOLE.print("No image registry can be reached, so the base image is made from Debian packages.")
-        layout = base_image(platforms)
-        pulled = f"{host}/base/python:3.11-slim"
-        copy = ("skopeo", "copy", "--quiet", "--all", "--dest-tls-verify=false")
-        demo.run(*copy, f"oci:{layout}", f"docker://{pulled}")
-    demo.environ["BASE_IMAGE"] = pulled
-    CONSOLE.print(f"BASE_IMAGE={pulled}")
+    CONSOLE.print(f"BASE_IMAGE={base}")
 
 
 def copy_templates(source: Path, target: Path, base: str) -> None:
@@ -159,7 +154,7 @@ def copy_templates(source: Path, target: Path, base: str) -> None:
         dockerfile.write_text(re.sub(r"(?m)^FROM \S+", f"FROM {base}", dockerfile.read_text()))
 
 
-def show_index(text: str) -> None:
+def show_index(text: bytes) -> None:
     """Show what an independent tool says the registry holds."""
     document = json.loads(text)
     table = Table(box=None)
@@ -189,7 +184,7 @@ def show_tags(demo: Demo, name: str, version: str) -> None:
 
 def tell(demo: Demo) -> None:
     """The story."""
-    native, emulated = machine.native_platform(), machine.emulated_platform()
+    native, emulated = machine.native_platform(), demo.tools.emulated()
     platforms = [native, *([emulated] if emulated else [])]
     flower, pump = demo.folder / "flower", demo.folder / "pump"
     with contextlib.ExitStack() as stack:
@@ -197,6 +192,8 @@ def tell(demo: Demo) -> None:
             host = stack.enter_context(servers(demo))
         with demo.step("Get a base image"):
             prepare_base(demo, host, platforms)
+        with demo.step("Get a builder"):
+            builder = demo.tools.builder()
         with demo.step("Train and save two models"):
             save_flower_model(flower)
             save_pump_model(pump)
@@ -215,23 +212,24 @@ def tell(demo: Demo) -> None:
                 *("--platforms", ",".join(platforms)),
             )
         with demo.step("Plan: see what would happen, and touch nothing"):
-            demo.run(BUILDER, "plan", "pltr_foundry_model", first)
+            demo.run(*builder, "plan", "pltr_foundry_model", first)
         with demo.step(f"Publish scikit-learn for {native}"):
             which = {"MODEL_NAME": "pltr_foundry_model", "MODEL_VERSION": first}
-            flower_image = demo.run(BUILDER, "publish", shown=which)
+            flower_image = demo.run(*builder, "publish", shown=which)
         with demo.step(f"Publish the rules for {' and '.join(platforms)}"):
             if not emulated:
                 CONSOLE.print("This machine emulates no other platform, so there is one.")
-            pump_image = demo.run(BUILDER, "publish", "pump_alarm", second)
+            pump_image = demo.run(*builder, "publish", "pump_alarm", second)
         with demo.step("Read it back with another tool"):
-            inspect = ("skopeo", "inspect", "--raw", "--tls-verify=false")
-            show_index(subprocess.run([*inspect, f"docker://{pump_image}"], check=True, capture_output=True).stdout)
+            command = demo.tools.read(pump_image)
+            CONSOLE.print(f"$ {shlex.join(command)}", style="cyan", markup=False)
+            show_index(subprocess.run(command, check=True, capture_output=True).stdout)
         with demo.step("Run the images, and ask for predictions"):
             demo.predict(flower_image, native, FLOWERS)
             for platform in platforms:
                 demo.predict(pump_image, platform, READINGS)
         with demo.step("Publish again: nothing to do"):
-            again = demo.run(BUILDER, "publish", "pump_alarm", second)
+            again = demo.run(*builder, "publish", "pump_alarm", second)
             if again != pump_image:
                 sys.exit(f"the second publish gave {again}")
         with demo.step("What the data scientist sees in MLflow"):

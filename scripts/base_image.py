@@ -91,7 +91,10 @@ def _mirror() -> str:
     """Return the URI of the mirror that apt takes Debian's main packages from."""
     form = "$(REPO_URI) $(COMPONENT) $(LABEL)"
     command = ["apt-get", "indextargets", "--format", form, "Created-By: Packages"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    try:
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    except FileNotFoundError:
+        lines = []
     found = [line.split()[0] for line in lines if line.endswith(" main Debian")]
     if not found:
         message = "apt names no Debian mirror here: run 'apt-get update' on a Debian machine, or set BASE_IMAGE."

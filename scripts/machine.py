@@ -1,4 +1,4 @@
-"""What the demo finds on this machine: where images come from, what runs them, what can be emulated."""
+"""What this machine is: its platform, what it can emulate, and what it has to run a server or a container."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from scripts.launch import Program
 
-# The one image that is asked for to see whether images can be pulled here.
-_PULLED = "docker.io/library/python"
-_PULL_TIMEOUT = "8s"
 _MOST = 1024
+
+# The job runner's five processes would cost more than the server, and nothing here asks for a job.
+MLFLOW_ENVIRON = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def native_platform() -> str:
@@ -26,19 +25,17 @@ def native_platform() -> str:
 
 def emulated_platform() -> str | None:
     """Return the other common platform, if the kernel starts its programs through an emulator; None if it does not."""
-    name, emulator = ("amd64", "x86_64") if native_platform() == "linux/arm64" else ("arm64", "aarch64")
+    emulator = {"linux/amd64": "x86_64", "linux/arm64": "aarch64"}[other_platform()]
     try:
         enabled = Path(f"/proc/sys/fs/binfmt_misc/qemu-{emulator}").read_text().startswith("enabled")
     except OSError:
         return None
-    return f"linux/{name}" if enabled else None
+    return other_platform() if enabled else None
 
 
-def pulled_base() -> str | None:
-    """Return the base image's reference, with the Python version left open, if it can be pulled here."""
-    command = ["skopeo", f"--command-timeout={_PULL_TIMEOUT}", "inspect", "--raw", f"docker://{_PULLED}:3.11-slim"]
-    done = subprocess.run(command, check=False, capture_output=True)
-    return None if done.returncode else f"{_PULLED}:{{python_version}}-slim"
+def other_platform() -> str:
+    """Return the one of the two common platforms that this machine is not."""
+    return "linux/amd64" if native_platform() == "linux/arm64" else "linux/arm64"
 
 
 def container_runners() -> list[list[str]]:
@@ -64,23 +61,6 @@ def pip_configuration() -> dict[str, str]:
     return {"PIP_CONFIG_FILE": found} if found else {}
 
 
-def registry(folder: Path, port: int) -> Program:
-    """Return a registry that keeps its content in `folder`."""
-    (folder / "registry.yml").write_text(
-        "version: 0.1\n"
-        f"storage: {{filesystem: {{rootdirectory: {folder / 'registry'}}}, delete: {{enabled: true}}}}\n"
-        f"http: {{addr: '127.0.0.1:{port}'}}\n"
-    )
-    return Program(
-        name="registry",
-        kind="registry",
-        argv=("docker-registry", "serve", str(folder / "registry.yml")),
-        port=port,
-        ready=f"http://127.0.0.1:{port}/v2/",
-        folder=folder,
-    )
-
-
 def mlflow(folder: Path, port: int, *options: str) -> Program:
     """Return an MLflow server; without `options` it has a database, and hands on artifacts itself, in `folder`."""
     defaults = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
@@ -93,8 +73,7 @@ def mlflow(folder: Path, port: int, *options: str) -> Program:
         port=port,
         ready=f"http://127.0.0.1:{port}/health",
         folder=folder,
-        # The job runner's five processes would cost more than the server, and nothing here asks for a job.
-        environ={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        environ=MLFLOW_ENVIRON,
     )
 
 

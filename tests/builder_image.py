@@ -1,7 +1,8 @@
 """The builder image, made by Docker from the checkout, and what runs in it.
 
-It needs a Docker daemon, and a Kaniko image that is at hand or can be pulled: KANIKO_IMAGE, else the one that the
-Dockerfile names. PYTHON_IMAGE stands for the Python base; without it, it is made from Debian packages.
+It needs a Docker daemon, and a Kaniko image that is at hand or can be pulled: KANIKO_IMAGE (a name, or an archive that
+`docker save` wrote), else the one that the Dockerfile names. PYTHON_IMAGE stands for the Python base; without it, it is
+made from Debian packages.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 
 from builder.build.failure import machine_platform
 from scripts.base_image import base_image as make_base_image
+from scripts.docker_daemon import Daemon
 from scripts.launch import clean_environ
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +33,14 @@ LABEL = "builder-test"
 ARCHITECTURE = machine_platform().architecture
 
 
+# What leads Docker's command to the daemon of the tests, where that is not the one it finds by itself.
+_daemon: dict[str, str] = {}
+
+
 def docker(*arguments: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a docker command; gives what it printed, raises where it fails."""
     # The classic builder: what builds with it builds with BuildKit too, and it is part of every Docker.
-    environ = clean_environ(DOCKER_BUILDKIT="0")
+    environ = clean_environ(DOCKER_BUILDKIT="0", **_daemon)
     done = subprocess.run(
         ["docker", *arguments], check=False, text=True, capture_output=True, env=environ, timeout=timeout
     )
@@ -68,9 +74,11 @@ def build_context(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _docker() -> None:
-    if not shutil.which("docker") or docker("info", check=False, timeout=30).returncode:
-        pytest.skip("no Docker daemon: the builder image is neither built nor run")
+def _docker(docker_daemon: Daemon | None) -> None:
+    if docker_daemon is None:
+        pytest.skip("no Docker daemon answers or can be started: the builder image is neither built nor run")
+    if docker_daemon.own:
+        _daemon.update(docker_daemon.environ)
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +87,11 @@ def kaniko_image(_docker: None) -> str:
     default = re.search(r"^ARG KANIKO_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert default
     name = os.environ.get("KANIKO_IMAGE") or default[1]
+    if Path(name).is_file():
+        loaded = docker("load", "--quiet", f"--input={name}").stdout
+        return loaded.removeprefix("Loaded image: ").strip()
     if docker("image", "inspect", name, check=False).returncode and docker("pull", name, check=False).returncode:
-        pytest.skip(f"{name} is not at hand and cannot be pulled; name another one in KANIKO_IMAGE")
+        pytest.skip(f"{name} is not at hand and cannot be pulled; name another one, or an archive, in KANIKO_IMAGE")
     return name
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from scripts import machine
 from scripts.launch import Launcher, Program, Running, free_port, running
 
-_COMMAND = (sys.executable, "-m", "mlflow", "server")
 _BUCKET = "mlflow"
 _S3 = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -43,16 +43,7 @@ def run_mlflow(
 ) -> Iterator[MlflowServer]:
     """Run `mlflow server` with further `options`."""
     port = free_port()
-    program = Program(
-        name=f"mlflow-{port}",
-        kind="python",
-        argv=(*_COMMAND, "--host", "{listen}", "--port", str(port), "--workers", "1", *options),
-        port=port,
-        ready=f"http://127.0.0.1:{port}/health",
-        folder=folder,
-        # The job runner's five processes would cost more than the server, and nothing here asks for a job.
-        environ={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **(environ or {})},
-    )
+    program = replace(machine.mlflow(folder, port, *options), environ={**machine.MLFLOW_ENVIRON, **(environ or {})})
     with running(launcher, program) as server:
         yield MlflowServer(uri=f"http://127.0.0.1:{port}", artifacts=artifacts, server=server, environ=environ or {})
 
