@@ -37,6 +37,12 @@ ARCHITECTURE = machine_platform().architecture
 _daemon: dict[str, str] = {}
 
 
+def use_daemon(daemon: Daemon) -> None:
+    """Lead `docker` to a daemon."""
+    if daemon.own:
+        _daemon.update(daemon.environ)
+
+
 def docker(*arguments: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a docker command; gives what it printed, raises where it fails."""
     # The classic builder: what builds with it builds with BuildKit too, and it is part of every Docker.
@@ -77,8 +83,7 @@ def build_context(folder: Path) -> Path:
 def _docker(docker_daemon: Daemon | None) -> None:
     if docker_daemon is None:
         pytest.skip("no Docker daemon answers or can be started: the builder image is neither built nor run")
-    if docker_daemon.own:
-        _daemon.update(docker_daemon.environ)
+    use_daemon(docker_daemon)
 
 
 @pytest.fixture(scope="session")
