@@ -45,7 +45,11 @@ def docker_daemon() -> Iterator[Daemon | None]:
         with _bridge() as bridge, _own_daemon(folder, bridge) as daemon:
             yield daemon
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # The one mount that the daemon leaves behind: the machine's network namespace, of a container on it.
+        namespace = folder / "exec" / "netns" / "default"
+        if namespace.exists():
+            subprocess.run(["umount", str(namespace)], check=False, capture_output=True)
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
