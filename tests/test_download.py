@@ -164,7 +164,7 @@ def test_a_rendered_file_takes_the_place_of_an_artifact_but_not_of_a_folder(shel
 
 @pytest.fixture
 def seed_version(shelf, model, tmp_path):
-    """A version in the layout of the seed, on a shelf of its own tag, and one without templates."""
+    """A version in the usual layout, on a shelf of its own tag, and one without templates."""
     for folder, name, text in (
         ("client", "app.py", "print('hello')\n"),
         ("templates", "Dockerfile.template", SEED_DOCKERFILE),

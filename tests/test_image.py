@@ -17,7 +17,7 @@ from tests.builder_image import PYTHON, ca_bundle, docker
 pytestmark = pytest.mark.kaniko
 
 NATIVE = str(machine_platform())
-# The section that the seed's README warns of: it fails under Kaniko where the context lies below /tmp.
+# A usual apt-get section: it fails under Kaniko where the context lies below /tmp.
 APT = """\
 RUN apt-get update \\
     && apt-get upgrade --yes \\

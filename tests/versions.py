@@ -31,7 +31,7 @@ ENTRYPOINT ["python", "/app/${{model_client_folder}}/$entry_point"]
 
 
 def seed_layout(base: str, dockerfile: str = DOCKERFILE) -> dict[str, str]:
-    """Return the files of a version in the seed's layout: a model, a client, templates."""
+    """Return the files of a version in the usual layout: a model, a client, templates."""
     return {
         "mymodel/MLmodel": MLMODEL,
         "mymodel/weights.txt": "42\n",
@@ -71,7 +71,7 @@ def register(
     name: str = "",
     folder: str = "mymodel",
 ) -> Registered:
-    """Register a version whose artifacts stand in a run, as MLflow 2 and the seed do.
+    """Register a version whose artifacts stand in a run, as with MLflow 2.
 
     Args:
         uri: the MLflow server.

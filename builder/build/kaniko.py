@@ -111,6 +111,7 @@ class Kaniko:
             "--no-push",
             "--no-push-cache",
             "--reproducible",
+            "--compressed-caching=false",  # else every layer stands in memory twice: docs/decisions/0008
             "--pre-cleanup",  # an earlier build that was ended by force has left its root as it was
             "--cleanup",
             "--log-format=text",

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -220,12 +221,15 @@ def _fetch(
         catalog.download(artifact, part)
         destination = folder / artifact.path
         destination.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(destination):
-            message = f"The artifact {artifact.path!r} and another one have the same name on this file system."
-            raise InvalidVersion(message, remedy="Log one of them under another name, and register again.")
-        part.rename(destination)
+        with placing:
+            if os.path.lexists(destination):
+                message = f"The artifact {artifact.path!r} and another one have the same name on this file system."
+                raise InvalidVersion(message, remedy="Log one of them under another name, and register again.")
+            part.rename(destination)
         return artifact
 
+    # Two threads must not both see that a name is free.
+    placing = threading.Lock()
     arrived: list[Artifact] = []
     report(arrived)
     order = sorted(enumerate(missing), key=lambda item: -(item[1].size or 0))

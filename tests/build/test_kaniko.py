@@ -98,6 +98,7 @@ def test_what_the_executor_is_told(build, root):
         "--no-push",
         "--no-push-cache",
         "--reproducible",
+        "--compressed-caching=false",
         "--pre-cleanup",
         "--cleanup",
         "--log-format=text",
