@@ -20,6 +20,8 @@ _PINNED = re.compile(r"==\s*([0-9]+(?:\.[0-9]+)+)")
 _REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
 # From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
 _FIRST_ASGI = (2, 21)
+# Starlette 1 has no `route` decorator any more; no release of MLflow before this one says that it needs it.
+_FIRST_WITHOUT_ROUTE = (3, 13)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +104,8 @@ def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
 def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the scoring server's module and arguments, and the requirements it adds.
 
-    `mlflow` brings all it needs. `mlflow-skinny` lacks pandas and, where it is older, the web server. Where neither is
-    listed, the skinny one of the release that logged the model is added.
+    `mlflow` brings all it needs, but for an upper bound that some releases lack. `mlflow-skinny` lacks pandas and, where
+    it is older, the web server. Where neither is listed, the skinny one of the release that logged the model is added.
     """
     listed: dict[str, str] = {}
     for line in lines:
@@ -111,15 +113,16 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
             pinned = _PINNED.search(line)
             listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = pinned[1] if pinned else ""
     version = listed.get("mlflow") or listed.get("mlflow-skinny") or logged
-    asgi = not version or tuple(int(part) for part in version.split(".")[:2]) >= _FIRST_ASGI
+    release = tuple(int(part) for part in version.split(".")[:2]) if version else _FIRST_WITHOUT_ROUTE
+    asgi = release >= _FIRST_ASGI
+    old_routes = ["starlette<1"] if _FIRST_ASGI <= release < _FIRST_WITHOUT_ROUTE else []
     server = (
         ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
         if asgi
         else ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
     )
-    if "mlflow" in listed:
-        return server, ()
     needs = ["pandas", "uvicorn"] if asgi else ["pandas", "flask<4", "gunicorn"]
-    if "mlflow-skinny" not in listed:
+    needs = old_routes if "mlflow" in listed else [*old_routes, *needs]
+    if not {"mlflow", "mlflow-skinny"} & listed.keys():
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
     return server, tuple(need for need in needs if need.split("<")[0] not in listed)
