@@ -104,7 +104,7 @@ def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
 def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the scoring server's module and arguments, and the requirements it adds.
 
-    `mlflow` brings all it needs, but for an upper bound that some releases lack. `mlflow-skinny` lacks pandas and, where
+    `mlflow` brings all it needs, but for a bound that some releases lack. `mlflow-skinny` lacks pandas and, where
     it is older, the web server. Where neither is listed, the skinny one of the release that logged the model is added.
     """
     listed: dict[str, str] = {}
