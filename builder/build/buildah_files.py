@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.build.dockerfile import Dockerfile
-from builder.build.pip_config import certificate, pip_config
+from builder.build.pip_config import certificate, copy_bundle, pip_config
 from builder.build.uv_config import uv_config
 from builder.errors import InvalidSettings, InvalidVersion
 from builder.images.hosts import is_loopback
@@ -131,24 +130,15 @@ def _volumes(job: BuildJob, folder: Path) -> Iterator[tuple[Path, Path]]:
         seen.chmod(0o755)  # a RUN step of another user reads it
         yield seen, SEEN
     if network.ca_bundle:
-        _copied(network.ca_bundle, seen / SEEN_BUNDLE.name)
+        copy_bundle(network.ca_bundle, seen / SEEN_BUNDLE.name)
     pip_bundle = SEEN_BUNDLE if network.ca_bundle else None
     if trusted and trusted != network.ca_bundle:
-        _copied(trusted, seen / _SEEN_PIP_BUNDLE.name)
+        copy_bundle(trusted, seen / _SEEN_PIP_BUNDLE.name)
         pip_bundle = _SEEN_PIP_BUNDLE
     if text := pip_config(network, str(pip_bundle or "")):
         yield _written(folder / "pip.conf", text, mode=0o644), Path("/etc/pip.conf")
     if text := uv_config(network):
         yield _written(folder / "uv.toml", text, mode=0o644), Path("/etc/uv/uv.toml")
-
-
-def _copied(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        message = f"The CA bundle {source} cannot be read: {error.strerror}."
-        raise InvalidSettings(message, remedy="Name a readable file of certificates in SSL_CERT_FILE.") from error
-    target.chmod(0o644)
 
 
 def _written(path: Path, text: str, *, mode: int = 0o600) -> Path:

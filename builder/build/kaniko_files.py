@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.build.pip_config import certificate, pip_config
+from builder.build.pip_config import certificate, copy_bundle, pip_config
 from builder.build.uv_config import uv_config
-from builder.errors import InvalidSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,12 +74,7 @@ def _copied(source: Path | None, target: Path) -> Path | None:
     """Copy a file to where Kaniko leaves it alone and every RUN step can read it; None stays None."""
     if source is None:
         return None
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        message = f"The CA bundle {source} cannot be read: {error.strerror}."
-        raise InvalidSettings(message, remedy="Name a readable file of certificates in SSL_CERT_FILE.") from error
-    target.chmod(0o644)
+    copy_bundle(source, target)
     return target
 
 

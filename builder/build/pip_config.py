@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import io
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,20 @@ def certificate(network: Network) -> Path | None:
         message = f"PIP_CONFIG_FILE {network.pip_config} says cert = {named}, which is not a file here."
         raise InvalidSettings(message, remedy="Name a file that the build phase can read, or set SSL_CERT_FILE.")
     return Path(named)
+
+
+def copy_bundle(source: Path, target: Path) -> None:
+    """Copy a CA bundle to where every RUN step can read it, whatever user it runs as.
+
+    Raises:
+        InvalidSettings: it cannot be read.
+    """
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        message = f"The CA bundle {source} cannot be read: {error.strerror}."
+        raise InvalidSettings(message, remedy="Name a readable file of certificates in SSL_CERT_FILE.") from error
+    target.chmod(0o644)
 
 
 def pip_config(network: Network, seen_certificate: str) -> str:
