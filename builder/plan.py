@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from builder.errors import InvalidVersion
-from builder.images.manifest import Published
+from builder.images.manifest import SOURCE_ID, Published
 from builder.models.catalog import Artifact
 from builder.models.version import ModelVersion
 from builder.reference import Digest, Platform, Reference
@@ -69,7 +69,6 @@ class Plan(BaseModel):
         reason: why, for people.
         observed: digest that the tag had when the plan was made; None where it did not exist.
         observed_annotations: annotations of what it named.
-        stands: whether that was an image of the same source.
         wanted: the platforms that were asked for.
         platforms: what happens for each platform.
         artifacts: the files of the context; empty where nothing is built.
@@ -88,12 +87,16 @@ class Plan(BaseModel):
     reason: str
     observed: AsDigest | None
     observed_annotations: dict[str, str] = Field(default_factory=dict)
-    stands: bool
     wanted: tuple[AsPlatform, ...]
     platforms: tuple[PlatformPlan, ...]
     artifacts: tuple[Artifact, ...] = ()
     dockerfile: str = ""
     content_digest: AsDigest | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Whether an image of the same source stood under the tag when the plan was made."""
+        return self.observed_annotations.get(SOURCE_ID) == self.source_id
 
     @property
     def builds(self) -> tuple[Platform, ...]:

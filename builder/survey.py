@@ -90,7 +90,6 @@ def survey(
         reason=decision.reason,
         observed=existing.digest if existing else None,
         observed_annotations=dict(existing.annotations) if existing else {},
-        stands=existing is not None and existing.source_id == source_id,
         wanted=wanted,
         platforms=decision.platforms,
     )

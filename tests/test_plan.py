@@ -123,7 +123,6 @@ def test_a_plan_survives_the_workspace():
         action=decision.action,
         reason=decision.reason,
         observed=Digest.of(b""),
-        stands=True,
         wanted=(AMD64, ARM64),
         platforms=decision.platforms,
     )
