@@ -14,6 +14,7 @@ from builder.log import get_logger
 if TYPE_CHECKING:
     from builder.download import DownloadResult
     from builder.models.context import Progress
+    from builder.models.version import ModelVersion
     from builder.plan import Plan
     from builder.sweep import Swept
 
@@ -77,29 +78,24 @@ def _printable(line: str) -> str:
 
 def sweep(swept: Sequence[Swept]) -> None:
     """Show a sweep's summary: a table on a terminal, one log line elsewhere."""
-    counts = Counter(result.state for result in swept)
-    if not sys.stderr.isatty():
-        log.info("swept", versions=len(swept), states=dict(counts))
-        return
-    _table(
-        ("model", "version", "state", "detail"),
-        [(r.version.name, r.version.version, r.state, str(r.reference or r.detail)) for r in swept],
-        ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag",
-    )
+    _summary("swept", [(r.version, r.state, str(r.reference or r.detail)) for r in swept])
 
 
 def downloads(results: Sequence[DownloadResult]) -> None:
     """Show a download's summary: a table on a terminal, one log line elsewhere."""
-    counts = Counter(result.state for result in results)
+    rows = [(r.version, r.state, r.error.one_line() if r.error else str(r.folder)) for r in results]
+    _summary("downloaded", rows)
+
+
+def _summary(event: str, rows: Sequence[tuple[ModelVersion, str, str]]) -> None:
+    """Show what became of versions: each with its state and a detail."""
+    counts = Counter(state for _, state, _ in rows)
     if not sys.stderr.isatty():
-        log.info("downloaded", versions=len(results), states=dict(counts))
+        log.info(event, versions=len(rows), states=dict(counts))
         return
     _table(
         ("model", "version", "state", "detail"),
-        [
-            (r.version.name, r.version.version, r.state, r.error.one_line() if r.error else str(r.folder))
-            for r in results
-        ],
+        [(version.name, version.version, state, detail) for version, state, detail in rows],
         ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag",
     )
 
