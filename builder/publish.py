@@ -99,23 +99,36 @@ def publish_version(
     *,
     force: bool = False,
     rebuild: bool = False,
-    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> Published:
-    """Publish a version that was found already, through clients that are there; `publish` and a sweep end here."""
-    refuse_untrusted(settings, engine)
+    """Publish a version that was found already, through clients that are there; `publish` and a sweep end here.
+
+    Both have called `refuse_untrusted` before they asked anybody anything.
+    """
     plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
     if plan.builds:
-        build(settings, workspace, engine=engine)
+        build(settings, workspace)
     return push(settings, services, workspace)
 
 
 @contextmanager
-def workspace_of(settings: CommonSettings) -> Iterator[Workspace]:
-    """Give the workspace; one that nobody named is a temporary folder, removed afterwards."""
+def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[Workspace]:
+    """Give the workspace; one that nobody named is a temporary folder, removed afterwards.
+
+    Args:
+        settings: BUILDER_WORKSPACE is used.
+        shared: other processes have to find it as well, so somebody must have named it.
+
+    Raises:
+        InvalidSettings: it is to be shared, and nobody has named it; or it cannot be made.
+        TryAgain: another process is at work in it.
+    """
     folder, temporary = settings.workspace_or_temporary()
     workspace = Workspace(folder)
     try:
+        if temporary and shared:
+            message = "BUILDER_WORKSPACE is missing: the phases hand over through that folder."
+            raise InvalidSettings(message, remedy="Name the same folder for fetch, build and push.")
         with workspace.locked():
             yield workspace
     finally:
@@ -173,7 +186,7 @@ def fetch(
 # ---- build: no credential
 
 
-def refuse_untrusted(settings: BuildSettings, engine: Engine | None = None) -> None:
+def refuse_untrusted(settings: BuildSettings) -> None:
     """Refuse to run strangers' Dockerfiles with Kaniko beside a credential.
 
     A RUN step under Kaniko can read the environment and the files of the whole container.
@@ -183,11 +196,10 @@ def refuse_untrusted(settings: BuildSettings, engine: Engine | None = None) -> N
     """
     if settings.trust_dockerfile_authors or not settings.holds_credential:
         return
-    if engine is None:
-        try:
-            engine = select_engine(settings)
-        except InvalidSettings:
-            return  # build says so, and push records it
+    try:
+        engine = select_engine(settings)
+    except InvalidSettings:
+        return  # build says so, and push records it
     if engine.name == "kaniko":
         message = "This container holds a credential, and a Dockerfile that Kaniko runs in it could read it."
         remedy = (
@@ -197,7 +209,7 @@ def refuse_untrusted(settings: BuildSettings, engine: Engine | None = None) -> N
         raise InvalidSettings(message, remedy=remedy)
 
 
-def build(settings: BuildSettings, workspace: Workspace, *, engine: Engine | None = None) -> BuildResult:
+def build(settings: BuildSettings, workspace: Workspace) -> BuildResult:
     """Run the Dockerfile once for each platform, into layouts.
 
     What fails is written to result.json and not raised: push records it on the version, and raises it.
@@ -211,8 +223,8 @@ def build(settings: BuildSettings, workspace: Workspace, *, engine: Engine | Non
         return BuildResult()
     result = BuildResult()
     try:
-        refuse_untrusted(settings, engine)
-        engine = engine or select_engine(settings)
+        refuse_untrusted(settings)
+        engine = select_engine(settings)
         result = BuildResult(engine=engine.name)
         for platform in plan.builds:
             _build_platform(settings, workspace, engine, platform)
@@ -388,7 +400,7 @@ def run_fetch(
     settings: Settings, *, force: bool = False, rebuild: bool = False, progress: Progress | None = None
 ) -> Plan:
     """Run the fetch phase on the workspace that the settings name."""
-    with _shared_workspace(settings) as workspace, connected(settings) as services:
+    with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
         workspace.clear_plan()
         version = find(settings, services)
         return fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
@@ -396,24 +408,11 @@ def run_fetch(
 
 def run_build(settings: BuildSettings) -> BuildResult:
     """Run the build phase on the workspace that the settings name."""
-    with _shared_workspace(settings) as workspace:
+    with workspace_of(settings, shared=True) as workspace:
         return build(settings, workspace)
 
 
 def run_push(settings: Settings) -> Published:
     """Run the push phase on the workspace that the settings name."""
-    with _shared_workspace(settings) as workspace, connected(settings) as services:
+    with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
         return push(settings, services, workspace)
-
-
-@contextmanager
-def _shared_workspace(settings: CommonSettings) -> Iterator[Workspace]:
-    """Give the workspace; one phase alone needs one that the others find."""
-    folder, temporary = settings.workspace_or_temporary()
-    if temporary:
-        Workspace(folder).remove()
-        message = "BUILDER_WORKSPACE is missing: the phases hand over through that folder."
-        raise InvalidSettings(message, remedy="Name the same folder for fetch, build and push.")
-    workspace = Workspace(folder)
-    with workspace.locked():
-        yield workspace
