@@ -165,6 +165,9 @@ class Indexes:
         )
         for index in indexes.all:
             indexes.check(index.url)
+            if index.is_file and index not in indexes.find_links:
+                message = "A folder is named as a package index."
+                raise InvalidSettings(message, remedy="Name it as find-links in pip.conf.")
         return indexes
 
     @property
