@@ -23,6 +23,8 @@ FIRST_INDEX = "first-index"
 STRATEGIES = frozenset({FIRST_INDEX, "unsafe-first-match", "unsafe-best-match"})
 # UV_INDEX may give an index a name, as in `name=https://…`.
 _NAMED = re.compile(r"^[A-Za-z0-9._-]+=(?=[a-z]+://)")
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
+_PRINTABLE = re.compile(r"[!-~]+")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -78,7 +80,7 @@ class IndexUrl:
             parts, host, port = urlsplit(""), "", None
         if parts.scheme == "file" and parts.path.startswith("/") and not host:
             return cls(urlunsplit(("file", "", parts.path, "", "")))
-        if parts.scheme not in _DEFAULT_PORTS or not host:
+        if parts.scheme not in _DEFAULT_PORTS or not _HOST.fullmatch(host) or not _PRINTABLE.fullmatch(text.strip()):
             message = f"{variable} names something that is not the address of a package index."
             raise InvalidSettings(message, remedy="It is an https address such as https://pypi.example.com/simple.")
         name = f"[{host}]" if ":" in host else host

@@ -6,12 +6,17 @@ import base64
 import hashlib
 import io
 import json
+import os
 import ssl
 import threading
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from builder.build.engine import Network
+from builder.build.indexes import Indexes
+from builder.settings import BuildSettings
 
 JSON = "application/vnd.pypi.simple.v1+json"
 
@@ -180,3 +185,16 @@ def running(*, certificate=None, **behaviour):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def machine_indexes():
+    """Return the indexes that this machine is configured for."""
+    settings = BuildSettings.from_environ(os.environ)
+    variables = {name: value.get_secret_value() for name, value in settings.index_variables.items()}
+    network = Network(
+        ca_bundle=settings.ssl_cert_file,
+        pip_config=settings.pip_config_file,
+        proxies=settings.proxies,
+        index_variables=variables,
+    )
+    return Indexes.of(network)
