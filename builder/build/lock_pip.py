@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from pydantic import ValidationError
 
@@ -20,7 +21,7 @@ from builder.build.index import IndexClient
 from builder.build.indexes import FIRST_INDEX, Indexes
 from builder.build.locked import LockedWheel, Origin
 from builder.build.resolver import Question, Tool, failure, interpreter, private_folder, run_tool
-from builder.build.tags import marker_environment, wheel_platforms
+from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable
 from builder.errors import BuildFailed, one_line
 
@@ -32,6 +33,11 @@ _NO_MATCH = re.compile(
     r"some packages in these conflicts have no matching distributions available for your environment:\n((?:\s+\S+\n?)+)"
 )
 _NO_TIMES = re.compile(r"does not provide upload-time metadata")
+_UNFIT = re.compile(r"(\S+\.whl) is not a supported wheel on this platform")
+_NOISE = re.compile(
+    r"\s*(?:Looking in|Collecting|Obtaining|Downloading|Using cached|WARNING|INFO|adding trusted|To fix this|[0-9]\.|$)"
+    r"|.*ResolutionImpossible"
+)
 _SEVERAL = 2
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies|No matching distribution found")
 
@@ -66,6 +72,7 @@ def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[Locked
             *(interpreter(), "-m", "builder.build.pip_for_target", json.dumps(markers)),
             *("install", "--isolated", "--no-input", "--no-color", "--disable-pip-version-check"),
             *("--progress-bar", "off", "--keyring-provider", "disabled", "--use-feature", "fast-deps"),
+            *("--retries", "2", "--timeout", "30"),
             *("--dry-run", "--ignore-installed", "--target", str(folder / "nowhere"), "--report", str(report)),
             *("--only-binary", ":all:", "--implementation", "cp", "--python-version", question.python),
             *(f"--platform={tag}" for tag in wheel_platforms(question.platform, question.glibc)),
@@ -101,41 +108,51 @@ def _index_lines(indexes: Indexes) -> Iterator[str]:
 
 
 def _error(question: Question, code: int, said: str, client: IndexClient) -> Exception:
-    if found := _NO_MATCH.search(said):
-        name = canonicalize_name(found[1].split()[0])
-        if _exists(Requirement(name), question, client):
-            return NoWheel(name, question.platform)
+    told = " ".join(line.removeprefix("ERROR:").strip() for line in said.splitlines() if not _NOISE.match(line)).strip()
+    if (found := _UNFIT.search(said)) and found[1].endswith(".whl"):
+        return NoWheel(parse_wheel_filename(found[1])[0], question.platform)
     if found := _NOT_FOUND.search(said):
         try:
             wanted = Requirement(found[1])
         except InvalidRequirement:
-            return Unsatisfiable(question.platform, said)
+            return Unsatisfiable(question.platform, told)
         name = canonicalize_name(wanted.name)
-        if _exists(wanted, question, client):
-            there = "" if found[2] == "none" else f"it has some of {one_line(found[2], 200)}"
+        if _releases(name, wanted.specifier, question, client):
+            there = "" if found[2] == "none" else f"there are {one_line(found[2], 200)}"
             return NoWheel(name, question.platform, there)
-        return Unsatisfiable(question.platform, f"there is no version of {name} that fulfils {wanted}.")
+        return Unsatisfiable(question.platform, f"there is no version of {name} that fulfils {wanted}")
     if _CONFLICT.search(said):
-        told = [line.removeprefix("ERROR:").strip() for line in said.splitlines() if not _noise(line)]
-        return Unsatisfiable(question.platform, " ".join(line for line in told if line))
-    return failure("pip", code, said)
+        return _conflict(question, said, told, client)
+    return failure("pip", code, told)
 
 
-def _noise(line: str) -> bool:
-    return bool(
-        re.match(r"\s*(?:Looking in|Collecting|Obtaining|Downloading|WARNING|adding trusted|INFO|To fix|[0-9]\.)", line)
-        or "ResolutionImpossible" in line
-    )
+def _conflict(question: Question, said: str, told: str, client: IndexClient) -> Exception:
+    """Return what a conflict comes from: versions that exclude each other, or one that has no wheel that fits."""
+    missing = _NO_MATCH.search(said)
+    for word in missing[1].split() if missing else []:
+        name = canonicalize_name(word)
+        asked = re.findall(rf"(?:depends on|requested) ({re.escape(word)}[^\s(;]*)", said, re.IGNORECASE)
+        for text in asked or [word]:
+            try:
+                specifier = Requirement(text).specifier
+            except InvalidRequirement:
+                continue
+            releases = _releases(name, specifier, question, client)
+            if releases and not any(releases):
+                return NoWheel(name, question.platform)
+    return Unsatisfiable(question.platform, told)
 
 
-def _exists(wanted: Requirement, question: Question, client: IndexClient) -> bool:
-    """Return whether there is a file, for whatever platform, that would fulfil a requirement."""
-    for file in client.files(canonicalize_name(wanted.name)):
-        release = file.release
+def _releases(name: str, specifier: SpecifierSet, question: Question, client: IndexClient) -> list[bool]:
+    """Return for each file that would fulfil a requirement whether it is a wheel that fits the platform."""
+    tags = wheel_tags(question.platform, question.python, question.glibc)
+    found = []
+    for file in client.files(name):
         late = question.as_of and file.uploaded and file.uploaded >= question.as_of
-        if release and not late and wanted.specifier.contains(release[1], prereleases=True):
-            return True
-    return False
+        if file.release and not late and specifier.contains(file.release[1], prereleases=True):
+            wheel = file.filename.endswith(".whl")
+            found.append(wheel and not tags.isdisjoint(parse_wheel_filename(file.filename)[3]))
+    return found
 
 
 def _wheels(

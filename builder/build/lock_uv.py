@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.version import Version
 from pydantic import ValidationError
 
 from builder.build.indexes import FIRST_INDEX, Indexes, built_in_index
@@ -182,10 +183,13 @@ def _wheel(package: dict[str, Any], question: Question) -> LockedWheel:
     size = file.get("size")
     if origin == "model":
         size = next((wheel.size for wheel in question.requirements.local if wheel.filename == filename), size)
-    version = str(parse_wheel_filename(filename)[1])
+    version = parse_wheel_filename(filename)[1]
+    if Version(package["version"]) != version:
+        message = f"{filename} is not of version {package['version']}"
+        raise ValueError(message)
     return LockedWheel(
         name=package["name"],
-        version=version,
+        version=str(version),
         filename=filename,
         sha256=file["hashes"]["sha256"],
         size=size,
