@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
 
 from builder.build.index_download import Progress, WheelNotFound, digest, save
 from builder.build.index_http import ABSENT, Session, check, chunks, host_of, strange
@@ -179,8 +178,8 @@ class IndexClient:
 
 
 def _folder(index: IndexUrl) -> tuple[IndexFile, ...]:
-    """Return the files of a folder; pip too goes on without one that is not there."""
-    folder = Path(unquote(urlsplit(index.url).path))
+    """Return the files of a folder; one that has gone has none."""
+    folder = index.folder
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file())
     except (FileNotFoundError, NotADirectoryError):

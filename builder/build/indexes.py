@@ -60,6 +60,11 @@ class IndexUrl:
         """Whether it is a folder of this machine."""
         return self.url.startswith("file:")
 
+    @property
+    def folder(self) -> Path:
+        """The folder of this machine that it names."""
+        return Path(unquote(urlsplit(self.url).path))
+
     @classmethod
     def parse(cls, text: str, variable: str) -> Self:
         """Return the address that a setting names.
@@ -152,11 +157,15 @@ class Indexes:
         if strategy not in STRATEGIES:
             message = "UV_INDEX_STRATEGY is none of uv's index strategies."
             raise InvalidSettings(message, remedy=f"It is one of {', '.join(sorted(STRATEGIES))}.")
-        links = (variables.get("UV_FIND_LINKS", "").replace(",", " "), pip.get("find-links", ""))
+        links = urls(
+            ("UV_FIND_LINKS", variables.get("UV_FIND_LINKS", "").replace(",", " ")),
+            ("find-links", pip.get("find-links", "")),
+        )
         indexes = cls(
             extra=urls(*uv, ("extra-index-url", pip.get("extra-index-url", ""))),
             default=urls(default)[0] if default else None,
-            find_links=urls(*(("find-links", text) for text in links)),
+            # pip goes on without a folder that is not there, uv does not.
+            find_links=tuple(link for link in links if not link.is_file or link.folder.is_dir()),
             no_index=pip.get("no-index", "").strip().lower() in {"1", "true", "yes", "on"},
             strategy=strategy,
             trusted=frozenset(pip.get("trusted-host", "").split()),
