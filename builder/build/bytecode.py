@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from builder.build import wheel_compile
-from builder.build.wheel_compile import COMPILED, DIED, FRAME, MEMORY, SECONDS
+from builder.build.wheel_compile import COMPILED, DIED, FRAME, MEMORY
 from builder.build.wheel_zip import Member
 from builder.errors import BuilderError, TryAgain
 from builder.images.layer import Deflated
@@ -66,12 +66,14 @@ class Compiler:
         identity: a word of letters, digits, '.', '_' and '-' for all that decides what it writes.
         cache_tag: what a compiled file's name holds: `cpython-311`.
         workers: processes at a time; the result does not depend on it.
+        seconds: processor time that one source may take.
     """
 
     executable: str
     identity: str
     cache_tag: str
     workers: int
+    seconds: int = 60
 
     @classmethod
     def find(cls, python: str, *, executable: str = sys.executable, workers: int | None = None) -> Compiler | None:
@@ -106,8 +108,8 @@ class Compiler:
         count = min(self.workers, len(groups))
         with contextlib.closing(Compilation()) as compilation:
             for number in range(count):
-                command = [self.executable, *_FLAGS, wheel_compile.__file__, str(wheel), str(number), str(count)]
-                compilation.start(command, jobs, wheel)
+                arguments = map(str, (wheel, number, count, self.seconds))
+                compilation.start([self.executable, *_FLAGS, wheel_compile.__file__, *arguments], jobs, wheel)
             yield compilation
 
 
@@ -236,8 +238,8 @@ def _groups(sources: Sequence[Source]) -> Iterator[list[dict[str, int | str]]]:
 
 def _death(status: int) -> str:
     if status == signal.SIGPROF:
-        return f"A source takes more than {SECONDS} s to compile."
-    return f"Compiling a source ends the compiler (status {status}, with {MEMORY >> 30} GiB of memory)."
+        return "One of its sources takes too much time to compile."
+    return f"One of its sources ends the compiler (status {status}, with {MEMORY >> 30} GiB of memory)."
 
 
 def _processors() -> int:

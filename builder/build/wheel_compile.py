@@ -1,14 +1,14 @@
 """The program that compiles a wheel's Python files; `builder.build.bytecode` runs it and nothing imports it for more.
 
-What Python writes into a .pyc depends on what the process did before: whether a constant is written once or twice
-depends on which strings were interned, and a set of strings on the hash seed (seen: 1 file of pandas' 1,440, 18 and 29
-where the history is longer or the patch version another). So the files are compiled in groups, each in a child forked
-from a process that has done nothing else; a group is a matter of the wheel alone, and so is the result, whatever the
-number of processes.
+What Python writes into a .pyc depends on what the process did before: which strings it has interned decides whether
+two equal sets of strings in a source are one constant or two, and how often an object is referred to decides a bit of
+its type (seen: 1 file of pandas' 1,440 and 2 of MLflow's 1,315, compiled in another order). So the files are compiled
+in groups, each in a child forked from a process that has done nothing else; a group is a matter of the wheel alone,
+and so is the result, whatever the number of processes.
 
-It is started with the standard library alone: `python -S -P -s -B wheel_compile.py FD FIRST STEP`. It reads the groups
-as JSON from stdin, takes every STEP-th of them from FIRST on, reads the sources from the wheel open at FD, and writes a
-frame for each file to stdout.
+It is started with the standard library alone: `python -S -P -s -B wheel_compile.py FD FIRST STEP SECONDS`. It reads
+the groups as JSON from stdin, takes every STEP-th of them from FIRST on, reads the sources from the wheel open at FD,
+gives each SECONDS of processor time, and writes a frame for each to stdout.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any
 # Number of the file, what became of it, size and CRC-32 of the content, size of the deflate stream that follows.
 FRAME = struct.Struct("<IBIII")
 COMPILED, NO_SOURCE, DIED = 0, 1, 2
-SECONDS = 60
-MEMORY = 2 << 30
+# The largest source that was seen (6 MB, an API's client) takes 150 MB.
+MEMORY = 1 << 30
 _STACK = 8 << 20
 # Of 31.7 MB of bytecode (scikit-learn with its requirements) level 4 leaves 11.7 MB in 0.44 s, 6 leaves 11.4 MB in
 # 0.71 s, 1 leaves 12.6 MB in 0.35 s.
@@ -91,10 +91,10 @@ def _source(wheel: int, job: dict[str, Any]) -> bytes | None:
         return None
 
 
-def _group(wheel: int, jobs: list[dict[str, Any]]) -> None:
+def _group(wheel: int, jobs: list[dict[str, Any]], seconds: int) -> None:
     for job in jobs:
         # Processor time of one file; the signal ends the process, whatever it does.
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         source = _source(wheel, job)
         compiled = bytecode(source, job["path"]) if source is not None else None
         if compiled is None:
@@ -120,7 +120,7 @@ def _main() -> None:
     if sys.argv[1:] == ["--identify"]:
         json.dump(identity(), sys.stdout)
         return
-    wheel, first, step = map(int, sys.argv[1:])
+    wheel, first, step, seconds = map(int, sys.argv[1:])
     groups = json.load(sys.stdin)
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_STACK, _STACK)
@@ -132,7 +132,7 @@ def _main() -> None:
         if not child:
             status = 1
             try:
-                _group(wheel, jobs)
+                _group(wheel, jobs, seconds)
                 status = 0
             finally:
                 os._exit(status)
