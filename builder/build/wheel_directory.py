@@ -6,6 +6,7 @@ The source is APPNOTE.TXT 6.3.10 by PKWARE, sections 4.3.12 to 4.3.16 and 4.5.3.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ MOST_DIRECTORY = 32 << 20
 LONGEST_PATH = 1024
 LONGEST_NAME = 255
 DEEPEST_PATH = 64
+_NEVER = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 class BadArchive(Exception):
@@ -179,7 +181,7 @@ def check_path(path: str) -> None:
             deep, or has a part that begins with `.wh.`, which in a layer deletes a file of the layers below it.
     """
     parts = path.split("/")
-    if "\\" in path or any(ord(character) < 0x20 or ord(character) == 0x7F for character in path):  # noqa: PLR2004
+    if _NEVER.search(path):
         refuse(f"the path {path[:200]!r} has a backslash or a control character")
     if any(part in {"", ".", ".."} for part in parts):
         refuse(f"the path {path[:200]!r} is absolute, or has an empty part, '.' or '..'")

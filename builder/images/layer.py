@@ -82,7 +82,7 @@ class LayerWriter:
     """Writes a layer: each method yields what there is of it, in chunks of about 256 KiB, to be sent in that order.
 
     The order of the entries is the caller's. A directory that was not written stands before the first entry below it,
-    with mode 0755: without an entry of its own, Docker makes it 0600 and others 0755.
+    with mode 0755: without an entry of its own, its mode would be a matter of who unpacks the layer.
     """
 
     def __init__(self) -> None:
