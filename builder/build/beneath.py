@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -78,3 +79,19 @@ def exists_beneath(root: Path, relative: str) -> bool:
             return descriptor is not None
     except InvalidVersion:
         return False
+
+
+def digest_beneath(root: Path, relative: str) -> tuple[str, int] | None:
+    """Return the SHA-256 (64 hexadecimal digits) and the bytes of the file `root / relative`, or None for none.
+
+    Raises:
+        InvalidVersion: there is a link on the way, or something else than a file.
+    """
+    with _opened(root, relative) as descriptor:
+        if descriptor is None:
+            return None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            message = f"{relative!r} of the version's artifacts is not a file."
+            raise InvalidVersion(message, remedy="Log a file under this name.")
+        with open(descriptor, "rb", buffering=0, closefd=False) as content:  # a descriptor
+            return hashlib.file_digest(content, "sha256").hexdigest(), os.fstat(descriptor).st_size

@@ -25,6 +25,7 @@ class Network:
         proxies: HTTP_PROXY, HTTPS_PROXY, NO_PROXY that are set.
         index_variables: pip's and uv's index variables that are set; they may hold a credential.
         insecure_registries: hosts reached over plain HTTP, loopback not named.
+        netrc: file of credentials by host, as pip and uv read it for package indexes; None for none.
     """
 
     ca_bundle: Path | None = None
@@ -32,6 +33,7 @@ class Network:
     proxies: Mapping[str, str] = field(default_factory=dict)
     index_variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     insecure_registries: frozenset[str] = frozenset()
+    netrc: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

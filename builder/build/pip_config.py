@@ -73,6 +73,23 @@ def pip_config(network: Network, seen_certificate: str) -> str:
     return text.getvalue()
 
 
+def pip_options(network: Network) -> dict[str, str]:
+    """Return the options that pip.conf and pip's own environment variables give to `pip install`, by their long names.
+
+    Raises:
+        InvalidSettings: PIP_CONFIG_FILE cannot be read.
+    """
+    parser = _read(network)
+    options = {
+        key.replace("_", "-").removeprefix("--"): value
+        for section in ("global", "install")
+        if parser.has_section(section)
+        for key, value in parser.items(section)
+    }
+    variables = network.index_variables.items()
+    return options | {name[4:].lower().replace("_", "-"): value for name, value in variables if name.startswith("PIP_")}
+
+
 def _read(network: Network) -> configparser.RawConfigParser:
     parser = configparser.RawConfigParser()
     if network.pip_config is None:

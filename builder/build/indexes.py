@@ -1,0 +1,268 @@
+"""Which package indexes are asked, in pip's and uv's own words, and with which credential."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import netrc
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from builder.build.pip_config import certificate, pip_options
+from builder.errors import InvalidSettings
+from builder.images.hosts import is_loopback, is_named
+
+if TYPE_CHECKING:
+    from builder.build.engine import Network
+
+FIRST_INDEX = "first-index"
+STRATEGIES = frozenset({FIRST_INDEX, "unsafe-first-match", "unsafe-best-match"})
+# UV_INDEX may give an index a name, as in `name=https://…`.
+_NAMED = re.compile(r"^[A-Za-z0-9._-]+=(?=[a-z]+://)")
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
+_PRINTABLE = re.compile(r"[!-~]+")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class IndexUrl:
+    """The address of an index: without its credential, which is kept beside it and never shown.
+
+    Attributes:
+        url: `http`, `https` or `file`; no user, no password, no fragment.
+        user: user of the credential; empty for none.
+        password: its password or token; empty for none.
+    """
+
+    url: str
+    user: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        """Return the address without its credential."""
+        return self.url
+
+    @property
+    def with_credential(self) -> str:
+        """The address with its credential in it, for a file that only a child of ours reads."""
+        if not self.user and not self.password:
+            return self.url
+        parts = urlsplit(self.url)
+        secret = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@"
+        return urlunsplit(parts._replace(netloc=f"{secret}{parts.netloc}"))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return self.url.startswith("file:")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this machine that it names."""
+        return Path(unquote(urlsplit(self.url).path))
+
+    @classmethod
+    def parse(cls, text: str, variable: str) -> Self:
+        """Return the address that a setting names.
+
+        Args:
+            text: an `http`, `https` or `file` URL, perhaps with a credential; a path of a folder.
+            variable: the setting's name, for the error; the value may hold a credential and is not shown.
+
+        Raises:
+            InvalidSettings: it is none of these.
+        """
+        if text.startswith("/"):
+            return cls(Path(text).as_uri())
+        try:
+            parts = urlsplit(text.strip())
+            host, port = parts.hostname or "", parts.port
+        except ValueError:
+            parts, host, port = urlsplit(""), "", None
+        if parts.scheme == "file" and parts.path.startswith("/") and not host:
+            return cls(urlunsplit(("file", "", parts.path, "", "")))
+        if parts.scheme not in _DEFAULT_PORTS or not _HOST.fullmatch(host) or not _PRINTABLE.fullmatch(text.strip()):
+            message = f"{variable} names something that is not the address of a package index."
+            raise InvalidSettings(message, remedy="It is an https address such as https://pypi.example.com/simple.")
+        name = f"[{host}]" if ":" in host else host
+        netloc = f"{name}:{port}" if port and port != _DEFAULT_PORTS[parts.scheme] else name
+        url = urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), parts.query, ""))
+        return cls(url, unquote(parts.username or ""), unquote(parts.password or ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Indexes:
+    """The package indexes of a resolution, in the order in which they are asked.
+
+    Attributes:
+        extra: asked before the default one.
+        default: asked last; None for the one that pip and uv have built in.
+        find_links: folders and pages that list wheels.
+        no_index: whether only `find_links` are asked.
+        strategy: uv's index strategy: by default a package comes from the first index that has it at all, so that
+            nobody can put a newer one of the same name elsewhere.
+        trusted: hosts reached over plain HTTP, or whose certificate is not checked: pip's trusted-host.
+        allowed: prefixes of the addresses that a model may name by itself; `*` for any.
+        ca_bundle: file of the authorities to trust, in PEM; None for the system's.
+        proxies: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, those that are set.
+        netrc: file of credentials by host; None for none.
+    """
+
+    extra: tuple[IndexUrl, ...] = ()
+    default: IndexUrl | None = None
+    find_links: tuple[IndexUrl, ...] = ()
+    no_index: bool = False
+    strategy: str = FIRST_INDEX
+    trusted: frozenset[str] = frozenset()
+    allowed: tuple[str, ...] = ()
+    ca_bundle: Path | None = None
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
+    netrc: Path | None = None
+
+    @classmethod
+    def of(cls, network: Network, *, allowed: Sequence[str] = ()) -> Self:
+        """Return the indexes that the environment and pip.conf name; uv's variables win over pip's.
+
+        Args:
+            network: what the environment names.
+            allowed: prefixes of the addresses that a model may name by itself; `*` for any.
+
+        Raises:
+            InvalidSettings: PIP_CONFIG_FILE cannot be read, or an address is none or over plain HTTP.
+        """
+        variables, pip = network.index_variables, pip_options(network)
+
+        def urls(*values: tuple[str, str]) -> tuple[IndexUrl, ...]:
+            found = [IndexUrl.parse(_NAMED.sub("", word), name) for name, text in values for word in text.split()]
+            return tuple(dict.fromkeys(found))
+
+        uv = [(name, variables.get(name, "")) for name in ("UV_INDEX", "UV_EXTRA_INDEX_URL")]
+        default = next(
+            (
+                (name, value)
+                for name, value in (
+                    ("UV_DEFAULT_INDEX", variables.get("UV_DEFAULT_INDEX")),
+                    ("UV_INDEX_URL", variables.get("UV_INDEX_URL")),
+                    ("index-url", pip.get("index-url")),
+                )
+                if value
+            ),
+            None,
+        )
+        strategy = variables.get("UV_INDEX_STRATEGY", FIRST_INDEX)
+        if strategy not in STRATEGIES:
+            message = "UV_INDEX_STRATEGY is none of uv's index strategies."
+            raise InvalidSettings(message, remedy=f"It is one of {', '.join(sorted(STRATEGIES))}.")
+        links = urls(
+            ("UV_FIND_LINKS", variables.get("UV_FIND_LINKS", "").replace(",", " ")),
+            ("find-links", pip.get("find-links", "")),
+        )
+        indexes = cls(
+            extra=urls(*uv, ("extra-index-url", pip.get("extra-index-url", ""))),
+            default=urls(default)[0] if default else None,
+            # pip goes on without a folder that is not there, uv does not.
+            find_links=tuple(link for link in links if not link.is_file or link.folder.is_dir()),
+            no_index=pip.get("no-index", "").strip().lower() in {"1", "true", "yes", "on"},
+            strategy=strategy,
+            trusted=frozenset(pip.get("trusted-host", "").split()),
+            allowed=tuple(allowed),
+            ca_bundle=certificate(network),
+            proxies=network.proxies,
+            netrc=network.netrc,
+        )
+        for index in indexes.all:
+            indexes.check(index.url)
+            if index.is_file and index not in indexes.find_links:
+                message = "A folder is named as a package index."
+                raise InvalidSettings(message, remedy="Name it as find-links in pip.conf.")
+        return indexes
+
+    @property
+    def all(self) -> tuple[IndexUrl, ...]:
+        """Every index, in the order in which they are asked; the built-in one is not among them."""
+        named = () if self.no_index else (*self.extra, *((self.default,) if self.default else ()))
+        return (*named, *self.find_links)
+
+    @property
+    def identity(self) -> str:
+        """A hash of what is asked and in which order, without credentials: 64 hexadecimal digits."""
+        what = [
+            [str(url) for url in self.extra],
+            str(self.default or ""),
+            [str(url) for url in self.find_links],
+            self.no_index,
+            self.strategy,
+        ]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Every password, as it is and as it stands in a URL, for masking what other programs say."""
+        passwords = [url.password or url.user for url in self.all]
+        return tuple(form for word in passwords if word for form in (word, quote(word, safe="")))
+
+    def check(self, url: str) -> None:
+        """Raise InvalidSettings where an address is over plain HTTP and its host is not trusted with it."""
+        parts = urlsplit(url)
+        if parts.scheme == "http" and not self.trusts(parts.netloc) and not is_loopback(parts.netloc):
+            message = f"The package index at {parts.netloc} is named with plain HTTP."
+            raise InvalidSettings(message, remedy="Name it with https, or its host in PIP_TRUSTED_HOST.")
+
+    def trusts(self, host: str) -> bool:
+        """Return whether a host (perhaps with its port) is trusted without a certificate."""
+        return is_named(host, self.trusted)
+
+    def allows(self, url: str) -> bool:
+        """Return whether a model may name an address: one that the settings allow, or that they name themselves."""
+        ours = [index.url for index in self.all]
+        return any(prefix == "*" or _within(url, prefix) for prefix in (*self.allowed, *ours))
+
+    def joined(self, urls: Sequence[str]) -> Self:
+        """Return these with the indexes that a model names, asked first; those that are here already are not added."""
+        known = {index.url for index in self.all}
+        new = tuple(IndexUrl(url) for url in dict.fromkeys(urls) if url not in known)
+        return replace(self, extra=(*new, *self.extra)) if new else self
+
+    def credential(self, url: str) -> tuple[str, str] | None:
+        """Return user and password for an address: those of an index at the same origin, else those of netrc.
+
+        Raises:
+            InvalidSettings: netrc cannot be read.
+        """
+        origin = _origin(url)
+        for index in self.all:
+            if (index.user or index.password) and _origin(index.url) == origin:
+                return index.user, index.password
+        host = urlsplit(url).hostname
+        if self.netrc is None or not host:
+            return None
+        try:
+            found = netrc.netrc(str(self.netrc)).authenticators(host)
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+            message = f"{str(self.netrc)!r} cannot be read as a netrc file: {type(error).__name__}."
+            raise InvalidSettings(message, remedy="Mend it, or name another in NETRC.") from None
+        return (found[0] or found[1] or "", found[2] or "") if found else None
+
+
+def built_in_index() -> IndexUrl:
+    """Return the index that pip and uv ask where nothing else is named; pip says which."""
+    from pip._internal.models.index import PyPI
+
+    return IndexUrl(PyPI.simple_url)
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme)
+
+
+def _within(url: str, prefix: str) -> bool:
+    """Return whether an address is `prefix` or below it."""
+    path, base = urlsplit(url).path.rstrip("/"), urlsplit(prefix).path.rstrip("/")
+    if _origin(url) != _origin(prefix) or ".." in unquote(path).split("/"):
+        return False
+    return path == base or path.startswith(f"{base}/")

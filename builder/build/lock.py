@@ -1,0 +1,189 @@
+"""Locks an environment: asks a resolver which wheels fulfil a model's requirements, and believes nothing unchecked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packaging.utils import parse_wheel_filename
+
+from builder.build import lock_pip, lock_uv
+from builder.build.index import IndexClient
+from builder.build.indexes import Indexes
+from builder.build.locked import Lock, LockedWheel, moments
+from builder.build.process import run
+from builder.build.requirements import Requirements
+from builder.build.resolver import Question, Tool
+from builder.build.tags import minor_version, wheel_tags
+from builder.build.unsatisfied import NoWheel, Unsatisfiable
+from builder.errors import BuildFailed, InvalidVersion
+from builder.log import get_logger
+
+if TYPE_CHECKING:
+    from builder.build.process import Runner
+    from builder.reference import Platform
+
+_log = get_logger("lock")
+_MOST_ROUNDS = 4
+
+
+def lock(
+    requirements: Requirements,
+    *,
+    platform: Platform,
+    indexes: Indexes,
+    model: Path,
+    python: str = "",
+    as_of: datetime | None = None,
+    glibc: tuple[int, int] | None = None,
+    client: IndexClient | None = None,
+    cache: Path | None = None,
+    timeout: float = 300,
+    runner: Runner = run,
+) -> Lock:
+    """Return the wheels that fulfil a model's requirements on a platform, each with its hash.
+
+    The wheels carry their addresses, so that downloads can start at once. The resolution is made as of the beginning
+    of `as_of`'s day and, where that fails, as of `as_of` itself; `Lock.as_of` says which. Where the requirements cannot
+    be fulfilled, those that they name as `otherwise` are taken.
+
+    Args:
+        requirements: what is to be installed.
+        platform: what for.
+        indexes: who is asked; those that the model names are asked too.
+        model: folder of the model, for the wheels in it.
+        python: the interpreter, `3.11` or, where it is known, `3.11.2`; empty for the model's own.
+        as_of: packages uploaded later do not exist; None for all that there are.
+        glibc: the base image's C library, major and minor; None for one that every base has.
+        client: asks the same indexes; None for one of this call's own.
+        cache: folder in which resolvers keep what they learn; None for none.
+        timeout: seconds for each run of a resolver.
+        runner: runs programs.
+
+    Raises:
+        NoWheel: a package has no wheel for this platform; an engine may build it.
+        Unsatisfiable: the requirements contradict each other, or what the indexes have.
+        InvalidVersion: the platform has no wheels, the model's Python is not known, or hashes do not fit.
+        ServiceUnavailable, PermissionRefused, InvalidSettings, TryAgain, BuildFailed: it could not be resolved.
+    """
+    python = python or requirements.python_version
+    if not python:
+        message = "No file of the model says which Python it was logged with."
+        raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does by itself.")
+    joined = indexes.joined(requirements.indexes)
+    question = Question(
+        requirements=requirements, model=model, platform=platform, python=python, glibc=glibc, as_of=as_of
+    )
+    tool = Tool(indexes=joined, runner=runner, cache=cache, timeout=timeout)
+    if client is not None and joined is indexes:
+        return _Locking(question, tool, client).lock()
+    with IndexClient(joined) as own:
+        return _Locking(question, tool, own).lock()
+
+
+class _Locking:
+    """One lock in the making."""
+
+    def __init__(self, question: Question, tool: Tool, client: IndexClient) -> None:
+        self._question, self._tool, self._client = question, tool, client
+        self._timeless: frozenset[str] = frozenset()
+
+    def lock(self) -> Lock:
+        """Return the lock of the requirements, or of what they name as `otherwise`."""
+        try:
+            return self._as_of(self._question)
+        except Unsatisfiable as error:
+            otherwise = self._question.requirements.otherwise
+            if otherwise is None:
+                raise
+            _log.info("the whole package is installed instead", why=error.what)
+        return self._as_of(replace(self._question, requirements=otherwise))
+
+    def _as_of(self, question: Question) -> Lock:
+        """Return the lock as of the first moment that there is one for."""
+        tried = moments(question.as_of)
+        for moment in tried[:-1]:
+            try:
+                return self._checked(replace(question, as_of=moment))
+            except (Unsatisfiable, NoWheel) as error:
+                _log.debug("nothing as of the day's beginning", why=error.what)
+        return self._checked(replace(question, as_of=tried[-1]))
+
+    def _checked(self, question: Question) -> Lock:
+        if not question.requirements.required:
+            wheels: tuple[LockedWheel, ...] = ()
+        elif lock_uv.knows(question.platform, question.glibc):
+            wheels = self._by_uv(question)
+        else:
+            wheels = self._by_pip(question)
+        _check_tags(wheels, question)
+        _check_hashes(wheels, question.requirements)
+        timeless = {wheel.name for wheel in wheels if wheel.origin == "index" and not wheel.uploaded}
+        exempt = tuple(sorted(timeless)) if question.as_of else ()
+        lock = Lock(
+            platform=question.platform,
+            python=question.python,
+            glibc=question.glibc,
+            as_of=question.as_of,
+            exempt=exempt,
+            wheels=tuple(sorted(wheels, key=lambda wheel: wheel.name)),
+        )
+        if lock.note:
+            _log.warning(lock.note, platform=str(question.platform))
+        return lock
+
+    def _by_uv(self, question: Question) -> tuple[LockedWheel, ...]:
+        """Return uv's wheels; indexes that turn out to give no upload times are exempted on the way."""
+        for _ in range(_MOST_ROUNDS):
+            try:
+                return lock_uv.resolve(replace(question, timeless=self._timeless), self._tool)
+            except lock_uv.MissingTimes as missing:
+                found = self._without_times(missing.projects)
+                if found <= self._timeless:
+                    break
+                self._timeless |= found
+        message = "An index gives upload times for some of its files only, and not for all that are needed."
+        raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or mend the index.")
+
+    def _without_times(self, projects: Iterable[str]) -> frozenset[str]:
+        """Return the addresses of the indexes that list files of these projects without times."""
+        return frozenset(
+            index.url
+            for index in self._client.asked
+            for project in sorted(projects)
+            if any(file.uploaded is None for file in self._client.page(index, project) or ())
+        )
+
+    def _by_pip(self, question: Question) -> tuple[LockedWheel, ...]:
+        """Return pip's wheels; pip takes all indexes as of a time, or none."""
+        try:
+            wheels = lock_pip.resolve(question, self._tool, self._client)
+        except lock_pip.NoTimes:
+            return lock_pip.resolve(replace(question, as_of=None), self._tool, self._client)
+        # pip refuses an index without times, so that each of these has one.
+        return tuple(wheel.model_copy(update={"uploaded": question.as_of}) for wheel in wheels)
+
+
+def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
+    """Raise NoWheel for a wheel that does not fit: resolvers take an address's or a path's as it is."""
+    tags = wheel_tags(question.platform, question.python, question.glibc)
+    for wheel in wheels:
+        if tags.isdisjoint(parse_wheel_filename(wheel.filename)[3]):
+            major, minor = minor_version(question.python)
+            said = f"{wheel.filename} is not for it and CPython {major}.{minor}"
+            raise NoWheel(wheel.name, question.platform, said)
+
+
+def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> None:
+    """Raise InvalidVersion for a wheel whose hash is none of those that its requirement names; no resolver does."""
+    for wheel in wheels:
+        hashes = {digest for one in requirements.named(wheel.name) for digest in one.hashes}
+        local = {one.sha256 for one in requirements.local if one.filename == wheel.filename}
+        named = hashes or (local if wheel.origin == "model" else set())
+        if wheel.sha256 not in named and (named or requirements.require_hashes):
+            message = f"{wheel.filename} has the sha256 {wheel.sha256}, which the model's requirements do not name."
+            remedy = "Name the hashes of the wheels of every platform that is published for."
+            raise InvalidVersion(message, remedy=remedy)

@@ -1,0 +1,210 @@
+"""Resolves with pip, which knows every platform by its tags: arm/v7, s390x, ppc64le, riscv64 and the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from pydantic import ValidationError
+
+from builder.build.index import IndexClient
+from builder.build.indexes import FIRST_INDEX, Indexes
+from builder.build.locked import LockedWheel, Origin
+from builder.build.resolver import Question, Tool, failure, interpreter, private_folder, run_tool
+from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
+from builder.build.unsatisfied import NoWheel, Unsatisfiable
+from builder.errors import BuildFailed, one_line
+
+_NOT_FOUND = re.compile(
+    r"Could not find a version that satisfies the requirement (.+?)(?: \(from (?!versions)[^)]*\))? "
+    r"\(from versions: (.*?)\)"
+)
+_NO_MATCH = re.compile(
+    r"some packages in these conflicts have no matching distributions available for your environment:\n((?:\s+\S+\n?)+)"
+)
+_NO_TIMES = re.compile(r"does not provide upload-time metadata")
+_UNFIT = re.compile(r"(\S+\.whl) is not a supported wheel on this platform")
+_NOISE = re.compile(
+    r"\s*(?:Looking in|Collecting|Obtaining|Downloading|Using cached|WARNING|INFO|adding trusted|To fix this|[0-9]\.|$)"
+    r"|.*ResolutionImpossible"
+)
+_SEVERAL = 2
+_CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies|No matching distribution found")
+
+
+class NoTimes(Exception):
+    """An index gives no upload times; pip then takes nothing from any. Never leaves this package."""
+
+
+def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[LockedWheel, ...]:
+    """Return the wheels that pip chooses, with their addresses.
+
+    Args:
+        question: what to resolve.
+        tool: how.
+        client: asked what there is of a package that pip does not find, and for hashes that an index does not give.
+
+    Raises:
+        NoTimes: an index gives no upload times, and the question has a time.
+        NoWheel: a package has no wheel for the platform.
+        Unsatisfiable: the requirements contradict each other or what there is.
+        ServiceUnavailable, PermissionRefused, InvalidSettings, TryAgain, BuildFailed: it could not resolve.
+    """
+    with private_folder() as folder:
+        requirements = folder / "requirements.txt"
+        requirements.touch(mode=0o600)
+        lines = [*_index_lines(tool.indexes), *question.requirement_lines()]
+        requirements.write_text("".join(f"{line}\n" for line in lines))
+        (folder / "constraints.txt").write_text("".join(f"{line}\n" for line in question.constraint_lines()))
+        report = folder / "report.json"
+        markers = marker_environment(question.platform, question.python)
+        argv = [
+            *(interpreter(), "-m", "builder.build.pip_for_target", json.dumps(markers)),
+            *("install", "--isolated", "--no-input", "--no-color", "--disable-pip-version-check"),
+            *("--progress-bar", "off", "--keyring-provider", "disabled", "--use-feature", "fast-deps"),
+            *("--retries", "2", "--timeout", "30"),
+            *("--dry-run", "--ignore-installed", "--target", str(folder / "nowhere"), "--report", str(report)),
+            *("--only-binary", ":all:", "--implementation", "cp", "--python-version", question.python),
+            *(f"--platform={tag}" for tag in wheel_platforms(question.platform, question.glibc)),
+            *(["--cache-dir", str(tool.cache / "pip")] if tool.cache else ["--no-cache-dir"]),
+            *(["--cert", str(tool.indexes.ca_bundle)] if tool.indexes.ca_bundle else []),
+            *(["--pre"] if question.requirements.prereleases else []),
+            *(["--uploaded-prior-to", question.as_of.astimezone(UTC).isoformat()] if question.as_of else []),
+            *("--constraint", str(folder / "constraints.txt"), "--requirement", str(requirements)),
+        ]
+        path = os.pathsep.join(entry for entry in (str(Path(__file__).parents[2]), *sys.path) if entry)
+        code, said = run_tool(
+            "pip", argv, tool=tool, folder=folder, env={"PYTHONPATH": path, "PIP_CONFIG_FILE": os.devnull}
+        )
+        if code and question.as_of and _NO_TIMES.search(said):
+            raise NoTimes
+        if code:
+            raise _error(question, code, said, client)
+        return tuple(_wheels(report, question, markers, tool, client))
+
+
+def _index_lines(indexes: Indexes) -> Iterator[str]:
+    """Yield the options of a requirements file that name the indexes, so that no secret is an argument."""
+    if indexes.no_index:
+        yield "--no-index"
+    elif indexes.default:
+        yield f"--index-url {indexes.default.with_credential}"
+    for index in () if indexes.no_index else indexes.extra:
+        yield f"--extra-index-url {index.with_credential}"
+    for link in indexes.find_links:
+        yield f"--find-links {link.with_credential}"
+    for host in sorted(indexes.trusted):
+        yield f"--trusted-host {host}"
+
+
+def _error(question: Question, code: int, said: str, client: IndexClient) -> Exception:
+    told = " ".join(line.removeprefix("ERROR:").strip() for line in said.splitlines() if not _NOISE.match(line)).strip()
+    if (found := _UNFIT.search(said)) and found[1].endswith(".whl"):
+        return NoWheel(parse_wheel_filename(found[1])[0], question.platform)
+    if found := _NOT_FOUND.search(said):
+        try:
+            wanted = Requirement(found[1])
+        except InvalidRequirement:
+            return Unsatisfiable(question.platform, told)
+        name = canonicalize_name(wanted.name)
+        if _releases(name, wanted.specifier, question, client):
+            there = "" if found[2] == "none" else f"there are {one_line(found[2], 200)}"
+            return NoWheel(name, question.platform, there)
+        return Unsatisfiable(question.platform, f"there is no version of {name} that fulfils {wanted}")
+    if _CONFLICT.search(said):
+        return _conflict(question, said, told, client)
+    return failure("pip", code, told)
+
+
+def _conflict(question: Question, said: str, told: str, client: IndexClient) -> Exception:
+    """Return what a conflict comes from: versions that exclude each other, or one that has no wheel that fits."""
+    missing = _NO_MATCH.search(said)
+    for word in missing[1].split() if missing else []:
+        name = canonicalize_name(word)
+        asked = re.findall(rf"(?:depends on|requested) ({re.escape(word)}[^\s(;]*)", said, re.IGNORECASE)
+        for text in asked or [word]:
+            try:
+                specifier = Requirement(text).specifier
+            except InvalidRequirement:
+                continue
+            releases = _releases(name, specifier, question, client)
+            if releases and not any(releases):
+                return NoWheel(name, question.platform)
+    return Unsatisfiable(question.platform, told)
+
+
+def _releases(name: str, specifier: SpecifierSet, question: Question, client: IndexClient) -> list[bool]:
+    """Return for each file that would fulfil a requirement whether it is a wheel that fits the platform."""
+    tags = wheel_tags(question.platform, question.python, question.glibc)
+    found = []
+    for file in client.files(name):
+        late = question.as_of and file.uploaded and file.uploaded >= question.as_of
+        if file.release and not late and specifier.contains(file.release[1], prereleases=True):
+            wheel = file.filename.endswith(".whl")
+            found.append(wheel and not tags.isdisjoint(parse_wheel_filename(file.filename)[3]))
+    return found
+
+
+def _wheels(
+    report: Path, question: Question, markers: dict[str, str], tool: Tool, client: IndexClient
+) -> Iterator[LockedWheel]:
+    """Yield the wheels of pip's report (https://pip.pypa.io/en/stable/reference/installation-report/)."""
+    try:
+        document = json.loads(report.read_text())
+        seen = document["environment"]
+        if any(seen.get(name) != value for name, value in markers.items()):
+            message = "it was made for another environment"
+            raise ValueError(message)  # noqa: TRY301  # one place says what a bad report is
+        for item in document["install"]:
+            wheel = _wheel(item, question, client)
+            if wheel.origin == "index":
+                _check_first_index(wheel, question, tool, client)
+            yield wheel
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        message = f"What pip resolved cannot be read: {one_line(str(error), 200)}."
+        raise BuildFailed(message, remedy="Use the release of pip that this program was made for.") from error
+
+
+def _wheel(item: dict[str, Any], question: Question, client: IndexClient) -> LockedWheel:
+    url, archive = item["download_info"]["url"], item["download_info"].get("archive_info", {})
+    url = urlsplit(url)._replace(fragment="").geturl()
+    filename = unquote(urlsplit(url).path.rpartition("/")[2])
+    local = next((one for one in question.requirements.local if one.filename == filename), None)
+    direct = bool(item.get("is_direct"))
+    origin: Origin = "index"
+    if direct:
+        origin = "model" if local and url.startswith("file:") else "address"
+    name, version, _, _ = parse_wheel_filename(filename)
+    digest, size = archive.get("hashes", {}).get("sha256"), local.size if local and origin == "model" else None
+    if not digest:
+        # The index does not say; what is locked has to be known, so the file is read once.
+        digest, size = client.digest(filename, url)
+    return LockedWheel(
+        name=name, version=str(version), filename=filename, sha256=digest, size=size, origin=origin, url=url
+    )
+
+
+def _check_first_index(wheel: LockedWheel, question: Question, tool: Tool, client: IndexClient) -> None:
+    """Raise Unsatisfiable where pip took a package from another index than the first that has it.
+
+    pip takes the newest of all indexes, and so what anybody put under a private package's name into a public one.
+    """
+    if tool.indexes.strategy != FIRST_INDEX or len(tool.indexes.all) + (tool.indexes.default is None) < _SEVERAL:
+        return
+    if any(file.filename == wheel.filename for file in client.files(wheel.name)):
+        return
+    said = (
+        f"{wheel.filename} is in another index than the first that has {wheel.name}, which has none that fits. "
+        "UV_INDEX_STRATEGY=unsafe-best-match takes it from any."
+    )
+    raise Unsatisfiable(question.platform, said)

@@ -1,0 +1,309 @@
+"""What a model needs of Python: its requirements, from whichever file of the model folder names them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
+from builder.build.environment import REQUIREMENTS, Environment
+from builder.build.indexes import Indexes
+from builder.build.requirement_lines import Required, Unusable, checked_url, logical_lines, parse_line
+from builder.errors import InvalidVersion, one_line
+
+_LIMIT = 1 << 20
+_MOST_FILES = 20
+_MOST_PROBLEMS = 10
+_MLFLOW = re.compile(r"^mlflow_version:[ \t]*['\"]?([0-9]+(?:\.[0-9]+)+)['\"]?[ \t\r]*$", re.MULTILINE)
+_CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
+_CONDA_KNOWN = frozenset({"python", "pip"})
+_TEMPLATE = (
+    "Install it in a Dockerfile.template of the version's own, whose base image or RUN steps bring it, or name its "
+    "wheel in requirements.txt and take it out of conda.yaml."
+)
+_CORRECT = "Correct the model's requirements and register it again, or ship a Dockerfile.template that installs them."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalWheel:
+    """A wheel that lies in the model folder.
+
+    Attributes:
+        path: from the model folder.
+        sha256: of its content, 64 hexadecimal digits.
+        size: in bytes.
+    """
+
+    path: str
+    sha256: str
+    size: int
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What is to be installed; two with the same `to_text` are the same environment.
+
+    Attributes:
+        python_version: the model's, major and minor: `3.11`; empty where no file tells.
+        mlflow_version: the release of MLflow that logged the model; empty where no file tells.
+        required: the requirements, in order, each once.
+        constraints: bounds for what is installed anyway.
+        local: wheels of the model folder that `required` names.
+        indexes: addresses of package indexes that the model names beside the configured ones.
+        prereleases: whether pre-releases are taken.
+        require_hashes: whether every package has to be of a hash that `required` names.
+        otherwise: what is installed where these cannot be; None for nothing.
+    """
+
+    python_version: str = ""
+    mlflow_version: str = ""
+    required: tuple[Required, ...] = ()
+    constraints: tuple[Required, ...] = ()
+    local: tuple[LocalWheel, ...] = ()
+    indexes: tuple[str, ...] = ()
+    prereleases: bool = False
+    require_hashes: bool = False
+    otherwise: Requirements | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def read(cls, context: Path, model_folder: str, indexes: Indexes | None = None) -> Self:
+        """Return the requirements of the model in `context / model_folder`.
+
+        They are those of requirements.txt; where there is none, those of python_env.yaml; where that names none, those
+        of conda.yaml's pip section.
+
+        Args:
+            context: folder of the version's artifacts.
+            model_folder: the model's folder in it.
+            indexes: which addresses a model may name; None for none.
+
+        Raises:
+            InvalidVersion: a file is malformed, a link or too large, or asks for what cannot be had: every line that
+                does is named. Packages of conda beside Python and pip are.
+        """
+        reader = _Reader(context, model_folder, indexes or Indexes())
+        conda = reader.yaml("conda.yaml")
+        conda_pip = reader.conda(conda)
+        if read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT) is not None:
+            reader.file(REQUIREMENTS)
+        elif lines := reader.strings(reader.yaml("python_env.yaml").get("dependencies"), "python_env.yaml"):
+            reader.lines("\n".join(lines), "python_env.yaml")
+        else:
+            reader.lines("\n".join(conda_pip), "conda.yaml")
+        reader.refuse()
+        logged = _MLFLOW.search(
+            (read_beneath(context, f"{model_folder}/MLmodel", _LIMIT) or b"").decode(errors="replace")
+        )
+        return cls(
+            python_version=Environment.read(context, model_folder).python_version,
+            mlflow_version=logged[1] if logged else "",
+            required=_ordered(reader.required),
+            constraints=_ordered(reader.constraints),
+            local=tuple(reader.local[path] for path in sorted(reader.local)),
+            indexes=tuple(dict.fromkeys(reader.indexes)),
+            prereleases=reader.prereleases,
+            require_hashes=reader.require_hashes,
+        )
+
+    @classmethod
+    def of(cls, *lines: str, python_version: str = "", mlflow_version: str = "") -> Self:
+        """Return the requirements that lines in pip's form write; they name no file and no index.
+
+        Raises:
+            InvalidVersion: a line cannot be used.
+        """
+        reader = _Reader(None, "", Indexes())
+        reader.lines("\n".join(lines), "the requirements")
+        reader.refuse()
+        return cls(
+            python_version=python_version,
+            mlflow_version=mlflow_version,
+            required=_ordered(reader.required),
+            prereleases=reader.prereleases,
+            require_hashes=reader.require_hashes,
+        )
+
+    def named(self, name: str) -> tuple[Required, ...]:
+        """Return the requirements on a package, by its normal name."""
+        return tuple(required for required in self.required if required.name == name)
+
+    def with_changes(self, *, required: tuple[Required, ...], constraints: tuple[Required, ...] = ()) -> Self:
+        """Return the same with other requirements, and with constraints beside those that are there."""
+        return replace(self, required=_ordered(required), constraints=_ordered([*self.constraints, *constraints]))
+
+    def to_text(self) -> str:
+        """Return the canonical text, whose hash can stand for the environment.
+
+        A wheel of the model folder is in it by name and content, not by place. Python's version is not part of it.
+        """
+        digests = {wheel.path: f"{wheel.filename}#sha256={wheel.sha256}" for wheel in self.local}
+        lines = [f"--extra-index-url {url}" for url in self.indexes]
+        lines += ["--pre"] if self.prereleases else []
+        lines += ["--require-hashes"] if self.require_hashes else []
+        lines += sorted(f"--constraint {_line(required, digests)}" for required in self.constraints)
+        lines += sorted(_line(required, digests) for required in self.required)
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _line(required: Required, digests: dict[str, str]) -> str:
+    hashes = "".join(f" --hash=sha256:{digest}" for digest in required.hashes)
+    return f"{required.text(digests.get(required.path, ''))}{hashes}"
+
+
+def _ordered(required: list[Required] | tuple[Required, ...]) -> tuple[Required, ...]:
+    return tuple(sorted(dict.fromkeys(required), key=lambda one: (one.name, one.text(one.path), one.hashes)))
+
+
+class _Reader:
+    """Reads requirement files of one model, and collects what is wrong with them."""
+
+    def __init__(self, context: Path | None, model_folder: str, indexes: Indexes) -> None:
+        self._context, self._folder, self._indexes = context, model_folder, indexes
+        self._read: dict[tuple[str, bool], None] = {}
+        self._problems: list[str] = []
+        self.required: list[Required] = []
+        self.constraints: list[Required] = []
+        self.local: dict[str, LocalWheel] = {}
+        self.indexes: list[str] = []
+        self.prereleases = False
+        self.require_hashes = False
+
+    def refuse(self) -> None:
+        """Raise InvalidVersion if there were problems."""
+        if self._problems:
+            rest = len(self._problems) - _MOST_PROBLEMS
+            told = "; ".join(self._problems[:_MOST_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
+            message = f"The model's requirements cannot be installed: {told}."
+            raise InvalidVersion(message, remedy=_CORRECT)
+
+    def yaml(self, name: str) -> dict[str, Any]:  # YAML holds anything
+        """Return a YAML file's mapping; empty where there is no file."""
+        assert self._context is not None  # noqa: S101  # only `read` asks
+        content = read_beneath(self._context, f"{self._folder}/{name}", _LIMIT)
+        if content is None:
+            return {}
+        import yaml
+
+        try:
+            document = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  # both are safe
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            message = f"{self._folder}/{name} is not YAML that can be read: {one_line(str(error), 200)}"
+            raise InvalidVersion(message, remedy="Log the model again.") from error
+        return document if isinstance(document, dict) else {}
+
+    def strings(self, value: object, name: str) -> list[str]:
+        """Return a list of strings from YAML, each on one line."""
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self._problems.append(f"{name} has a list of requirements that is none")
+            return []
+        for entry in value:
+            if not isinstance(entry, str) or "\n" in entry:
+                self._problems.append(
+                    f"{name} has a requirement that is not one line of text: {one_line(str(entry), 80)}"
+                )
+        return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
+
+    def conda(self, document: dict[str, Any]) -> list[str]:
+        """Return conda.yaml's pip section.
+
+        Raises:
+            InvalidVersion: conda itself is asked for more than Python and pip.
+        """
+        entries = document.get("dependencies")
+        pip: list[str] = []
+        others: list[str] = []
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and set(entry) == {"pip"}:
+                pip += self.strings(entry["pip"], "conda.yaml")
+            else:
+                name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
+                if not name or name[1].lower() not in _CONDA_KNOWN:
+                    others.append(one_line(name[1] if name else str(entry), 60))
+        if others:
+            what = ", ".join(others[:_MOST_PROBLEMS])
+            message = f"The model's conda.yaml asks conda for {what}, and conda is not run here."
+            raise InvalidVersion(message, remedy=_TEMPLATE)
+        return pip
+
+    def file(self, path: str, *, constraints: bool = False) -> None:
+        """Read a requirements file of the model folder."""
+        if (path, constraints) in self._read:
+            return
+        self._read[path, constraints] = None
+        if len(self._read) > _MOST_FILES:
+            message = f"more than {_MOST_FILES} requirement files include each other"
+            raise Unusable(message)
+        content = read_beneath(self._context, f"{self._folder}/{path}", _LIMIT) if self._context else None
+        if content is None:
+            message = f"there is no file {path!r} in the model folder"
+            raise Unusable(message)
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self._problems.append(f"{path} is not UTF-8")
+            return
+        self.lines(text, path, constraints=constraints)
+
+    def lines(self, text: str, name: str, *, constraints: bool = False) -> None:
+        """Read lines in pip's form; what is wrong with one is kept for `refuse`."""
+        for number, content in logical_lines(text):
+            try:
+                for line in parse_line(number, content):
+                    if line.required:
+                        self._add(line.required, constraints=constraints)
+                    else:
+                        self._option(line.option, line.value, name, constraints=constraints)
+            except Unusable as error:
+                self._problems.append(f"{name}, line {number}, {one_line(content, 120)!r}: {error}")
+
+    def _add(self, required: Required, *, constraints: bool) -> None:
+        if required.url:
+            self._check(required.url)
+        if required.path and required.path not in self.local:
+            found = digest_beneath(self._context, f"{self._folder}/{required.path}") if self._context else None
+            if found is None:
+                message = f"there is no file {required.path!r} in the model folder"
+                raise Unusable(message)
+            self.local[required.path] = LocalWheel(path=required.path, sha256=found[0], size=found[1])
+        if required.path and required.hashes and self.local[required.path].sha256 not in required.hashes:
+            message = "the file has none of the hashes that the line names"
+            raise Unusable(message)
+        if constraints and (required.extras or required.url or required.path):
+            message = "a constraint has no extras, no address and no file"
+            raise Unusable(message)
+        (self.constraints if constraints else self.required).append(required)
+
+    def _option(self, option: str, value: str, name: str, *, constraints: bool) -> None:
+        if option == "--pre":
+            self.prereleases = True
+        elif option == "--require-hashes":
+            self.require_hashes = True
+        elif option in {"--requirement", "--constraint"}:
+            # pip looks beside the file that names it.
+            path = f"{name.rpartition('/')[0]}/{value.removeprefix('./')}".removeprefix("/")
+            if not SAFE_PATH.fullmatch(path):
+                message = "the file it names is not in the model folder"
+                raise Unusable(message)
+            self.file(path, constraints=constraints or option == "--constraint")
+        else:
+            self.indexes.append(self._check(value).rstrip("/"))
+
+    def _check(self, url: str) -> str:
+        """Return an address that the model names, if it may."""
+        plain = checked_url(url)
+        if not self._indexes.allows(plain):
+            message = (
+                "the publisher goes to no address because a model names it; whoever runs it can allow this one with "
+                "ALLOWED_INDEXES, or configure it as an index of their own with PIP_EXTRA_INDEX_URL"
+            )
+            raise Unusable(message)
+        return plain

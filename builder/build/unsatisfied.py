@@ -1,0 +1,44 @@
+"""How a resolution fails, whichever resolver it was: in words that name the package, the platform and the ways out."""
+
+from __future__ import annotations
+
+from builder.errors import BuildFailed, InvalidVersion, one_line
+from builder.reference import Platform
+
+_MOST_SAID = 700
+
+
+class NoWheel(BuildFailed):
+    """A package has no wheel for a platform, so that only an engine could build it there.
+
+    Args:
+        package: its normal name.
+        platform: which one.
+        said: the resolver's own words; empty for none.
+    """
+
+    def __init__(self, package: str, platform: Platform, said: str = "") -> None:
+        why = f" ({one_line(said, _MOST_SAID)})" if said else ""
+        remedy = (
+            "Build this platform with an engine (BUILD_ENGINE) or a Dockerfile.template, configure an index that has "
+            "the wheel, pin a version that has one, log the wheel with the model, or leave the platform out "
+            "(MODEL_PLATFORMS)."
+        )
+        super().__init__(f"{package} has no wheel for {platform}{why}.", remedy=remedy)
+        self.package = package
+        self.platform = platform
+
+
+class Unsatisfiable(InvalidVersion):
+    """No set of packages fulfils the requirements.
+
+    Args:
+        platform: what was resolved for.
+        said: the resolver's own words.
+    """
+
+    def __init__(self, platform: Platform, said: str) -> None:
+        message = f"The model's requirements cannot be fulfilled for {platform}: {one_line(said, _MOST_SAID)}"
+        remedy = "Correct them and register the model again. RESOLVE_AS_OF=now takes packages newer than it, too."
+        super().__init__(message, remedy=remedy)
+        self.platform = platform

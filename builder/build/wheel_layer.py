@@ -1,0 +1,207 @@
+"""A wheel's layer: installed by pip's rules, and streamed.
+
+Memory is bounded by the chunk size, the wheel's list of files, and the processes that compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator
+
+from installer.records import Hash, RecordEntry
+from installer.utils import Scheme as InstallerScheme
+from installer.utils import construct_record_file, fix_shebang
+
+from builder.build.bytecode import LARGEST_SOURCE, Compilation, Compiler, Source
+from builder.build.wheel import Wheel, named, opened
+from builder.build.wheel_directory import DEFLATED, BadArchive, refuse
+from builder.build.wheel_files import INTERPRETER, Place, Scheme, places
+from builder.build.wheel_metadata import Fingerprint, encoded
+from builder.build.wheel_zip import Archive, Member
+from builder.images.deflate import Corrupt
+from builder.images.layer import Deflated, Layer, LayerWriter, Plain
+
+_INSTALLER = b"model-image-builder\n"
+_PYTHON = b"#!python"
+_LONGEST_LINE = 1 << 12
+
+
+class WheelLayer:
+    """A wheel's layer: iterate over it once or more to get its bytes, and ask for `layer` when one pass is over.
+
+    The files stand in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+
+    Args:
+        wheel: the wheel.
+        python: the model's Python: `3.11`.
+        bytecode: what compiles; None for a layer without bytecode.
+
+    Raises:
+        InvalidWheel: a file goes nowhere, or where another one goes.
+    """
+
+    def __init__(self, wheel: Wheel, *, python: str, bytecode: Compiler | None = None) -> None:
+        self._wheel = wheel
+        self._compiler = bytecode
+        self._layer: Layer | None = None
+        self._without_bytecode: tuple[str, ...] = ()
+        self._scheme = Scheme(python, wheel.metadata)
+        with named(wheel.filename):
+            self._places = places(self._scheme, wheel.members, wheel.metadata)
+        self._scripts = {script.name: script for script in wheel.metadata.scripts}
+        self._sources: tuple[Source, ...] = ()
+        self._compiled: tuple[str, ...] = ()
+        if bytecode:
+            self._sources = tuple(
+                Source(member=place.member, path=f"/{place.path}")
+                for place in self._places
+                if place.wants_bytecode and place.member and place.member.size <= LARGEST_SOURCE
+            )
+            self._compiled = tuple(bytecode.compiled_path(source.path[1:]) for source in self._sources)
+
+    @property
+    def layer(self) -> Layer:
+        """Digests and sizes.
+
+        Raises:
+            RuntimeError: the bytes have not been read to their end.
+        """
+        if self._layer is None:
+            message = f"The layer of {self._wheel.filename} has not been read to its end."
+            raise RuntimeError(message)
+        return self._layer
+
+    @property
+    def without_bytecode(self) -> tuple[str, ...]:
+        """The sources that did not compile, known when the bytes have been read to their end."""
+        return self._without_bytecode
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the layer's bytes in chunks of about 256 KiB.
+
+        What was yielded is a layer only when the iteration ends; whoever sends it must finish nothing before.
+
+        Raises:
+            InvalidWheel: a file is not what the archive or RECORD says of it, or ends the compiler.
+            TryAgain: the compiler was ended from outside.
+        """
+        with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
+            archive = Archive(file)
+            if archive.members != self._wheel.members:
+                refuse("it has changed since it was opened")
+            compilation = None
+            if self._compiler and self._sources:
+                # Compiling goes on beside what follows, and is waited for at the end.
+                compilation = stack.enter_context(self._compiler.compile(file, self._sources))
+            installation = _Installation(archive, self._wheel, self._scheme)
+            # Bytecode that came with the wheel would not be believed beside ours, and has its place.
+            replaced = frozenset(self._compiled)
+            for place in self._places:
+                if place.member is None:
+                    script = self._scripts[place.path.rpartition("/")[2]]
+                    yield from installation.own(place, script.generate(INTERPRETER, "posix")[1])
+                elif place.path not in replaced:
+                    yield from installation.file(place, place.member)
+            info = self._wheel.metadata.dist_info
+            yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
+            if compilation:
+                yield from self._bytecode(installation, compilation)
+            yield from installation.finish()
+            self._layer = installation.writer.layer
+
+    def _bytecode(self, installation: _Installation, compilation: Compilation) -> Iterator[bytes]:
+        missing = []
+        for number, path in enumerate(self._compiled):
+            content = compilation.result(number)
+            if content is None:
+                missing.append(self._sources[number].path)
+            else:
+                yield from installation.bytecode(path, content)
+        self._without_bytecode = tuple(missing)
+
+
+class _Installation:
+    """One pass: writes files into a layer, and remembers them for RECORD."""
+
+    def __init__(self, archive: Archive, wheel: Wheel, scheme: Scheme) -> None:
+        self.writer = LayerWriter()
+        self._archive = archive
+        self._metadata = wheel.metadata
+        self._scheme = scheme
+        self._entries: list[RecordEntry] = []
+
+    def file(self, place: Place, member: Member) -> Iterator[bytes]:
+        """Write one of the wheel's files."""
+        fingerprint = Fingerprint(self._metadata.record.get(member.name))
+        if place.script and (line := _first_line(self._archive, member)) is not None:
+            yield from self._script(place, member, line, fingerprint)
+            return
+        content = (
+            Deflated(chunks=self._archive.raw(member), size=member.size, crc=member.crc)
+            if member.method == DEFLATED
+            else Plain(chunks=self._archive.content(member), size=member.size)
+        )
+        try:
+            yield from self.writer.file(place.path, content, executable=place.executable, observe=fingerprint.update)
+        except Corrupt as error:
+            message = f"{member.name!r} cannot be read: {error}"
+            raise BadArchive(message) from error
+        self._entries.append(RecordEntry(place.record, fingerprint.check(member.name), member.size))
+
+    def own(self, place: Place, content: bytes) -> Iterator[bytes]:
+        """Write a small file that does not come from the wheel."""
+        yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)), executable=place.executable)
+        digest = hashlib.sha256(content).digest()
+        self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(digest)), len(content)))
+
+    def bytecode(self, path: str, content: Deflated) -> Iterator[bytes]:
+        """Write bytecode; RECORD lists it without a hash, as pip's does."""
+        yield from self.writer.file(path, content)
+        self._entries.append(RecordEntry(path.removeprefix(f"{self._scheme.root}/"), None, None))
+
+    def finish(self) -> Iterator[bytes]:
+        """Write RECORD, and the end of the layer."""
+        place = self._scheme.place("purelib", f"{self._metadata.dist_info}/RECORD")
+        entries = [*self._entries, RecordEntry(place.record, None, None)]
+        with construct_record_file((InstallerScheme("purelib"), entry) for entry in entries) as stream:
+            content = stream.read()
+        yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)))
+        yield from self.writer.finish()
+
+    def _script(self, place: Place, member: Member, line: bytes, fingerprint: Fingerprint) -> Iterator[bytes]:
+        """Write a script whose first line names the environment's interpreter in the place of `#!python`."""
+        with fix_shebang(io.BytesIO(line), INTERPRETER) as fixed:
+            first = fixed.read()
+        written = hashlib.sha256()
+
+        def content() -> Iterator[bytes]:
+            yield first
+            left = len(line)
+            for chunk in self._archive.content(member):
+                fingerprint.update(chunk)
+                yield chunk[left:]
+                left = max(0, left - len(chunk))
+
+        size = len(first) + member.size - len(line)
+        yield from self.writer.file(
+            place.path, Plain(chunks=content(), size=size), executable=place.executable, observe=written.update
+        )
+        fingerprint.check(member.name)
+        self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(written.digest())), size))
+
+
+def _first_line(archive: Archive, member: Member) -> bytes | None:
+    """Return a script's first line with its end, if an interpreter has to be put into it."""
+    head = b""
+    for chunk in archive.content(member):
+        head += chunk
+        if not head.startswith(_PYTHON[: len(head)]):
+            return None
+        line, end, _ = head.partition(b"\n")
+        if end and len(line) >= len(_PYTHON):
+            return line + end
+        if len(head) > _LONGEST_LINE:
+            refuse(f"the first line of {member.name!r} has no end")
+    return head if head.startswith(_PYTHON) else None

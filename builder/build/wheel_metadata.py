@@ -1,0 +1,196 @@
+"""What a wheel says of itself: its file's name, WHEEL, METADATA, RECORD and entry points.
+
+The source is https://packaging.python.org/en/latest/specifications/binary-distribution-format/; the grammars are those
+of `packaging` and `installer`.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+from collections.abc import Iterable, Mapping
+from configparser import Error as ConfigError
+from dataclasses import dataclass
+from email.parser import HeaderParser
+
+from installer.records import Hash, InvalidRecordEntry, RecordEntry, parse_record_file
+from installer.scripts import Script
+from installer.utils import parse_entrypoints, parse_metadata_file
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from builder.build.wheel_directory import MOST_MEMBERS, BadArchive, check_path, refuse
+from builder.build.wheel_zip import Archive, Member
+
+# The specification wants "sha256 or better".
+_HASHES = frozenset({"sha256", "sha384", "sha512"})
+# Signatures of RECORD, which it cannot list.
+_SIGNATURES = frozenset({"RECORD.jws", "RECORD.p7s"})
+_SMALL, _LARGE = 1 << 20, 32 << 20
+# Some RECORDs list the bytecode, too, that an installer will make.
+_MOST_ROWS = 2 * MOST_MEMBERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """What a wheel says of itself.
+
+    Attributes:
+        name: of the distribution, normalised.
+        version: of the distribution.
+        dist_info: name of the .dist-info directory.
+        purelib: whether the archive's root goes to purelib.
+        record: what RECORD says of each file.
+        scripts: the scripts of its entry points.
+    """
+
+    name: str
+    version: Version
+    dist_info: str
+    purelib: bool
+    record: Mapping[str, RecordEntry]
+    scripts: tuple[Script, ...]
+
+
+def read_metadata(archive: Archive, filename: str) -> Metadata:
+    """Return what a wheel says of itself, if its parts agree.
+
+    Raises:
+        BadArchive: a part is missing or malformed, or two of them contradict each other.
+    """
+    try:
+        name, version, _, _ = parse_wheel_filename(filename)
+    except (InvalidWheelFilename, InvalidVersion) as error:
+        message = f"its file's name is none that a wheel can have ({error})"
+        raise BadArchive(message) from error
+    members = {member.name: member for member in archive.members}
+    dist_info = _dist_info(members, name, version)
+
+    def text(part: str, limit: int) -> str:
+        member = members.get(f"{dist_info}/{part}")
+        if member is None:
+            refuse(f"it has no {dist_info}/{part}")
+        try:
+            return archive.read(member, limit).decode()
+        except UnicodeDecodeError as error:
+            message = f"{dist_info}/{part} is not UTF-8"
+            raise BadArchive(message) from error
+
+    wheel = parse_metadata_file(text("WHEEL", _SMALL))
+    if str(wheel["Wheel-Version"]).strip().partition(".")[0] != "1":
+        refuse(f"its format is version {wheel['Wheel-Version']}; only 1.x is known")
+    _check_identity(text("METADATA", _LARGE), name, version)
+    scripts: tuple[Script, ...] = ()
+    if f"{dist_info}/entry_points.txt" in members:
+        scripts = _scripts(text("entry_points.txt", _SMALL))
+    return Metadata(
+        name=name,
+        version=version,
+        dist_info=dist_info,
+        purelib=str(wheel["Root-Is-Purelib"]).strip().lower() == "true",
+        record=_record(text("RECORD", _LARGE), archive.members, dist_info),
+        scripts=scripts,
+    )
+
+
+class Fingerprint:
+    """Compares a file's content, given piece by piece, with what RECORD says of it.
+
+    Args:
+        entry: RECORD's entry; None for a file that RECORD cannot list.
+    """
+
+    def __init__(self, entry: RecordEntry | None) -> None:
+        self._expected = entry.hash_ if entry else None
+        self._algorithm = self._expected.name if self._expected else "sha256"
+        self._state = hashlib.new(self._algorithm)
+        self.update = self._state.update
+
+    def check(self, name: str) -> Hash:
+        """Say that the content has been given whole, and return its hash.
+
+        Raises:
+            BadArchive: its hash is another one than RECORD's.
+        """
+        found = encoded(self._state.digest())
+        if self._expected and found != self._expected.value.rstrip("="):
+            refuse(f"{name!r} has another hash than RECORD says")
+        return Hash(self._algorithm, found)
+
+
+def encoded(digest: bytes) -> str:
+    """Return a digest as RECORD writes it."""
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _dist_info(names: Iterable[str], name: str, version: Version) -> str:
+    """Return the one .dist-info directory, whose name must be the distribution's."""
+    found = {top for top, slash, _ in (path.partition("/") for path in names) if slash and top.endswith(".dist-info")}
+    if len(found) != 1:
+        refuse(f"it has {len(found)} .dist-info directories, not one")
+    (directory,) = found
+    its_name, _, its_version = directory.removesuffix(".dist-info").partition("-")
+    try:
+        same = canonicalize_name(its_name) == name and Version(its_version) == version
+    except InvalidVersion:
+        same = False
+    if not same:
+        refuse(f"its directory {directory!r} belongs to another distribution or version")
+    return directory
+
+
+def _check_identity(metadata: str, name: str, version: Version) -> None:
+    headers = HeaderParser().parsestr(metadata)
+    try:
+        same = canonicalize_name(str(headers["Name"])) == name and Version(str(headers["Version"])) == version
+    except InvalidVersion:
+        same = False
+    if not same:
+        refuse(f"its METADATA names {headers['Name']} {headers['Version']}")
+
+
+def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str, RecordEntry]:
+    """Return RECORD's entries by path, if each of the archive's files has one with a hash."""
+    record: dict[str, RecordEntry] = {}
+    try:
+        for row in parse_record_file(text.splitlines()):
+            entry = RecordEntry.from_elements(*row)
+            if entry.path in record:
+                refuse(f"RECORD lists {entry.path!r} twice")
+            record[entry.path] = entry
+            if len(record) > _MOST_ROWS:
+                refuse(f"its RECORD has more than {_MOST_ROWS:,} rows")
+    except (InvalidRecordEntry, csv.Error, ValueError) as error:
+        message = f"its RECORD cannot be read ({error})"
+        raise BadArchive(message) from error
+    for member in members:
+        folder, _, last = member.name.rpartition("/")
+        if folder == dist_info and last in _SIGNATURES | {"RECORD"}:
+            continue
+        listed = record.get(member.name)
+        if listed is None or listed.hash_ is None:
+            refuse(f"RECORD has no hash of {member.name!r}")
+        if listed.hash_.name not in _HASHES:
+            refuse(f"RECORD has only a weak hash ({listed.hash_.name}) of {member.name!r}")
+        if listed.size is not None and listed.size != member.size:
+            refuse(f"{member.name!r} has {member.size} bytes, and RECORD says {listed.size}")
+    return record
+
+
+def _scripts(text: str) -> tuple[Script, ...]:
+    """Return the scripts of console and GUI entry points."""
+    scripts: list[Script] = []
+    try:
+        # `installer` asserts the grammar, and an optimised Python asserts nothing.
+        scripts += [Script(*entry) for entry in parse_entrypoints(text)]
+    except (ConfigError, AssertionError, AttributeError, ValueError) as error:
+        message = f"its entry points cannot be read ({error or 'one is not module:function'})"
+        raise BadArchive(message) from error
+    names: set[str] = set()
+    for script in scripts:
+        check_path(script.name)
+        if "/" in script.name or script.name in names:
+            refuse(f"its entry point {script.name!r} is there twice, or is a path")
+        names.add(script.name)
+    return tuple(scripts)

@@ -1,0 +1,453 @@
+"""Locks of real environments, and of the indexes that people have."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from builder.build import lock_uv
+from builder.build.index import IndexClient
+from builder.build.indexes import Indexes, IndexUrl
+from builder.build.lock import lock
+from builder.build.locked import Lock
+from builder.build.process import run
+from builder.build.requirements import Requirements
+from builder.build.resolver import private_folder
+from builder.build.serving import for_serving
+from builder.build.unsatisfied import NoWheel, Unsatisfiable
+from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
+from builder.images.retry import Patience
+from builder.reference import Platform
+from tests.build.package_index import machine_indexes, make_wheel, running
+from tests.servers.certificates import for_loopback, self_signed
+
+AMD64, ARM64, ARMV7, S390X = (Platform.parse(f"linux/{name}") for name in ("amd64", "arm64", "arm/v7", "s390x"))
+GLIBC = (2, 36)
+QUICK = Patience(attempts=2, first=0.001, longest=0.01, deadline=20)
+NOON = datetime(2024, 6, 1, 12, tzinfo=UTC)
+# uv resolves for the first, pip for the second.
+BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return machine_indexes()
+
+
+@pytest.fixture
+def index():
+    with running() as found:
+        found.add(
+            "app", "1.0", requires=["lib>=1", "tool; platform_machine == 'armv7l'", "never; python_version < '3.10'"]
+        )
+        found.add("lib", "1.0", uploaded="2023-01-01T00:00:00Z")
+        found.add("lib", "1.1", uploaded="2024-06-01T06:00:00Z")
+        found.add("lib", "2.0", uploaded="2024-08-01T00:00:00Z")
+        found.add("tool", "1.0")
+        found.add("never", "1.0")
+        for arch in ("x86_64", "aarch64"):
+            found.add("compiled", "1.0", tag=f"cp311-cp311-manylinux_2_28_{arch}")
+        yield found
+
+
+def asked(index, **fields):
+    return Indexes(default=IndexUrl(index.simple), **fields)
+
+
+def locked(*lines, indexes, platform=AMD64, model=Path("/nonexistent"), **options):
+    requirements = lines[0] if lines and isinstance(lines[0], Requirements) else Requirements.of(*lines)
+    options = {"python": "3.11", "glibc": GLIBC, **options}
+    return lock(requirements, platform=platform, indexes=indexes, model=model, **options)
+
+
+def versions(found):
+    return {wheel.name: wheel.version for wheel in found.wheels}
+
+
+# The machine's own index.
+
+
+@pytest.mark.parametrize("platform", [AMD64, ARM64], ids=str)
+def test_scikit_learn(machine, platform):
+    found = locked("scikit-learn==1.5.2", indexes=machine, platform=platform, as_of=datetime(2025, 3, 1, 9, tzinfo=UTC))
+    assert versions(found) == {
+        "joblib": "1.4.2",
+        "numpy": "2.2.3",
+        "scikit-learn": "1.5.2",
+        "scipy": "1.15.2",
+        "threadpoolctl": "3.5.0",
+    }
+    machine_name = {"amd64": "x86_64", "arm64": "aarch64"}[platform.architecture]
+    assert all(wheel.filename.endswith(("any.whl", f"{machine_name}.whl")) for wheel in found.wheels)
+    assert found.as_of_enforced
+    assert found.as_of == datetime(2025, 3, 1, tzinfo=UTC)
+    assert all(wheel.url and wheel.size for wheel in found.wheels)
+    again = locked(
+        "scikit-learn==1.5.2", indexes=machine, platform=platform, as_of=datetime(2025, 3, 1, 22, tzinfo=UTC)
+    )
+    assert again.to_text() == found.to_text()
+    assert Lock.from_text(found.to_text()) == found
+
+
+def test_a_pure_environment_on_arm_v7_has_compiled_wheels_where_there_are(machine):
+    found = locked(
+        "pydantic-core==2.33.2", "six", indexes=machine, platform=ARMV7, as_of=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    assert found.as_of_enforced
+    assert versions(found)["six"] == "1.17.0"
+    assert "armv7l" in next(wheel.filename for wheel in found.wheels if wheel.name == "pydantic-core")
+
+
+def test_no_compiled_wheel_on_arm_v7(machine):
+    with pytest.raises(NoWheel, match="scipy has no wheel for linux/arm/v7") as caught:
+        locked("scipy==1.15.2", indexes=machine, platform=ARMV7)
+    assert (caught.value.package, caught.value.platform) == ("scipy", ARMV7)
+    assert "engine" in caught.value.remedy
+
+
+def test_the_same_lock_downloads_without_addresses(machine, tmp_path):
+    kept = Lock.from_text(locked("iniconfig==2.0.0", indexes=machine).to_text())
+    with IndexClient(machine) as client:
+        client.download(kept.wheels[0], tmp_path / "wheel")
+    assert (tmp_path / "wheel").stat().st_size == kept.wheels[0].size
+
+
+# Platforms, tags, markers.
+
+
+@BOTH
+def test_markers_are_those_of_the_target(index, platform):
+    found = locked("app", "six; sys_platform == 'win32'", indexes=asked(index), platform=platform)
+    assert set(versions(found)) == {"app", "lib"} | ({"tool"} if platform == ARMV7 else set())
+    assert all(wheel.url.startswith(index.url) for wheel in found.wheels)
+
+
+@pytest.mark.parametrize(
+    ("platform", "glibc", "fits"),
+    [
+        (AMD64, (2, 28), True),
+        (AMD64, (2, 17), False),
+        (ARM64, (2, 41), True),
+        (ARM64, (2, 27), False),
+        (AMD64, None, True),
+        (ARMV7, GLIBC, False),
+        (S390X, GLIBC, False),
+    ],
+)
+def test_glibc_limits_what_fits(index, platform, glibc, fits):
+    if fits:
+        assert versions(locked("compiled", indexes=asked(index), platform=platform, glibc=glibc)) == {"compiled": "1.0"}
+    else:
+        with pytest.raises(NoWheel) as caught:
+            locked("compiled", indexes=asked(index), platform=platform, glibc=glibc)
+        assert caught.value.package == "compiled"
+
+
+@BOTH
+def test_no_wheel_of_a_dependency(index, platform):
+    index.add("outer", "1.0", requires=["exotic"])
+    index.add("exotic", "1.0", tag="cp311-cp311-win_amd64")
+    with pytest.raises(NoWheel) as caught:
+        locked("outer", indexes=asked(index), platform=platform)
+    assert caught.value.package == "exotic"
+
+
+def test_another_python(index):
+    index.add("new", "1.0", requires_python=">=3.11")
+    index.add("new", "2.0", requires_python=">=3.12")
+    index.add("new", "1.5", requires_python=">=3.11.4")
+    found = {
+        python: versions(locked("new", indexes=asked(index), python=python))["new"]
+        for python in ("3.11", "3.11.4", "3.12")
+    }
+    assert found == {"3.11": "1.0", "3.11.4": "1.5", "3.12": "2.0"}
+
+
+# What cannot be fulfilled.
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (("lib==9",), "lib"),
+        (("nothing-of-the-kind",), "nothing-of-the-kind"),
+        (("app", "lib<1"), "lib"),
+        (("lib==1.0", "lib==2.0"), "lib"),
+        (("app", "other"), "lib"),
+    ],
+)
+def test_conflicts_are_told(index, platform, lines, said):
+    index.add("other", "1.0", requires=["lib<1"])
+    with pytest.raises(Unsatisfiable, match=said) as caught:
+        locked(*lines, indexes=asked(index), platform=platform)
+    assert caught.value.exit_code == 65
+    assert "hint" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_python_that_nobody_tells(index):
+    with pytest.raises(InvalidVersion, match="which Python"):
+        locked("app", indexes=asked(index), python="")
+
+
+def test_nothing_to_install_needs_no_resolver(index):
+    assert locked(indexes=asked(index)).wheels == ()
+    assert not index.requests
+
+
+# As of.
+
+
+@BOTH
+def test_as_of_the_day_s_beginning(index, platform):
+    found = locked("app", indexes=asked(index), platform=platform, as_of=NOON)
+    assert versions(found)["lib"] == "1.0"
+    assert found.as_of == datetime(2024, 6, 1, tzinfo=UTC)
+    assert found.as_of_enforced
+    assert versions(locked("app", indexes=asked(index), platform=platform))["lib"] == "2.0"
+
+
+@BOTH
+def test_as_of_the_moment_where_the_day_s_beginning_is_too_early(index, platform):
+    found = locked("app", "lib==1.1", indexes=asked(index), platform=platform, as_of=NOON)
+    assert versions(found)["lib"] == "1.1"
+    assert found.as_of == NOON
+    with pytest.raises(Unsatisfiable):
+        locked("app", "lib==2.0", indexes=asked(index), platform=platform, as_of=NOON)
+
+
+@BOTH
+@pytest.mark.parametrize("json_pages", [True, False])
+def test_an_index_without_upload_times_is_exempt(index, platform, json_pages):
+    index.times, index.json = False, json_pages
+    found = locked("app", indexes=asked(index), platform=platform, as_of=NOON)
+    assert versions(found)["lib"] == "2.0"
+    assert not found.as_of_enforced
+    assert "as of: not enforced for app, lib" in found.note
+    assert Lock.from_text(found.to_text()) == found
+
+
+def test_only_the_index_without_times_is_exempt(index):
+    with running(times=False) as private:
+        private.add("inhouse", "3.0", requires=["lib"])
+        found = locked("inhouse", indexes=asked(index, extra=(IndexUrl(private.simple),)), as_of=NOON)
+    assert versions(found) == {"inhouse": "3.0", "lib": "1.0"}
+    assert found.exempt == ("inhouse",)
+
+
+@BOTH
+def test_an_index_without_hashes(index, platform):
+    index.json, index.hashes = False, False
+    found = locked("lib", indexes=asked(index), platform=platform)
+    assert found.wheels[0].sha256 == index.add("lib", "2.0")[1]
+
+
+# Several indexes, credentials, authorities.
+
+
+@BOTH
+def test_nobody_takes_a_private_package_s_place(index, platform):
+    index.add("inhouse", "99.0")
+    with running() as private:
+        private.add("inhouse", "1.0")
+        both = asked(index, extra=(IndexUrl(private.simple),))
+        if platform == AMD64:
+            assert versions(locked("inhouse", indexes=both, platform=platform)) == {"inhouse": "1.0"}
+        else:
+            with pytest.raises(Unsatisfiable, match="another index than the first"):
+                locked("inhouse", indexes=both, platform=platform)
+        anyhow = asked(index, extra=(IndexUrl(private.simple),), strategy="unsafe-best-match")
+        assert versions(locked("inhouse", indexes=anyhow, platform=platform)) == {"inhouse": "99.0"}
+
+
+@BOTH
+def test_a_private_index_with_a_credential_under_its_own_authority(tmp_path, platform):
+    authority = self_signed(tmp_path, "index authority")
+    with running(certificate=for_loopback(tmp_path, authority), credential=("me", "s3cret/w@rd")) as index:
+        index.add("inhouse", "1.0")
+        seen = []
+
+        def watched(argv, **options):
+            seen.append(json.dumps([list(argv), dict(options["env"])]))
+            return run(argv, **options)
+
+        def indexes(password, bundle=authority.path):
+            return Indexes(default=IndexUrl(index.simple, "me", password), ca_bundle=bundle)
+
+        found = locked("inhouse", indexes=indexes("s3cret/w@rd"), platform=platform, runner=watched)
+        assert versions(found) == {"inhouse": "1.0"}
+        assert "cret" not in found.to_text() + repr(found) + "".join(seen)
+        with pytest.raises(PermissionRefused, match=r"401|credential") as caught:
+            locked("inhouse", indexes=indexes("wr0ng-w@rd"), platform=platform)
+        assert "wr0ng" not in str(caught.value)
+        other = self_signed(tmp_path / "other", "another authority")
+        with pytest.raises(InvalidSettings, match="SSL_CERT_FILE"):
+            locked("inhouse", indexes=indexes("s3cret/w@rd", other.path), platform=platform)
+
+
+def test_a_credential_in_netrc(index, tmp_path):
+    index.credential = ("me", "netrc-secret")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password netrc-secret\n")
+    assert versions(locked("lib", indexes=asked(index, netrc=tmp_path / "netrc"))) == {"lib": "2.0"}
+
+
+def test_an_index_that_a_model_names_is_asked_first(index):
+    with running() as theirs:
+        theirs.add("lib", "7.0+cpu")
+        requirements = Requirements(required=Requirements.of("lib").required, indexes=(theirs.simple,))
+        found = locked(requirements, indexes=asked(index))
+        assert versions(found) == {"lib": "7.0+cpu"}
+        assert found.wheels[0].filename == "lib-7.0+cpu-py3-none-any.whl"
+
+
+def test_folders_of_wheels_alone(tmp_path):
+    name, content = make_wheel("linked", "1.0")
+    (tmp_path / name).write_bytes(content)
+    indexes = Indexes(no_index=True, find_links=(IndexUrl(tmp_path.as_uri()),))
+    for platform in (AMD64, ARMV7):
+        found = locked("linked", indexes=indexes, platform=platform)
+        assert versions(found) == {"linked": "1.0"}
+        with IndexClient(indexes) as client:
+            client.download(Lock.from_text(found.to_text()).wheels[0], tmp_path / f"copy-{platform.architecture}")
+
+
+@BOTH
+def test_an_index_that_is_away(index, platform):
+    index.faults = lambda handler, path: handler.answer(503) or True
+
+    def impatient(argv, **options):
+        argv = ["0" if before == "--retries" else word for before, word in zip(["", *argv], argv, strict=False)]
+        return run(argv, **{**options, "env": {**options["env"], "UV_HTTP_RETRIES": "0"}})
+
+    indexes = asked(index)
+    with IndexClient(indexes, patience=QUICK) as client, pytest.raises(ServiceUnavailable, match="503"):
+        locked("lib", indexes=indexes, platform=platform, runner=impatient, client=client)
+
+
+# What a model brings itself.
+
+
+@BOTH
+def test_wheels_of_the_model_and_of_an_address(index, tmp_path, platform):
+    name, content = make_wheel("ours", "1.0", requires=["lib"])
+    (tmp_path / "model/wheels").mkdir(parents=True)
+    (tmp_path / "model/wheels" / name).write_bytes(content)
+    (tmp_path / "model/requirements.txt").write_text(f"./wheels/{name}\n")
+    requirements = Requirements.read(tmp_path, "model")
+    address = f"{index.url}/files/tool/tool-1.0-py3-none-any.whl"
+    tool = Requirements.of("tool").required[0]
+    requirements = requirements.with_changes(required=(*requirements.required, replace(tool, url=address)))
+    found = locked(requirements, indexes=asked(index), model=tmp_path / "model", platform=platform, as_of=NOON)
+    assert {wheel.name: wheel.origin for wheel in found.wheels} == {"lib": "index", "ours": "model", "tool": "address"}
+    assert found.as_of_enforced
+    kept = Lock.from_text(found.to_text()).located(requirements, tmp_path / "model")
+    assert kept == found
+    with IndexClient(asked(index)) as client:
+        for wheel in kept.wheels:
+            client.download(wheel, tmp_path / wheel.filename)
+    assert (tmp_path / name).read_bytes() == content
+
+
+@BOTH
+def test_a_model_s_wheel_for_another_platform(index, tmp_path, platform):
+    name, content = make_wheel("ours", "1.0", tag="cp311-cp311-manylinux2014_ppc64le")
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "requirements.txt").write_text(f"./{name}")
+    requirements = Requirements.read(tmp_path.parent, tmp_path.name)
+    with pytest.raises(NoWheel) as caught:
+        locked(requirements, indexes=asked(index), model=tmp_path, platform=platform)
+    assert caught.value.package == "ours"
+
+
+@BOTH
+def test_hashes_are_kept_to(index, platform):
+    right, wrong = index.add("lib", "2.0")[1], "0" * 64
+    line = "lib==2.0 --hash=sha256:{}"
+    assert versions(locked(line.format(right), indexes=asked(index), platform=platform)) == {"lib": "2.0"}
+    with pytest.raises(InvalidVersion, match="do not name"):
+        locked(line.format(wrong), indexes=asked(index), platform=platform)
+    with pytest.raises(InvalidVersion, match=r"lib-2\.0.*do not name"):
+        locked(
+            "--require-hashes",
+            f"app==1.0 --hash=sha256:{index.add('app', '1.0', requires=['lib'])[1]}",
+            indexes=asked(index),
+            platform=platform,
+        )
+
+
+def test_pre_releases_only_where_they_are_asked_for(index):
+    index.add("lib", "3.0rc1")
+    assert versions(locked("lib", indexes=asked(index))) == {"lib": "2.0"}
+    assert versions(locked("--pre", "lib", indexes=asked(index))) == {"lib": "3.0rc1"}
+
+
+def test_the_whole_of_mlflow_where_there_is_no_skinny_one(index):
+    for name, requires in (("mlflow", ["numpy"]), ("numpy", []), ("pandas", ["numpy"]), ("uvicorn", [])):
+        index.add(name, "3.1.0" if name == "mlflow" else "1.0", requires=requires)
+    serving = for_serving(Requirements.of("mlflow==3.1.0"))
+    assert set(versions(locked(serving.requirements, indexes=asked(index)))) == {"mlflow", "numpy"}
+    index.add("mlflow-skinny", "3.1.0")
+    assert set(versions(locked(serving.requirements, indexes=asked(index)))) == {
+        "mlflow-skinny",
+        "numpy",
+        "pandas",
+        "uvicorn",
+    }
+
+
+# The resolvers' processes.
+
+
+def test_a_resolver_that_takes_too_long(index):
+    with pytest.raises(BuildFailed, match="longer than"):
+        locked("lib", indexes=asked(index), timeout=0.001)
+
+
+def test_what_a_resolver_writes_is_checked(index):
+    def lying(argv, **options):
+        code = run(argv, **options)
+        path = Path(argv[argv.index("--output-file") + 1])
+        path.write_text(path.read_text().replace("lib-2.0-py3", "lib-3.0-py3"))
+        return code
+
+    with pytest.raises(BuildFailed, match="cannot be read"):
+        locked("lib", indexes=asked(index), runner=lying)
+
+
+def test_the_folder_of_a_resolution_is_private_and_goes():
+    with private_folder() as folder:
+        assert folder.stat().st_mode & 0o077 == 0
+    assert not folder.exists()
+
+
+def test_uv_s_file_names_the_indexes_in_order(index):
+    written = {}
+
+    def reading(argv, **options):
+        path = Path(argv[argv.index("--config-file") + 1])
+        written.update(tomllib.loads(path.read_text()), mode=path.stat().st_mode & 0o777)
+        return run(argv, **options)
+
+    indexes = asked(index, extra=(IndexUrl(index.simple.replace("/simple", "/none")),))
+    locked("lib", indexes=indexes, runner=reading)
+    assert [entry["url"] for entry in written["index"]] == [f"{index.url}/none", index.simple]
+    assert written["mode"] == 0o600
+    assert lock_uv.knows(AMD64, None)
+    assert not lock_uv.knows(ARMV7, None)
+
+
+def test_pip_sees_the_target_s_markers():
+    environment = {"platform_machine": "armv7l"}
+    done = subprocess.run(
+        [sys.executable, "-m", "builder.build.pip_for_target", json.dumps(environment), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("pip ")
