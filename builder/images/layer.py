@@ -37,17 +37,19 @@ class Layer:
         size: compressed, bytes.
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
+        media_type: how the archive is compressed.
     """
 
     digest: Digest
     size: int
     diff_id: Digest
     uncompressed: int
+    media_type: str = MEDIA_TYPE
 
     @property
     def descriptor(self) -> Descriptor:
         """What names the layer in a manifest."""
-        return Descriptor(media_type=MEDIA_TYPE, digest=self.digest, size=self.size)
+        return Descriptor(media_type=self.media_type, digest=self.digest, size=self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,6 +185,19 @@ class Registry:
         Returns:
             Its digest.
         """
+        return self._put_manifest(repository, content, media_type, target)[0]
+
+    def put_referrer(self, repository: Repository, content: bytes, media_type: str, digest: Digest) -> bool:
+        """Put a manifest that has a subject into a repository, by its own digest.
+
+        Returns:
+            Whether the registry lists it among its subject's referrers; where it does not, the caller has to.
+        """
+        return "OCI-Subject" in self._put_manifest(repository, content, media_type, digest)[1].headers
+
+    def _put_manifest(
+        self, repository: Repository, content: bytes, media_type: str, target: str | Digest
+    ) -> tuple[Digest, Answer]:
         what = f"Pushing {repository}{'@' if isinstance(target, Digest) else ':'}{target}"
         digest = Digest.of(content)
         path, scopes = self._path(repository, f"manifests/{target}"), _push(repository)
@@ -197,7 +210,7 @@ class Registry:
         if answer.status not in {HTTPStatus.CREATED, HTTPStatus.OK, HTTPStatus.ACCEPTED} or answer.is_page:
             raise self._refusal(what, answer, repository)
         _check_digest(what, answer, digest)
-        return digest
+        return digest, answer
 
     def check_push(self, repository: Repository) -> None:
         """Open an upload and cancel it, to see whether the credential may push to a repository."""
