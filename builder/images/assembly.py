@@ -131,7 +131,7 @@ def _runtime(base: Mapping[str, Any], runtime: Runtime, labels: Mapping[str, str
         if isinstance(text, str) and not name.startswith(PREFIX)
     }
     return {
-        **{name: value for name, value in base.items() if name not in {"Healthcheck", "OnBuild", "Image"}},
+        **{name: value for name, value in base.items() if name not in {"OnBuild", "Image"}},
         "Env": [f"{name}={value}" for name, value in environment.items()],
         "User": runtime.user,
         "WorkingDir": runtime.workdir,

@@ -41,6 +41,8 @@ SOURCE_ID = f"{PREFIX}source-id"
 CONTENT_DIGEST = f"{PREFIX}content-digest"
 PLATFORMS = f"{PREFIX}platforms"
 ARTIFACTS_DIGEST = f"{PREFIX}artifacts-digest"
+LOCK_DIGEST = f"{PREFIX}lock-digest"
+METHOD = f"{PREFIX}method"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
