@@ -6,7 +6,7 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -105,7 +105,7 @@ class Registry:
             raise unexpected(what, "with something else")
         return answer.content
 
-    def blob_stream(self, repository: Repository, descriptor: Descriptor) -> Iterator[bytes]:
+    def blob_stream(self, repository: Repository, descriptor: Descriptor) -> Generator[bytes, None, None]:
         """Yield a blob's bytes, the last of them only when digest and size are what the descriptor says.
 
         The whole is never in memory. A connection that breaks is taken up again where it broke, as often as a request
