@@ -49,6 +49,24 @@ class Base(BaseModel):
     diff_ids: tuple[AsDigest, ...]
 
 
+class Layers(BaseModel):
+    """What the registry knows of an image's wheel layers.
+
+    Attributes:
+        known: how many it has.
+        missing: the wheels of those that it has not.
+        download: bytes of the missing wheels, as far as the index tells.
+        model: bytes of the model's and the client's own files, which are sent unless they are there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    known: int
+    missing: tuple[str, ...]
+    download: int
+    model: int
+
+
 class PlatformPlan(BaseModel):
     """What happens for one platform: `build` makes its image, `keep` leaves the one that stands in the registry.
 
@@ -58,6 +76,7 @@ class PlatformPlan(BaseModel):
         method: how an image that is built is made.
         kept: digest of the image that is kept.
         base: what an image that is built stands on.
+        layers: what is known of its wheel layers, in a plan that is only looked at.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +86,7 @@ class PlatformPlan(BaseModel):
     method: Method = "dockerfile"
     kept: AsDigest | None = None
     base: Base | None = None
+    layers: Layers | None = None
 
 
 class Plan(BaseModel):

@@ -15,8 +15,9 @@ from builder.build.requirements import Requirements
 from builder.build.serving import for_serving
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
 from builder.build.unsatisfied import NoWheel
+from builder.build.wheel_layers import WheelLayers, compiler_for
 from builder.crew import side_by_side
-from builder.errors import InvalidVersion, ServiceUnavailable
+from builder.errors import InvalidVersion
 from builder.images.base import BaseImage, base_image
 from builder.images.base_facts import BaseFacts, inspect_base
 from builder.images.descriptor import Malformed
@@ -24,9 +25,10 @@ from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
 from builder.log import get_logger
 from builder.models.artifacts import find_model_folder
+from builder.models.catalog import Artifact
 from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
-from builder.plan import Base, Method
+from builder.plan import Base, Layers, Method
 from builder.recipe import PlatformRecipe, Recipe
 from builder.reference import Platform, Reference, repository_component
 from builder.settings import Settings
@@ -191,6 +193,45 @@ class _Source:
         """Give what asks the indexes."""
         with IndexClient(self.indexes) as client:
             yield client
+
+
+@contextmanager
+def wheel_layers(settings: Settings, store: LayerStore, recipe: Recipe) -> Iterator[WheelLayers]:
+    """Give what finds and makes the layers of a recipe's wheels."""
+    compiler = compiler_for(recipe.python) if settings.wheel_bytecode else None
+    indexes = Indexes.of(network(settings), allowed=settings.allowed_indexes).joined(recipe.indexes)
+    with (
+        IndexClient(indexes) as client,
+        WheelLayers(store, client, python=recipe.python, compiler=compiler) as layers,
+    ):
+        yield layers
+
+
+def known_layers(
+    settings: Settings, registries: Registries, recipe: Recipe, artifacts: Sequence[Artifact]
+) -> dict[Platform, Layers]:  # fmt: skip
+    """Return what the registry knows of each platform's wheel layers, and what would have to move.
+
+    Args:
+        settings: what the environment says.
+        registries: those of the layers.
+        recipe: what the images are made from.
+        artifacts: of the version.
+    """
+    folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
+    own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
+    with wheel_layers(settings, layer_store(settings, registries), recipe) as layers:
+        known = layers.known(group for part in recipe.platforms for group in part.groups)
+    missing = {part.platform: [group for group in part.groups if group not in known] for part in recipe.platforms}
+    return {
+        part.platform: Layers(
+            known=len(part.groups) - len(missing[part.platform]),
+            missing=tuple(wheel.filename for group in missing[part.platform] for wheel in group.wheels),
+            download=sum(group.size for group in missing[part.platform]),
+            model=own,
+        )
+        for part in recipe.platforms
+    }
 
 
 def base_with_facts(

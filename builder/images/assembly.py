@@ -147,4 +147,4 @@ def _history(base: BaseImage) -> list[Any]:
     entries = history if isinstance(history, list) else []
     if sum(isinstance(entry, dict) and not entry.get("empty_layer") for entry in entries) == len(base.layers):
         return entries
-    return [{"created_by": f"layer of {base.reference}"} for _ in base.layers]
+    return [{"created_by": "layer of the base image"} for _ in base.layers]

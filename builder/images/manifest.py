@@ -67,6 +67,11 @@ class Image:
     layers: tuple[Descriptor, ...]
     annotations: Mapping[str, str]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all layers, compressed: what a first pull moves."""
+        return sum(layer.size for layer in dict.fromkeys(self.layers))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
