@@ -33,21 +33,23 @@ class Layer:
     """What is known of a layer when it has been written.
 
     Attributes:
-        digest: of the compressed bytes: the blob's.
-        size: compressed, bytes.
+        digest: of the blob, compressed or not.
+        size: of the blob, bytes.
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
+        media_type: what the blob is.
     """
 
     digest: Digest
     size: int
     diff_id: Digest
     uncompressed: int
+    media_type: str = MEDIA_TYPE
 
     @property
     def descriptor(self) -> Descriptor:
         """What names the layer in a manifest."""
-        return Descriptor(media_type=MEDIA_TYPE, digest=self.digest, size=self.size)
+        return Descriptor(media_type=self.media_type, digest=self.digest, size=self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
