@@ -33,11 +33,11 @@ class Layer:
     """What is known of a layer when it has been written.
 
     Attributes:
-        digest: of the compressed bytes: the blob's.
-        size: compressed, bytes.
+        digest: of the blob, compressed or not.
+        size: of the blob, bytes.
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
-        media_type: how the archive is compressed.
+        media_type: what the blob is.
     """
 
     digest: Digest
