@@ -73,9 +73,10 @@ def push_images(
             for future in placing:
                 future.result()
             own = [addition for future in files for addition in future.result()]
-        finally:
+        except BaseException:
             # After a failure, or when the process is asked to end, uploads end within a chunk.
             target.stop.set()
+            raise
     images = []
     for step, part, base in zip(steps, parts, bases, strict=True):
         venv, content = venv_layer(part.interpreter, recipe.python)
