@@ -142,7 +142,7 @@ def _runtime(base: Mapping[str, Any], runtime: Runtime, labels: Mapping[str, str
 
 
 def _history(base: BaseImage) -> list[Any]:
-    """Return the base's history, if it speaks of as many layers as the base has; one line for each of them otherwise."""
+    """Return the base's history, if it is of as many layers as the base has; one line for each layer otherwise."""
     history = base.config.get("history")
     entries = history if isinstance(history, list) else []
     if sum(isinstance(entry, dict) and not entry.get("empty_layer") for entry in entries) == len(base.layers):

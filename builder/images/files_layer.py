@@ -1,8 +1,9 @@
-"""Layers made from files on disk: uncompressed, written nowhere, made again from the files whenever they are read.
+"""Layers made from files on disk: not compressed, written nowhere, made again from the files whenever they are read.
 
-A model's weights do not compress, so their layer is the tar archive itself, and its digest is also its diff id. What is
-in it is a function of paths, contents and which files are programs: not of times, owners, modes or the order in which a
-folder lists them.
+A model's weights do not compress, so the archive stands in the gzip format as it is, in stored blocks: that takes what
+a checksum takes, and there are tools that read no other layers (docs/decisions/0026-stored-layers.md). What is in it is
+a function of paths, contents and which files are programs: not of times, owners, modes or the order in which a folder
+lists them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from builder.errors import InvalidVersion, TryAgain
-from builder.images import files, tar
-from builder.images.descriptor import OCI_LAYER
-from builder.images.layer import CHUNK, Layer
+from builder.images import files
+from builder.images.layer import Layer, LayerWriter, Plain
 from builder.reference import Digest
 
 # A file of this size is worth a layer of its own: the requests for one take as long as sending so much.
@@ -76,41 +76,29 @@ class FilesLayer:
         if not ordered:
             message = "a layer of no files"
             raise ValueError(message)
-        state, size, times = hashlib.sha256(), 0, dict[str, int]()
-        for chunk in _archive(ordered, times):
-            state.update(chunk)
-            size += len(chunk)
-        digest = Digest(f"sha256:{state.hexdigest()}")
-        layer = Layer(digest=digest, size=size, diff_id=digest, uncompressed=size, media_type=OCI_LAYER)
-        return cls(entries=ordered, layer=layer, _times=times)
+        writer, times = LayerWriter(), dict[str, int]()
+        for _ in _archive(writer, ordered, times):
+            pass
+        return cls(entries=ordered, layer=writer.layer, _times=times)
 
     @property
     def digest(self) -> Digest:
-        """The archive's digest."""
+        """The blob's digest."""
         return self.layer.digest
 
     @property
     def size(self) -> int:
-        """The archive's length in bytes."""
+        """The blob's length in bytes."""
         return self.layer.size
 
     def stream(self) -> Iterator[bytes]:
-        """Yield the archive, in chunks of 256 KiB to 2 MiB; only the last may be smaller.
+        """Yield the blob's bytes, in chunks of about 256 KiB.
 
         Raises:
             TryAgain: a file has another size or modification time than when it was hashed, or cannot be read any more.
                 A change that shows in neither is found by whoever checks the digest, as a push does.
         """
-        waiting: list[bytes] = []
-        size = 0
-        for piece in _archive(self.entries, self._times):
-            waiting.append(piece)
-            size += len(piece)
-            if size >= CHUNK:
-                yield b"".join(waiting)
-                waiting, size = [], 0
-        if waiting:
-            yield b"".join(waiting)
+        yield from _archive(LayerWriter(measures=False), self.entries, self._times)
 
 
 def split(entries: Iterable[FileEntry], *, most: int) -> list[tuple[FileEntry, ...]]:
@@ -165,17 +153,11 @@ def _buckets(size: int, most: int) -> int:
     return count
 
 
-def _archive(entries: tuple[FileEntry, ...], times: dict[str, int]) -> Iterator[bytes]:
-    directories: set[str] = set()
+def _archive(writer: LayerWriter, entries: tuple[FileEntry, ...], times: dict[str, int]) -> Iterator[bytes]:
     for entry in entries:
-        for directory in _above(entry.path):
-            if directory not in directories:
-                directories.add(directory)
-                yield tar.directory_header(directory)
-        yield tar.file_header(entry.path, entry.size, executable=entry.executable)
-        yield from _content(entry, times)
-        yield tar.padding(entry.size)
-    yield tar.END
+        content = Plain(chunks=_content(entry, times), size=entry.size)
+        yield from writer.file(entry.path, content, executable=entry.executable)
+    yield from writer.finish()
 
 
 def _content(entry: FileEntry, times: dict[str, int]) -> Iterator[bytes]:
