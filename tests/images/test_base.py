@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import tarfile
 import tracemalloc
 import uuid
@@ -307,6 +308,9 @@ def test_a_copy_whose_source_is_wrong_leaves_nothing(client: Registry) -> None:
 )  # fmt: skip
 def test_interpreters(push: Push, entries: list[Made], env: tuple[str, ...], found: dict[str, str]) -> None:
     assert push(layer(*entries), env=env).facts().interpreters == found
+
+
+PROGRAM = os.path.realpath(sys.executable)
 
 
 @pytest.mark.parametrize("target", [PROGRAM, f"../../../../..{PROGRAM}"])
