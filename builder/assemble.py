@@ -43,7 +43,9 @@ def push_images(
     plan: Plan,
     recipe: Recipe,
     context: Path,
+    *,
     notes: Callable[[PlatformPlan], dict[str, str]],
+    check: Callable[[Image], None],
 ) -> list[Image]:
     """Push the image of every platform that is made of wheel layers, by its digest; no tag is touched.
 
@@ -54,6 +56,7 @@ def push_images(
         recipe: from what.
         context: the folder the version's artifacts are in.
         notes: returns the annotations of one platform's image, which are its labels too.
+        check: raises where an image must not be pushed.
 
     Returns:
         The images, in the plan's order.
@@ -95,6 +98,7 @@ def push_images(
             annotations=labels,
             created=plan.version.created,
         )
+        check(image)
         target.push(BytesBlob(image.config))
         target.registry.put_manifest(
             target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest

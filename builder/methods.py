@@ -55,7 +55,7 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     recipe = None
     if wheels.chosen_method(settings, plan.version, paths) == "wheels":
         planned = wheels.planned(
-            settings, services.registries, plan.version, context, paths, plan.builds, keep=keep
+            settings, services.registries, plan.version, context, paths=paths, platforms=plan.builds, keep=keep
         )  # fmt: skip
         for platform, error in planned.impossible.items():
             try:

@@ -8,7 +8,7 @@ values, prints nothing and exits nowhere, so that a notebook or an Airflow task 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,8 +26,9 @@ from builder.errors import (
     one_line,
 )
 from builder.images import manifest as manifests
-from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
-from builder.images.layout import open_layout
+from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, from_bytes
+from builder.images.layout import LayoutImage, open_layout
+from builder.images.profile import check, profile_for
 from builder.images.push import move_tag, push_image
 from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, listing_digest, write_context
@@ -325,7 +326,12 @@ def _push_and_tag(settings: Settings, services: Services, workspace: Workspace, 
         workspace.result().check()
     registry = services.registries.for_host(plan.reference.repository.host)
     kept = _kept(services, plan)
-    images = [_push_platform(services, workspace, plan, step) for step in by_engine]
+    built = [_finished(workspace, plan, step) for step in by_engine]
+    _check_profile(plan, [image for _, image, _ in built])
+    for layout, image, mount_from in built:
+        log.info("pushing", platform=str(image.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
+        push_image(registry, plan.reference.repository, layout, image, mount_from=mount_from)
+    images = [image for _, image, _ in built]
     if plan.made_by("wheels"):
         images += _push_assembled(settings, services, workspace, plan)
     descriptors = [*kept.values(), *(image.descriptor for image in images)]
@@ -349,9 +355,10 @@ def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
     return {manifests.BASE_NAME: name, manifests.BASE_DIGEST: digest}
 
 
-def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: PlatformPlan) -> manifests.Image:
-    """Push one platform's layers, config and manifest; nothing names them yet."""
-    repository = plan.reference.repository
+def _finished(
+    workspace: Workspace, plan: Plan, step: PlatformPlan
+) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
+    """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
     layout = open_layout(workspace.layout(step.platform), step.platform)
     notes = _annotations(plan)
     mount_from: tuple[Repository, ...] = ()
@@ -360,9 +367,17 @@ def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: P
         notes[manifests.BASE_NAME], notes[manifests.BASE_DIGEST] = step.base.name, str(step.base.digest)
         mount_from = (Reference.parse(step.base.name).repository,)
     image = manifests.finished_image(layout, labels=notes, annotations=notes, created=plan.version.created)
-    log.info("pushing", platform=str(step.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
-    push_image(services.registries.for_host(repository.host), repository, layout, image, mount_from=mount_from)
-    return image
+    return layout, image, mount_from
+
+
+def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
+    """Refuse images that break the target's rules, and a plan of which no image could keep them."""
+    check(
+        profile_for(plan.target),
+        reference=plan.reference,
+        platforms=[step.platform for step in plan.platforms],
+        images=[(image.platform, from_bytes(image.config), image.layers) for image in images],
+    )
 
 
 def _push_assembled(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> list[manifests.Image]:
@@ -376,7 +391,15 @@ def _push_assembled(settings: Settings, services: Services, workspace: Workspace
         return _annotations(plan) | named
 
     recipe = Recipe.from_json(workspace.recipe())
-    return push_images(settings, services.registries, plan, recipe, workspace.context, notes)
+    return push_images(
+        settings,
+        services.registries,
+        plan,
+        recipe,
+        workspace.context,
+        notes=notes,
+        check=lambda image: _check_profile(plan, [image]),
+    )
 
 
 def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:

@@ -59,9 +59,8 @@ def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
         rows.append((str(step.platform), how + base))
         if step.layers:
             layers = step.layers
-            rows.append(
-                ("", f"wheel layers: {layers.known} known, {len(layers.missing)} wheels to get ({size(layers.download)})")
-            )
+            missing = f"{len(layers.missing)} wheels to get ({size(layers.download)})"
+            rows.append(("", f"wheel layers: {layers.known} known, {missing}"))
             rows += [("", f"  {name}") for name in layers.missing[:_MOST_FILES]]
             if len(layers.missing) > _MOST_FILES:
                 rows.append(("", f"  … and {len(layers.missing) - _MOST_FILES} more; --json lists them all"))

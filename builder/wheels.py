@@ -67,7 +67,7 @@ def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str
     if settings.build_method == "auto":
         return "dockerfile" if templates else "wheels"
     if settings.build_method == "wheels" and templates:
-        _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=sorted(templates)[0])
+        _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
     return settings.build_method
 
 
@@ -82,9 +82,9 @@ def planned(
     registries: Registries,
     version: ModelVersion,
     context: Path,
+    *,
     paths: Sequence[str],
     platforms: Sequence[Platform],
-    *,
     keep: bool = True,
 ) -> Planned:
     """Return the recipe of a version's images.
@@ -165,14 +165,14 @@ class _Source:
         configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
         asked = Requirements.read(context, folder, configured, client_folder=client_folder)
         serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
-        if not asked.required and not client:
-            message = f"{version} has no {folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
-            raise InvalidVersion(
-                message, remedy="Log the model with its requirements (MLflow's log_model does), or a Dockerfile.template."
-            )
-        images = BaseImages(
-            default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
-        )
+        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
+        if not asked.required and not named:
+            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
+            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
+            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
+            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
+            raise InvalidVersion(message, remedy=remedy)
+        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
         base = Reference.parse(images.choose(asked.python_version))
         if not asked.python_version:
             message = "The model does not say which Python version it was logged with."
@@ -288,5 +288,7 @@ def _interpreter(base: BaseImage, facts: BaseFacts, python: str) -> str:
 
 
 def _served(server: tuple[str, str]) -> tuple[str, ...]:
-    address = ("--bind", f"0.0.0.0:{PORT}") if server[0] == "gunicorn" else ("--host", "0.0.0.0", "--port", str(PORT))
-    return ("python", "-m", *server, *address)
+    everywhere = "0.0.0.0"  # noqa: S104  # a container's own network
+    if server[0] == "gunicorn":
+        return ("python", "-m", *server, "--bind", f"{everywhere}:{PORT}")
+    return ("python", "-m", *server, "--host", everywhere, "--port", str(PORT))

@@ -62,8 +62,14 @@ class WheelLayers:
     """
 
     def __init__(
-        self, store: LayerStore, client: IndexClient, *, python: str, compiler: Compiler | None, folder: Path | None = None
-    ) -> None:  # fmt: skip
+        self,
+        store: LayerStore,
+        client: IndexClient,
+        *,
+        python: str,
+        compiler: Compiler | None,
+        folder: Path | None = None,
+    ) -> None:
         self._store = store
         self._client = client
         self._python = python
@@ -169,7 +175,8 @@ class WheelLayers:
                 path = folder / wheel.filename[-200:]
                 self._client.download(wheel, path)
                 self._count(received=path.stat().st_size)
-                wheels.append(WheelLayer(open_wheel(path, filename=wheel.filename), python=self._python, bytecode=compiler))
+                opened = open_wheel(path, filename=wheel.filename)
+                wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
             made = GroupLayer(wheels)
             target = folder / "layer.tar.gz"
             try:
@@ -196,7 +203,8 @@ def compiler_for(python: str) -> Compiler | None:
     """Return what compiles for a model's Python here; None, and a line in the log, where nothing does."""
     found = Compiler.find(python)
     if found is None:
-        _log.info("the images get no bytecode: this program runs on another Python", python=python, runs_on=platform.python_version())
+        runs_on = platform.python_version()
+        _log.info("no bytecode: this program runs on another Python than the model", python=python, runs_on=runs_on)
     return found
 
 
