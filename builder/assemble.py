@@ -29,6 +29,7 @@ from builder.plan import Plan, PlatformPlan
 from builder.recipe import MODEL_LAYERS, PlatformRecipe, Recipe
 from builder.reference import Digest, Reference, Repository
 from builder.settings import Settings
+from builder.stages import stage
 from builder.wheels import PORT, layer_store, wheel_layers
 
 _log = get_logger("assemble")
@@ -81,31 +82,32 @@ def push_images(
             target.stop.set()
             raise
     images = []
-    for step, part, base in zip(steps, parts, bases, strict=True):
-        venv, content = venv_layer(part.interpreter, recipe.python)
-        target.push(content)
-        lock = part.lock.to_text().encode()
-        labels = {**notes(step), LOCK_DIGEST: str(Digest.of(lock)), METHOD: step.method}
-        image = assembled(
-            base,
-            [
-                Addition(layer=venv, history=f"environment on {part.interpreter}"),
-                *(Addition(layer=wheels[group], history=f"wheel {group.title}") for group in part.groups),
-                *own,
-            ],
-            _runtime(recipe),
-            labels=labels,
-            annotations=labels,
-            created=plan.version.created,
-        )
-        check(image)
-        target.push(BytesBlob(image.config))
-        target.registry.put_manifest(
-            target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest
-        )
-        attach(target.registry, target.repository, image.descriptor, lock, kind=LOCK_TYPE, title=LOCK_FILE)
-        _log.info("assembled", platform=str(step.platform), layers=len(image.layers), size=image.size)
-        images.append(image)
+    with stage("manifests"):
+        for step, part, base in zip(steps, parts, bases, strict=True):
+            venv, content = venv_layer(part.interpreter, recipe.python)
+            target.push(content)
+            lock = part.lock.to_text().encode()
+            labels = {**notes(step), LOCK_DIGEST: str(Digest.of(lock)), METHOD: step.method}
+            image = assembled(
+                base,
+                [
+                    Addition(layer=venv, history=f"environment on {part.interpreter}"),
+                    *(Addition(layer=wheels[group], history=f"wheel {group.title}") for group in part.groups),
+                    *own,
+                ],
+                _runtime(recipe),
+                labels=labels,
+                annotations=labels,
+                created=plan.version.created,
+            )
+            check(image)
+            target.push(BytesBlob(image.config))
+            target.registry.put_manifest(
+                target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest
+            )
+            attach(target.registry, target.repository, image.descriptor, lock, kind=LOCK_TYPE, title=LOCK_FILE)
+            _log.info("assembled", platform=str(step.platform), layers=len(image.layers), size=image.size)
+            images.append(image)
     return images
 
 
@@ -141,8 +143,9 @@ class _Target:
         """Push the layer of some files, and return it; none for no files."""
         if not entries:
             return []
-        layer = FilesLayer.of(entries)
-        sent = self.push(layer)
+        with stage("model layers"):
+            layer = FilesLayer.of(entries)
+            sent = self.push(layer)
         _log.debug("model layer", files=len(entries), size=layer.size, sent=sent)
         return [Addition(layer=layer.layer, history=history)]
 

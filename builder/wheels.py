@@ -32,6 +32,7 @@ from builder.plan import Base, Layers, Method
 from builder.recipe import PlatformRecipe, Recipe
 from builder.reference import Platform, Reference, repository_component
 from builder.settings import Settings
+from builder.stages import stage
 
 _log = get_logger("wheels")
 _FACTS = "application/vnd.modelimage.base.v1+json"
@@ -107,7 +108,8 @@ def planned(
     with source.client() as client:
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
-            base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
+            with stage("base"):
+                base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
             resolver = Resolver(
                 store=store,
@@ -120,7 +122,8 @@ def planned(
             )
             interpreter = _interpreter(base, facts, source.python)
             try:
-                lock = resolver.lock(platform, facts.glibc, keep=keep)
+                with stage("lock"):
+                    lock = resolver.lock(platform, facts.glibc, keep=keep)
             except NoWheel as error:
                 return error, found, platform
             part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)

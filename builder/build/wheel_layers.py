@@ -24,6 +24,7 @@ from builder.images.layer_store import LayerStore
 from builder.images.registry import RemoteBlob
 from builder.log import get_logger
 from builder.reference import Repository
+from builder.stages import stage
 
 _log = get_logger("wheels")
 _LOOKING = 16
@@ -108,7 +109,8 @@ class WheelLayers:
             BuilderError: an index or the registry cannot be had.
         """
         wanted = sorted(dict.fromkeys(groups), key=lambda group: -group.size)
-        looked = list(_together(lambda group: (group, self._taken(group, repository)), wanted))
+        with stage("lookups"):
+            looked = list(_together(lambda group: (group, self._taken(group, repository)), wanted))
         layers = {group: layer for group, layer in looked if layer is not None}
         missing = [group for group in wanted if group not in layers]
         self.traffic.known += len(layers)
@@ -119,8 +121,11 @@ class WheelLayers:
         if compiler and len(missing) > 1:
             # So many wheels are compiled at a time that each does with one process.
             compiler = replace(compiler, workers=1)
-        made = _together(lambda group: (group, self._made(group, repository, compiler)), missing, threads=_MAKING)
-        return {**layers, **dict(made)}
+        with stage("wheel layers"):
+            made = dict(
+                _together(lambda group: (group, self._made(group, repository, compiler)), missing, threads=_MAKING)
+            )
+        return {**layers, **made}
 
     def derived(self, group: Group) -> Layer:
         """Return a group's layer as it has to be, made again from its wheels and compared with nothing."""
@@ -160,9 +165,10 @@ class WheelLayers:
 
     def _made(self, group: Group, repository: Repository | None, compiler: Compiler | None) -> Layer:
         with self._layer(group, compiler) as (layer, blob):
-            self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
-            self._count(sent=layer.size, made=1)
-            self._place(layer, repository, blob)
+            with stage("push"):
+                self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
+                self._count(sent=layer.size, made=1)
+                self._place(layer, repository, blob)
             return layer
 
     @contextlib.contextmanager
@@ -173,14 +179,15 @@ class WheelLayers:
             wheels = []
             for wheel in group.wheels:
                 path = folder / wheel.filename[-200:]
-                self._client.download(wheel, path)
+                with stage("download"):
+                    self._client.download(wheel, path)
                 self._count(received=path.stat().st_size)
                 opened = open_wheel(path, filename=wheel.filename)
                 wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
             made = GroupLayer(wheels)
             target = folder / "layer.tar.gz"
             try:
-                with target.open("xb", buffering=0) as file:
+                with stage("making"), target.open("xb", buffering=0) as file:
                     for chunk in made:
                         file.write(chunk)
             except OSError as error:
