@@ -11,7 +11,6 @@ from pathlib import Path
 from builder.build.kept_locks import LOCK_FILE, LOCK_TYPE
 from builder.build.venv_layer import venv_layer
 from builder.build.wheel_files import ENVIRONMENT
-from builder.build.wheel_groups import Group
 from builder.errors import InvalidVersion, TryAgain, UsageError
 from builder.images.assembly import Addition, Runtime, assembled
 from builder.images.base import BaseImage, base_image
@@ -92,7 +91,7 @@ def push_images(
                 base,
                 [
                     Addition(layer=venv, history=f"environment on {part.interpreter}"),
-                    *(Addition(layer=wheels[group], history=f"wheel {group.title}") for group in part.groups),
+                    *(Addition(layer=wheels[group.source], history=f"wheel {group.title}") for group in part.groups),
                     *own,
                 ],
                 _runtime(recipe),
@@ -193,8 +192,8 @@ def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
 
 def _wheel_layers(
     settings: Settings, target: _Target, recipe: Recipe, parts: Sequence[PlatformRecipe]
-) -> dict[Group, Layer]:  # fmt: skip
-    """Return the layer of each group of wheels, placed in the repository."""
+) -> dict[str, Layer]:  # fmt: skip
+    """Return the layers of groups of wheels by their sources, placed in the repository."""
     groups = [group for part in parts for group in part.groups]
     with wheel_layers(settings, target.store, recipe) as layers:
         placed = layers.placed(groups, target.repository)

@@ -102,11 +102,12 @@ def publish_version(
     """
     taken()
     plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
-    if plan.builds:
+    if plan.made_by("dockerfile"):
         with stage("build"):
             build(settings, workspace)
     published = push(settings, services, workspace)
-    log.info("timings", **taken())
+    if plan.builds:
+        log.info("timings", **taken())
     return published
 
 

@@ -225,7 +225,9 @@ def known_layers(
     own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
     with wheel_layers(settings, layer_store(settings, registries), recipe) as layers:
         known = layers.known(group for part in recipe.platforms for group in part.groups)
-    missing = {part.platform: [group for group in part.groups if group not in known] for part in recipe.platforms}
+    missing = {
+        part.platform: [group for group in part.groups if group.source not in known] for part in recipe.platforms
+    }
     return {
         part.platform: Layers(
             known=len(part.groups) - len(missing[part.platform]),

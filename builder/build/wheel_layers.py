@@ -91,13 +91,13 @@ class WheelLayers:
         """Return the tag that a group's layer is kept under."""
         return layer_key(group.source, python=self._python, bytecode=self._compiler)
 
-    def known(self, groups: Iterable[Group]) -> dict[Group, Layer]:
-        """Return the layers that the registry has; one request each, side by side."""
-        found = _together(lambda group: (group, self._store.layer(self.key(group), source=group.source)), groups)
-        return {group: layer for group, layer in found if layer is not None}
+    def known(self, groups: Iterable[Group]) -> dict[str, Layer]:
+        """Return the layers that the registry has, by their groups' sources; one request each, side by side."""
+        found = _together(lambda group: self._store.layer(self.key(group), source=group.source), groups)
+        return {source: layer for source, layer in found if layer is not None}
 
-    def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[Group, Layer]:
-        """Return the layer of each group; each is in the store, and in a repository, when this returns.
+    def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[str, Layer]:
+        """Return the layers of groups by their sources; each is in the store, and in a repository, when this returns.
 
         Args:
             groups: what is wanted.
@@ -108,11 +108,12 @@ class WheelLayers:
             WheelNotFound, WheelMismatch: an index does not have it any more.
             BuilderError: an index or the registry cannot be had.
         """
-        wanted = sorted(dict.fromkeys(groups), key=lambda group: -group.size)
+        wanted = sorted(groups, key=lambda group: -group.size)
         with stage("lookups"):
-            looked = list(_together(lambda group: (group, self._taken(group, repository)), wanted))
-        layers = {group: layer for group, layer in looked if layer is not None}
-        missing = [group for group in wanted if group not in layers]
+            looked = dict(_together(lambda group: self._taken(group, repository), wanted))
+        layers = {source: layer for source, layer in looked.items() if layer is not None}
+        # Of platforms that share a wheel, one resolver may know its size and another not.
+        missing = list({group.source: group for group in reversed(wanted) if group.source not in layers}.values())[::-1]
         self.traffic.known += len(layers)
         if missing:
             size = sum(group.size for group in missing)
@@ -122,9 +123,7 @@ class WheelLayers:
             # So many wheels are compiled at a time that each does with one process.
             compiler = replace(compiler, workers=1)
         with stage("wheel layers"):
-            made = dict(
-                _together(lambda group: (group, self._made(group, repository, compiler)), missing, threads=_MAKING)
-            )
+            made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
         return {**layers, **made}
 
     def derived(self, group: Group) -> Layer:
@@ -216,8 +215,14 @@ def compiler_for(python: str) -> Compiler | None:
 
 
 def _together(
-    work: Callable[[Group], tuple[Group, Result]], groups: Iterable[Group], *, threads: int = _LOOKING
-) -> Iterator[tuple[Group, Result]]:
-    for result in side_by_side(work, list(dict.fromkeys(groups)), threads=threads, every=_SECONDS):
+    work: Callable[[Group], Result], groups: Iterable[Group], *, threads: int = _LOOKING
+) -> Iterator[tuple[str, Result]]:  # fmt: skip
+    """Yield what `work` returns for groups, each source once, with that source."""
+
+    def one(group: Group) -> tuple[str, Result]:
+        return group.source, work(group)
+
+    unique = {group.source: group for group in groups}
+    for result in side_by_side(one, list(unique.values()), threads=threads, every=_SECONDS):
         if result is not None:
             yield result
