@@ -108,12 +108,14 @@ class WheelLayers:
             WheelNotFound, WheelMismatch: an index does not have it any more.
             BuilderError: an index or the registry cannot be had.
         """
-        wanted = sorted(groups, key=lambda group: -group.size)
+        wanted: dict[str, Group] = {}
+        for group in sorted(groups, key=lambda group: -group.size):
+            # Of platforms that share a wheel, one resolver may know its size and another not.
+            wanted.setdefault(group.source, group)
         with stage("lookups"):
-            looked = dict(_together(lambda group: self._taken(group, repository), wanted))
+            looked = dict(_together(lambda group: self._taken(group, repository), wanted.values()))
         layers = {source: layer for source, layer in looked.items() if layer is not None}
-        # Of platforms that share a wheel, one resolver may know its size and another not.
-        missing = list({group.source: group for group in reversed(wanted) if group.source not in layers}.values())[::-1]
+        missing = [group for source, group in wanted.items() if source not in layers]
         self.traffic.known += len(layers)
         if missing:
             size = sum(group.size for group in missing)
