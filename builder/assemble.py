@@ -18,7 +18,7 @@ from builder.images.blob import Blob, BytesBlob
 from builder.images.files_layer import FileEntry, FilesLayer, split
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
-from builder.images.manifest import LOCK_DIGEST, METHOD, Image
+from builder.images.manifest import LOCK_DIGEST, METHOD, REQUIREMENTS_DIGEST, Image
 from builder.images.push import Stoppable
 from builder.images.referrers import attach
 from builder.images.registries import Registries
@@ -86,7 +86,8 @@ def push_images(
             venv, content = venv_layer(part.interpreter, recipe.python)
             target.push(content)
             lock = part.lock.to_text().encode()
-            labels = {**notes(step), LOCK_DIGEST: str(Digest.of(lock)), METHOD: step.method}
+            labels = {**notes(step), METHOD: step.method}
+            labels |= {LOCK_DIGEST: str(Digest.of(lock)), REQUIREMENTS_DIGEST: str(recipe.requirements)}
             image = assembled(
                 base,
                 [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,8 @@ from pathlib import Path
 from builder.build.environment import REQUIREMENTS
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
-from builder.build.kept_locks import Resolver
+from builder.build.kept_locks import LOCK_TYPE, Resolver
+from builder.build.locked import Lock
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
@@ -20,9 +21,11 @@ from builder.crew import side_by_side
 from builder.errors import InvalidVersion
 from builder.images.base import BaseImage, base_image
 from builder.images.base_facts import BaseFacts, inspect_base
-from builder.images.descriptor import Malformed
+from builder.images.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
 from builder.images.layer_store import LayerStore
+from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.images.registries import Registries
+from builder.images.registry import Registry
 from builder.log import get_logger
 from builder.models.artifacts import find_model_folder
 from builder.models.catalog import Artifact
@@ -30,7 +33,7 @@ from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Base, Layers, Method
 from builder.recipe import PlatformRecipe, Recipe
-from builder.reference import Platform, Reference, repository_component
+from builder.reference import Digest, Platform, Reference, repository_component
 from builder.settings import Settings
 from builder.stages import stage
 
@@ -38,6 +41,9 @@ _log = get_logger("wheels")
 _FACTS = "application/vnd.modelimage.base.v1+json"
 _SECONDS = 60.0
 PORT = 8080
+
+# Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
+Former = Callable[[Platform, Digest], Lock | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,7 @@ def planned(
     *,
     paths: Sequence[str],
     platforms: Sequence[Platform],
+    former: Former = lambda _platform, _requirements: None,
     keep: bool = True,
 ) -> Planned:
     """Return the recipe of a version's images.
@@ -97,6 +104,7 @@ def planned(
         context: the folder its artifacts are in; what describes the model and its wheels is enough.
         paths: of its artifacts.
         platforms: what for.
+        former: returns the lock of the image that stands, where that was made from the same files and requirements.
         keep: whether what is found out is kept in the registry.
 
     Raises:
@@ -119,6 +127,7 @@ def planned(
                 model=context / source.model_folder,
                 python=source.python,
                 as_of=version.created if settings.resolve_as_of == "registered" else None,
+                former=lambda platform: former(platform, Digest.of(source.requirements.to_text().encode())),
             )
             interpreter = _interpreter(base, facts, source.python)
             try:
@@ -137,6 +146,7 @@ def planned(
         client_folder=source.client_folder,
         command=source.command,
         indexes=source.requirements.indexes,
+        requirements=Digest.of(source.requirements.to_text().encode()),
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
     )
     return Planned(
@@ -237,6 +247,39 @@ def known_layers(
         )
         for part in recipe.platforms
     }
+
+
+def former_lock(
+    registry: Registry, existing: Published, reference: Reference, platform: Platform, requirements: Digest
+) -> Lock | None:
+    """Return the lock that an image was made of, which is kept beside it; None where there is none that can be read.
+
+    Args:
+        registry: where the image is.
+        existing: what stands under the reference.
+        reference: the tag.
+        platform: which of its images.
+        requirements: what it has to be a lock of.
+
+    Raises:
+        BuilderError: it cannot be told; see `Registry`.
+    """
+    image = existing.platforms.get(platform)
+    found = registry.manifest(reference.repository.digest(image.digest)) if image else None
+    if found is None:
+        return None
+    try:
+        notes = strings(from_bytes(found.content).get("annotations"), "annotations")
+        digest = notes.get(LOCK_DIGEST)
+        if digest is None or notes.get(REQUIREMENTS_DIGEST) != str(requirements):
+            return None
+        if not registry.has_blob(reference.repository, digest_of(digest)):
+            return None
+        text = Descriptor(media_type=LOCK_TYPE, digest=digest_of(digest), size=0)
+        return Lock.from_text(registry.blob_bytes(reference.repository, text, MOST_JSON_BYTES))
+    except (Malformed, InvalidVersion) as error:
+        _log.warning("the lock of the standing image cannot be read", reference=str(reference), why=str(error))
+        return None
 
 
 def base_with_facts(
