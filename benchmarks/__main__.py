@@ -53,8 +53,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Publish model versions with ours and its rivals, in turn, on servers of this machine; print tables, and "
-        "write docs/benchmarks.md and docs/benchmarks.svg.",
+        description="Publish model versions with ours and its rivals, in turn, on servers of this machine; print "
+        "tables, and write docs/benchmarks.md and docs/benchmarks.svg.",
         epilog=f"Environments: {', '.join(each.name for each in environments())}. Jobs: {', '.join(JOBS)}. And "
         f"{DOCKERFILE}: our dockerfile method beside bare Kaniko. KANIKO_IMAGE names Kaniko's image or its archive; "
         "BENCH_TORCH_INDEX an index of CPU builds of torch. The figures never decide the exit code.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -127,9 +128,16 @@ def run(step: Step, log: Path) -> None:
             timeout=_TIMEOUT,
         )
     if done.returncode:
-        words = " ".join(log.read_text(errors="replace").split())[-_SHOWN:]
-        message = f"'{' '.join(step.argv[:4])} …' ended with {done.returncode}: … {words}"
+        message = f"'{' '.join(step.argv[:4])} …' ended with {done.returncode}: {last_words(log)}"
         raise JobFailed(message)
+
+
+def last_words(log: Path) -> str:
+    """Return why a command failed: what our own program's last event says, else the end of what was printed."""
+    text = log.read_text(errors="replace").strip()
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(text.splitlines()[-1])["what"]) if text else "it printed nothing"
+    return f"… {' '.join(text.split())[-_SHOWN:]}"
 
 
 def timings(log: str) -> dict[str, float]:

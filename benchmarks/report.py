@@ -22,6 +22,27 @@ _MEGA = 1_000_000
 _GIBI = 1 << 30
 _NOTHING = "–"  # noqa: RUF001 - a dash in a table
 _REASON = 160
+_HEAD = """\
+# Benchmarks
+
+<!-- Written by `make bench`. -->
+
+Every job is a whole one, from a tagged version in an MLflow server to its image in a registry, both on this machine; so
+the rivals first download with MLflow's own command. All take the same base image, which the rivals have pulled before,
+and the machine's own package index. Ours begins with empty local caches each time: cold, the registry knows none of its
+wheels; warm, it knows all. Each round has a new registry and does every job once; ratios are taken within a round.
+"""
+_TAIL = """\
+## What the columns mean
+
+- *to better cold rival*: seconds over those of the quicker of docker build and tuned BuildKit, cold.
+- *sent*, *from registry*, *from MLflow*: bytes between the job and the server, HTTP headers included.
+- *from outside*: bytes that the machine received on its outer interface meanwhile: the package index.
+- *peak memory*: the most that the job's processes held together (resident sets, sampled ten times a second), with
+  Docker's daemon and its RUN steps where it is the benchmark's own.
+- *image*: compressed layers and config.
+- *first prediction*: from `docker run` to an answer to POST /invocations; the image was pulled before.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +172,7 @@ def write(path: Path, plot: str, everything: Sequence[Results], rounds: int) -> 
         rounds: how often each job was done.
     """
     lines = [
-        "# Benchmarks",
-        "",
-        "<!-- Written by `make bench`. -->",
-        "",
-        "Every job is a whole one, from a tagged version in an MLflow server to its image in a registry, both on this",
-        "machine; so the rivals first download with MLflow's own command. All take the same base image, which the",
-        "rivals have pulled before, and the machine's own package index. Ours begins with empty local caches each time:",
-        "cold, the registry knows none of its wheels; warm, it knows all. Each round has a new registry and does every",
-        "job once; ratios are taken within a round.",
-        "",
+        _HEAD,
         f"Rounds: {rounds}. {machine_words()}",
         "",
         f"![Seconds from the tagged version to the pushed image]({plot})",
@@ -174,20 +186,7 @@ def write(path: Path, plot: str, everything: Sequence[Results], rounds: int) -> 
         for note in notes(results):
             words = note if len(note) <= _REASON else f"{note[:_REASON]}…"
             lines += ["", f"{words}"]
-    lines += [
-        "",
-        "## What the columns mean",
-        "",
-        "- *to better cold rival*: seconds over those of the quicker of docker build and tuned BuildKit, cold.",
-        "- *sent*, *from registry*, *from MLflow*: bytes between the job and the server, HTTP headers included.",
-        "- *from outside*: bytes that the machine received on its outer interface meanwhile: the package index.",
-        "- *peak memory*: the most that the job's processes held together (resident sets, sampled ten times a second),",
-        "  with Docker's daemon and its RUN steps where it is the benchmark's own.",
-        "- *image*: compressed layers and config.",
-        "- *first prediction*: from `docker run` to an answer to POST /invocations; the image was pulled before.",
-        "",
-    ]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join([*lines, "", _TAIL]))
 
 
 def markdown(grid: Grid) -> str:
