@@ -248,8 +248,9 @@ def _logged(uri: str) -> Versions:
             )
         if requirements is None:
             # Inferring takes ten seconds; the next ones are of the same environment.
-            found = mlflow.artifacts.download_artifacts(f"{logged.model_uri}/requirements.txt")
-            requirements = Path(found).read_text().split()
+            with tempfile.TemporaryDirectory(prefix="bench-model-") as folder:
+                found = mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=folder)
+                requirements = (Path(found) / "requirements.txt").read_text().split()
         number = str(logged.registered_model_version)
         mlflow.MlflowClient().set_model_version_tag(registered, number, "EXTERNAL_TARGET_PLTR_FOUNDRY", "true")
         source = ("--artifact-uri", f"models:/{registered}/{number}")

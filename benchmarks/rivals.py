@@ -144,7 +144,7 @@ def attempt(turn: Round, name: str, image: str, version: Version, job: Callable[
     with turn.scratch() as context:
         # Its steps are made before the clock runs, and its download is the first of them.
         steps = [download(turn, version, context), *job(context, image)]
-        return outcome(turn, name, image, lambda: cost(turn, steps))
+        return outcome(turn, name, image, lambda: cost(turn, steps, daemon=name != BUILDAH))
 
 
 def download(turn: Round, version: Version, context: Path) -> Step:
@@ -154,9 +154,9 @@ def download(turn: Round, version: Version, context: Path) -> Step:
     return turn.step(context, *command, MLFLOW_TRACKING_URI=turn.site.uri)
 
 
-def cost(turn: Round, steps: list[Step]) -> Cost:
-    """Perform the steps, the daemon's memory included."""
-    return perform(steps, turn.registry, turn.site.mlflow, turn.site.daemon_folder)
+def cost(turn: Round, steps: list[Step], *, daemon: bool = True) -> Cost:
+    """Perform the steps; what our own daemon holds in memory counts, unless none of them asks it."""
+    return perform(steps, turn.registry, turn.site.mlflow, turn.site.daemon_folder if daemon else "")
 
 
 def need_daemon(turn: Round) -> Daemon:
