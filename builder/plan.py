@@ -29,11 +29,15 @@ AsReference = Annotated[
 Action = Literal["publish", "extend", "nothing", "foreign"]
 
 
+# `dockerfile`: an engine runs a Dockerfile. `wheels`: the image is assembled, and nothing runs.
+Method = Literal["dockerfile", "wheels"]
+
+
 class Base(BaseModel):
     """The base image of one platform, as it stood when the plan was made.
 
     Attributes:
-        name: the reference in the Dockerfile's last FROM, complete.
+        name: the reference in the Dockerfile's last FROM, or BASE_IMAGE's; complete.
         digest: digest of what the reference named: an index or a manifest.
         diff_ids: the base's uncompressed layers for the platform, first to last.
     """
@@ -45,15 +49,44 @@ class Base(BaseModel):
     diff_ids: tuple[AsDigest, ...]
 
 
+class Layers(BaseModel):
+    """What the registry knows of an image's wheel layers.
+
+    Attributes:
+        known: how many it has.
+        missing: the wheels of those that it has not.
+        download: bytes of the missing wheels, as far as the index tells.
+        model: bytes of the model's and the client's own files, which are sent unless they are there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    known: int
+    missing: tuple[str, ...]
+    download: int
+    model: int
+
+
 class PlatformPlan(BaseModel):
-    """What happens for one platform: `build` makes its image, `keep` leaves the one that stands in the registry."""
+    """What happens for one platform: `build` makes its image, `keep` leaves the one that stands in the registry.
+
+    Attributes:
+        platform: which.
+        action: what of the two.
+        method: how an image that is built is made.
+        kept: digest of the image that is kept.
+        base: what an image that is built stands on.
+        layers: what is known of its wheel layers, in a plan that is only looked at.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     platform: AsPlatform
     action: Literal["build", "keep"]
+    method: Method = "dockerfile"
     kept: AsDigest | None = None
     base: Base | None = None
+    layers: Layers | None = None
 
 
 class Plan(BaseModel):
@@ -63,7 +96,6 @@ class Plan(BaseModel):
         version: the model version.
         target: the target's name.
         source_id: what the image is made from, 64 hexadecimal digits.
-        method: how it is made.
         reference: the tag.
         action: what to do.
         reason: why, for people.
@@ -72,7 +104,7 @@ class Plan(BaseModel):
         wanted: the platforms that were asked for.
         platforms: what happens for each platform.
         artifacts: the files of the context; empty where nothing is built.
-        dockerfile: the rendered Dockerfile; empty where nothing is built.
+        dockerfile: the rendered Dockerfile; empty where none is run.
         content_digest: digest of the downloaded files; None before they are.
     """
 
@@ -81,7 +113,6 @@ class Plan(BaseModel):
     version: ModelVersion
     target: str
     source_id: str
-    method: Literal["dockerfile"]
     reference: AsReference
     action: Action
     reason: str
@@ -102,6 +133,10 @@ class Plan(BaseModel):
     def builds(self) -> tuple[Platform, ...]:
         """The platforms whose image has to be made."""
         return tuple(step.platform for step in self.platforms if step.action == "build")
+
+    def made_by(self, method: Method) -> tuple[PlatformPlan, ...]:
+        """Return the steps whose image has to be made by a method."""
+        return tuple(step for step in self.platforms if step.action == "build" and step.method == method)
 
 
 class Decision(BaseModel):

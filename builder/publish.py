@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from builder.build.engine import BuildJob, Engine, Network
+from builder.build.engine import BuildJob, Engine
 from builder.build.engines import select_engine
 from builder.errors import (
     BuilderError,
@@ -32,21 +32,13 @@ from builder.images.push import move_tag, push_image
 from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, listing_digest, write_context
 from builder.models.version import ModelVersion
+from builder.network import network
 from builder.plan import Plan, PlatformPlan
 from builder.record import Record
 from builder.reference import Digest, Platform, Reference, Repository
-from builder.rendering import rendered
+from builder.services import Services, connected
 from builder.settings import BuildSettings, CommonSettings, Settings
-from builder.survey import (
-    Services,
-    artifacts_changed,
-    changes,
-    completed,
-    connected,
-    existing_image,
-    find,
-    survey,
-)
+from builder.survey import artifacts_changed, changes, existing_image, find, survey
 from builder.workspace import BuildResult, Workspace
 
 log = get_logger("publish")
@@ -85,7 +77,8 @@ def publish(
     Raises:
         BuilderError: what failed; where the version was found, it is recorded there as well.
     """
-    refuse_untrusted(settings)
+    if settings.build_method != "wheels":
+        refuse_untrusted(settings)
     with connected(settings) as services, workspace_of(settings) as workspace:
         version = find(settings, services)
         return publish_version(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
@@ -103,7 +96,7 @@ def publish_version(
 ) -> Published:
     """Publish a version that was found already, through clients that are there; `publish` and a sweep end here.
 
-    Both have called `refuse_untrusted` before they asked anybody anything.
+    Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
     """
     plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
     if plan.builds:
@@ -171,16 +164,26 @@ def fetch(
             log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
             write_context(services.catalog, artifacts, workspace.context, progress=progress)
             content = content_digest(workspace.context)
-            paths = [artifact.path for artifact in artifacts]
-            dockerfile = rendered(settings, version, workspace.context, paths).dockerfile
             plan = plan.model_copy(update={"artifacts": artifacts, "content_digest": content})
-            plan = completed(services, plan, dockerfile)
-            workspace.write_dockerfile(dockerfile)
+            plan = _with_methods(settings, services, workspace, plan)
         elif plan.action == "nothing":
             for change in changes(services, plan):
                 log.warning(change, reference=str(plan.reference))
         workspace.write_plan(plan)
     return plan
+
+
+def _with_methods(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Plan:
+    """Return the plan with the method of every image, and write down what it is made by."""
+    # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
+    from builder.methods import by_methods
+
+    made = by_methods(settings, services, plan, workspace.context)
+    if made.dockerfile:
+        workspace.write_dockerfile(made.dockerfile)
+    if made.recipe is not None:
+        workspace.write_recipe(made.recipe.model_dump_json().encode())
+    return made.plan
 
 
 # ---- build: no credential
@@ -218,17 +221,18 @@ def build(settings: BuildSettings, workspace: Workspace) -> BuildResult:
         UsageError: fetch has not run.
     """
     plan = workspace.plan()
-    if not plan.builds:
-        log.info("nothing to build", reason=plan.reason)
+    steps = plan.made_by("dockerfile")
+    if not steps:
+        log.info("nothing to build", reason="no image is made by a Dockerfile" if plan.builds else plan.reason)
         return BuildResult()
     result = BuildResult()
     try:
         refuse_untrusted(settings)
         engine = select_engine(settings)
         result = BuildResult(engine=engine.name)
-        for platform in plan.builds:
-            _build_platform(settings, workspace, engine, platform)
-            result = result.model_copy(update={"built": (*result.built, platform)})
+        for step in steps:
+            _build_platform(settings, workspace, engine, step.platform)
+            result = result.model_copy(update={"built": (*result.built, step.platform)})
     except BuilderError as error:
         log.error("the build failed", error=masked(error.one_line()))
         result = result.failing(error)
@@ -249,13 +253,7 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
         platform=platform,
         layout=workspace.layout(platform),
         timeout=settings.build_timeout,
-        network=Network(
-            ca_bundle=settings.ssl_cert_file,
-            pip_config=settings.pip_config_file,
-            proxies=settings.proxies,
-            index_variables={name: value.get_secret_value() for name, value in settings.index_variables.items()},
-            insecure_registries=settings.insecure_registries,
-        ),
+        network=network(settings),
         docker_config=settings.build_docker_config,
         cache=settings.build_cache,
     )
@@ -300,7 +298,7 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
             log.info("nothing to do", reference=str(tag), reason=plan.reason)
             digest = plan.observed
         else:
-            digest = _push_and_tag(services, workspace, plan)
+            digest = _push_and_tag(settings, services, workspace, plan)
     pinned = tag.repository.digest(digest)
     record.succeeded(plan, pinned)
     platforms = tuple(str(step.platform) for step in plan.platforms)
@@ -320,12 +318,16 @@ def _same_version(services: Services, plan: Plan) -> ModelVersion:
     return now
 
 
-def _push_and_tag(services: Services, workspace: Workspace, plan: Plan) -> Digest:
+def _push_and_tag(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Digest:
     """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version."""
-    workspace.result().check()
+    by_engine = plan.made_by("dockerfile")
+    if by_engine:
+        workspace.result().check()
     registry = services.registries.for_host(plan.reference.repository.host)
     kept = _kept(services, plan)
-    images = [_push_platform(services, workspace, plan, step) for step in plan.platforms if step.action == "build"]
+    images = [_push_platform(services, workspace, plan, step) for step in by_engine]
+    if plan.made_by("wheels"):
+        images += _push_assembled(settings, services, workspace, plan)
     descriptors = [*kept.values(), *(image.descriptor for image in images)]
     if len(descriptors) == 1:
         (image,) = images
@@ -361,6 +363,20 @@ def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: P
     log.info("pushing", platform=str(step.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
     push_image(services.registries.for_host(repository.host), repository, layout, image, mount_from=mount_from)
     return image
+
+
+def _push_assembled(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> list[manifests.Image]:
+    """Push the images that are made of wheel layers; nothing names them yet."""
+    from builder.assemble import push_images
+    from builder.recipe import Recipe
+
+    def notes(step: PlatformPlan) -> dict[str, str]:
+        base = step.base
+        named = {manifests.BASE_NAME: base.name, manifests.BASE_DIGEST: str(base.digest)} if base else {}
+        return _annotations(plan) | named
+
+    recipe = Recipe.from_json(workspace.recipe())
+    return push_images(settings, services.registries, plan, recipe, workspace.context, notes)
 
 
 def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:

@@ -15,7 +15,16 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from builder.errors import BuilderError, InvalidSettings
 from builder.reference import Platform, Repository, parse_platforms
@@ -43,6 +52,10 @@ INDEX_VARIABLES = (
     "UV_DEFAULT_INDEX",
     "UV_INDEX_URL",
     "UV_EXTRA_INDEX_URL",
+    "UV_INDEX_STRATEGY",
+    "UV_FIND_LINKS",
+    "PIP_FIND_LINKS",
+    "PIP_NO_INDEX",
 )
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 IN_IMAGE_WORKSPACE = Path("/kaniko/workspace")
@@ -159,6 +172,9 @@ class CommonSettings(BaseModel):
         if not values.get("DOCKER_CONFIG"):
             home = Path(environ.get("HOME") or "/nonexistent") / ".docker"
             values["DOCKER_CONFIG"] = home if (home / "config.json").is_file() else None
+        if not values.get("NETRC"):
+            netrc = Path(environ.get("HOME") or "/nonexistent") / ".netrc"
+            values["NETRC"] = netrc if netrc.is_file() else None
         values["index_variables"] = {name: values[name] for name in INDEX_VARIABLES if values.get(name)}
         values["mlflow_variables"] = {
             name: str(value)
@@ -339,8 +355,49 @@ class Settings(CatalogSettings, BuildSettings):
         shown="linux/amd64",
         form="platforms separated by commas, such as linux/amd64,linux/arm64",
     )
-    build_method: Literal["auto", "dockerfile"] = _setting(
-        "BUILD_METHOD", "How the image is made: `auto` or `dockerfile`.", "auto", form="auto or dockerfile"
+    build_method: Literal["auto", "dockerfile", "wheels"] = _setting(
+        "BUILD_METHOD",
+        "How the image is made: `dockerfile` runs the version's template, or the built-in one, with an engine; `wheels` "
+        "assembles it without one; `auto` is `dockerfile` where the version ships a template.",
+        "auto",
+        form="auto, dockerfile or wheels",
+    )
+    wheel_layers: Annotated[Repository, _REPOSITORY] | None = _setting(
+        "WHEEL_LAYERS",
+        "Repository of the wheel layers and locks, at REGISTRY_URL's host. Who can write to it puts code into every "
+        "image.",
+        None,
+        shown="REGISTRY_URL/wheel-layers",
+        form="a repository at REGISTRY_URL's host, such as quay.io/domino/wheel-layers",
+    )
+    resolve_as_of: Literal["registered", "now"] = _setting(
+        "RESOLVE_AS_OF",
+        "`registered` resolves requirements as of the version's creation, `now` as of today.",
+        "registered",
+        form="registered or now",
+    )
+    wheel_bytecode: bool = _setting(
+        "WHEEL_BYTECODE",
+        "Whether wheel layers hold bytecode, so that containers start faster. It is made where the builder runs on the "
+        "model's minor version of Python.",
+        default=True,
+        form="true or false",
+    )
+    full_mlflow: bool = _setting(
+        "FULL_MLFLOW",
+        "Whether an image gets the whole `mlflow` where the model asks for it, not just what serving needs.",
+        default=False,
+        form="true or false",
+    )
+    allowed_indexes: Annotated[tuple[str, ...], _LIST] = _setting(
+        "ALLOWED_INDEXES",
+        "Addresses, separated by commas, of package indexes and wheels that a model's requirements may name; each allows "
+        "what is below it, `*` allows any.",
+        (),
+        shown="those that are configured for pip or uv",
+    )
+    netrc: Path | None = _setting(
+        "NETRC", "File with credentials for package indexes, as pip reads it.", None, shown="~/.netrc where that exists"
     )
     sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
         "SWEEP_ATTEMPTS",
@@ -349,9 +406,29 @@ class Settings(CatalogSettings, BuildSettings):
         form="a positive number",
     )
 
+    @field_validator("wheel_layers")
+    @classmethod
+    def _wheel_layers_are_beside_images(cls, value: Repository | None, info: ValidationInfo) -> Repository | None:
+        images = info.data.get("registry_url")
+        if value and not value.path:
+            raise ValueError
+        if value and images and value.host != images.host:
+            message = f"layers can be mounted within one registry only, and images go to {images.host}"
+            raise ValueError(message)
+        return value
+
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:
-        return [*super()._problems(values), *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN")]
+        return [
+            *super()._problems(values),
+            *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN"),
+            *_unreadable("NETRC", values, "file"),
+        ]
+
+    @property
+    def wheel_layer_repository(self) -> Repository:
+        """The repository of the wheel layers."""
+        return self.wheel_layers or self.registry_url.child("wheel-layers")
 
 
 def _is_credential(name: str, value: object) -> bool:

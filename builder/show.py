@@ -51,12 +51,21 @@ def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
         ("action", f"{planned.action}: {planned.reason}"),
         ("tag", str(planned.reference) + (", push allowed" if push_checked else "")),
         ("there now", str(planned.observed) if planned.observed else "nothing"),
-        ("method", f"{planned.method}, engine {engine}"),
         ("source id", planned.source_id),
     ]
     for step in planned.platforms:
         base = f", base {step.base.name} at {step.base.digest}" if step.base else ""
-        rows.append((str(step.platform), (f"keep {step.kept}" if step.kept else "build") + base))
+        how = f"keep {step.kept}" if step.kept else "assemble" if step.method == "wheels" else f"build with {engine}"
+        rows.append((str(step.platform), how + base))
+        if step.layers:
+            layers = step.layers
+            rows.append(
+                ("", f"wheel layers: {layers.known} known, {len(layers.missing)} wheels to get ({size(layers.download)})")
+            )
+            rows += [("", f"  {name}") for name in layers.missing[:_MOST_FILES]]
+            if len(layers.missing) > _MOST_FILES:
+                rows.append(("", f"  … and {len(layers.missing) - _MOST_FILES} more; --json lists them all"))
+            rows.append(("", f"model: {size(layers.model)} to send, less what is there"))
     known = sum(artifact.size or 0 for artifact in planned.artifacts)
     rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
     width = max(len(name) for name, _ in rows)

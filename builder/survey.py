@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from builder.build.dockerfile import Dockerfile
 from builder.build.engines import select_engine
-from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
+from builder.errors import BuilderError, InvalidSettings
 from builder.images.existing import published as read_published
-from builder.images.existing import resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
-from builder.images.registries import Registries
-from builder.images.retry import Patience
 from builder.log import get_logger, masked
-from builder.models.catalog import Artifact, Catalog
+from builder.models.catalog import Artifact
 from builder.models.context import listing_digest, sketch_context
-from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.version import Inputs, ModelVersion, check_version_text, wanted_platforms
-from builder.plan import Base, Plan, decide
-from builder.reference import Platform, Reference, repository_component
-from builder.rendering import rendered
+from builder.plan import Plan, decide
+from builder.reference import Reference, repository_component
+from builder.services import Services, connected
 from builder.settings import Settings
 
 log = get_logger("survey")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """The clients that everything here talks through.
-
-    Attributes:
-        catalog: the model registry.
-        registries: where images go, and what stands there.
-        bases: the registries of base images, which an engine may reach another way: they are not waited for.
-    """
-
-    catalog: Catalog
-    registries: Registries
-    bases: Registries
-
-
-@contextmanager
-def connected(settings: Settings) -> Iterator[Services]:
-    """Give clients for MLflow and for registries, and close them afterwards."""
-    with ExitStack() as stack:
-        registries = stack.enter_context(Registries.from_settings(settings))
-        bases = stack.enter_context(Registries.from_settings(settings, patience=Patience(attempts=2, deadline=20)))
-        yield Services(catalog=MlflowCatalog.from_settings(settings), registries=registries, bases=bases)
 
 
 def find(settings: Settings, services: Services) -> ModelVersion:
@@ -84,7 +53,6 @@ def survey(
         version=version,
         target=settings.target,
         source_id=source_id,
-        method="dockerfile",
         reference=reference,
         action=decision.action,
         reason=decision.reason,
@@ -96,9 +64,9 @@ def survey(
 
 
 def preview(settings: Settings, *, force: bool = False, rebuild: bool = False, check_push: bool = False) -> Plan:
-    """Return the whole plan of MODEL_NAME and MODEL_VERSION, rendered Dockerfile and files included; touch nothing.
+    """Return the whole plan of MODEL_NAME and MODEL_VERSION, with all that can be known beforehand; touch nothing.
 
-    Only what rendering reads is downloaded, into a temporary folder: the templates, and the model's own description.
+    Only what describes the model is downloaded, into a temporary folder: templates, requirements and local wheels.
 
     Args:
         settings: what the environment says.
@@ -109,6 +77,9 @@ def preview(settings: Settings, *, force: bool = False, rebuild: bool = False, c
     Raises:
         BuilderError: what a publish would fail with, as far as it can be seen from here.
     """
+    # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
+    from builder.methods import by_methods, with_layers
+
     with connected(settings) as services:
         version = find(settings, services)
         plan = survey(settings, services, version, force=force, rebuild=rebuild)
@@ -116,22 +87,11 @@ def preview(settings: Settings, *, force: bool = False, rebuild: bool = False, c
         if plan.builds:
             with tempfile.TemporaryDirectory(prefix="builder-plan-") as folder:
                 sketch_context(services.catalog, version, plan.artifacts, Path(folder))
-                paths = [artifact.path for artifact in plan.artifacts]
-                plan = completed(services, plan, rendered(settings, version, Path(folder), paths).dockerfile)
+                made = by_methods(settings, services, plan, Path(folder), keep=False)
+                plan = made.plan if made.recipe is None else with_layers(settings, services, made.plan, made.recipe)
         if check_push:
             services.registries.for_host(plan.reference.repository.host).check_push(plan.reference.repository)
     return plan
-
-
-def completed(services: Services, plan: Plan, dockerfile: bytes) -> Plan:
-    """Return the plan with the Dockerfile in it, and the base image of each platform that has to be built."""
-    text = dockerfile.decode("utf-8", "replace")
-    name = Dockerfile.parse(text).final_base()
-    steps = tuple(
-        step if step.action == "keep" else step.model_copy(update={"base": _base(services, name, step.platform)})
-        for step in plan.platforms
-    )
-    return plan.model_copy(update={"dockerfile": text, "platforms": steps})
 
 
 def changes(services: Services, plan: Plan) -> list[str]:
@@ -180,24 +140,3 @@ def reference_of(settings: Settings, version: ModelVersion) -> Reference:
 def existing_image(services: Services, reference: Reference) -> Published | None:
     """Return what stands under a tag; None where the registry says that nothing does."""
     return read_published(services.registries.for_host(reference.repository.host), reference)
-
-
-def _base(services: Services, name: str | None, platform: Platform) -> Base | None:
-    """Return the base image as its registry has it now; None where there is none, or where nobody can tell.
-
-    Raises:
-        InvalidVersion: the base is there, and not for the platform.
-    """
-    if name is None:
-        return None
-    try:
-        reference = Reference.parse(name)
-        found = resolve_base(services.bases.for_host(reference.repository.host), reference, platform)
-    except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
-        # The engine may still reach it, with a credential of its own.
-        log.warning("the base image could not be looked up", base=name, error=error.one_line())
-        return None
-    if found is None:
-        log.warning("the registry has no such base image for the platform", base=name, platform=str(platform))
-        return None
-    return Base(name=str(reference), digest=found.digest, diff_ids=found.diff_ids)

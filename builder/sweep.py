@@ -12,8 +12,9 @@ from builder.models.outcome import Outcome
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
 from builder.publish import publish_version, refuse_untrusted, workspace_of
 from builder.reference import Reference
+from builder.services import Services, connected
 from builder.settings import Settings
-from builder.survey import Services, connected, reference_of
+from builder.survey import reference_of
 
 log = get_logger("sweep")
 
@@ -76,7 +77,8 @@ def sweep(settings: Settings, options: Options | None = None) -> Iterator[Swept]
         BuilderError: the listing failed. What fails of one version is yielded, not raised.
     """
     options = options or Options()
-    refuse_untrusted(settings)
+    if settings.build_method != "wheels":
+        refuse_untrusted(settings)
     with connected(settings) as services:
         versions = natural_order(services.catalog.tagged(settings.target_tag))
         # What has failed, or has taken the whole process with it, comes last: it must not keep the others waiting.

@@ -1,6 +1,7 @@
 """The workspace: the folder through which fetch, build and push hand over, and nothing else.
 
     plan.json     written by fetch; what push believes
+    recipe.json   written by fetch; what images of wheel layers are made from
     context/      written by fetch; what the engine builds from
     layouts/      written by build, a folder for each platform
     result.json   written by build: what became of each platform
@@ -132,7 +133,7 @@ class Workspace:
     def clear_plan(self) -> None:
         """Remove what an earlier run planned and built, so that nobody takes it for this run's."""
         with on_disk(f"write to the workspace {self.folder}"):
-            for name in ("plan.json", "result.json"):
+            for name in ("plan.json", "recipe.json", "result.json"):
                 (self.folder / name).unlink(missing_ok=True)
 
     def prepare(self, *, keep_context: bool = False) -> None:
@@ -193,6 +194,23 @@ class Workspace:
         except (OSError, ValidationError, BuilderError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             message = f"The workspace {self.folder} has no plan that can be read: {one_line(why, 200)}."
+            raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
+
+    def write_recipe(self, content: bytes) -> None:
+        """Write recipe.json."""
+        with on_disk(f"write to the workspace {self.folder}"):
+            (self.folder / "recipe.json").write_bytes(content)
+
+    def recipe(self) -> bytes:
+        """Return what fetch wrote into recipe.json.
+
+        Raises:
+            UsageError: there is none.
+        """
+        try:
+            return _read_regular(self.folder / "recipe.json", _MOST_PLAN_BYTES)
+        except OSError as error:
+            message = f"The workspace {self.folder} has no recipe that can be read: {error.strerror}."
             raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
 
     def write_result(self, result: BuildResult) -> None:

@@ -218,9 +218,9 @@ def checked_url(url: str) -> str:
 
 def _address(url: str, hashes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """Return a wheel's address without its fragment, and the hashes with the one that the fragment names."""
-    fragment = urlsplit(url).fragment
+    address, fragment = checked_url(url), url.partition("#")[2]
     named = re.search(r"(?:^|&)sha256=([0-9a-fA-F]{64})(?:&|$)", fragment)
-    return checked_url(url), tuple(sorted({*hashes, named[1].lower()})) if named else hashes
+    return address, tuple(sorted({*hashes, named[1].lower()})) if named else hashes
 
 
 def _wheel_name(path: str) -> str:

@@ -73,7 +73,9 @@ class Requirements:
     otherwise: Requirements | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def read(cls, context: Path, model_folder: str, indexes: Indexes | None = None) -> Self:
+    def read(
+        cls, context: Path, model_folder: str, indexes: Indexes | None = None, *, client_folder: str = ""
+    ) -> Self:  # fmt: skip
         """Return the requirements of the model in `context / model_folder`.
 
         They are those of requirements.txt; where there is none, those of python_env.yaml; where that names none, those
@@ -83,6 +85,7 @@ class Requirements:
             context: folder of the version's artifacts.
             model_folder: the model's folder in it.
             indexes: which addresses a model may name; None for none.
+            client_folder: a folder whose requirements.txt counts as well, where it has one; empty for none.
 
         Raises:
             InvalidVersion: a file is malformed, a link or too large, or asks for what cannot be had: every line that
@@ -97,6 +100,8 @@ class Requirements:
             reader.lines("\n".join(lines), "python_env.yaml")
         else:
             reader.lines("\n".join(conda_pip), "conda.yaml")
+        if client_folder and read_beneath(context, f"{client_folder}/{REQUIREMENTS}", _LIMIT) is not None:
+            reader.client(client_folder)
         reader.refuse()
         logged = _MLFLOW.search(
             (read_beneath(context, f"{model_folder}/MLmodel", _LIMIT) or b"").decode(errors="replace")
@@ -236,9 +241,10 @@ class _Reader:
 
     def file(self, path: str, *, constraints: bool = False) -> None:
         """Read a requirements file of the model folder."""
-        if (path, constraints) in self._read:
+        key = (f"{self._folder}/{path}", constraints)
+        if key in self._read:
             return
-        self._read[path, constraints] = None
+        self._read[key] = None
         if len(self._read) > _MOST_FILES:
             message = f"more than {_MOST_FILES} requirement files include each other"
             raise Unusable(message)
@@ -252,6 +258,17 @@ class _Reader:
             self._problems.append(f"{path} is not UTF-8")
             return
         self.lines(text, path, constraints=constraints)
+
+    def client(self, folder: str) -> None:
+        """Read a client's requirements.txt beside the model's; files that it names have to be the model's."""
+        mine, self._folder = self._folder, folder
+        before = set(self.local)
+        try:
+            self.file(REQUIREMENTS)
+        finally:
+            self._folder = mine
+        for path in sorted(set(self.local) - before):
+            self._problems.append(f"{folder}/{REQUIREMENTS} names the wheel {path!r}; log it with the model instead")
 
     def lines(self, text: str, name: str, *, constraints: bool = False) -> None:
         """Read lines in pip's form; what is wrong with one is kept for `refuse`."""

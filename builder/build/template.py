@@ -279,7 +279,7 @@ def _facts(
     if not lenient or base_images.known(environment.python_version):
         facts["base_image"] = base_images.choose(environment.python_version)
     try:
-        facts["client_command"] = _client_command(context, variables, has_client=bool(facts["has_client"]))
+        facts["client_command"] = client_command(context, variables)
     except InvalidVersion:
         if not lenient:
             raise
@@ -287,14 +287,21 @@ def _facts(
     return facts
 
 
-def _client_command(context: Path, variables: Mapping[str, str], *, has_client: bool) -> list[str]:
+def client_command(context: Path, variables: Mapping[str, str]) -> list[str]:
     """Return the command that runs the version's own client, relative to the context; empty where it has none.
 
     The entry point may be written with the client folder or without it: what counts is the file that is there.
+
+    Args:
+        context: folder of the version's artifacts.
+        variables: the value of each name in `VARIABLES`.
+
+    Raises:
+        InvalidVersion: the entry point is no file of the client folder.
     """
     client, entry_point = variables["model_client_folder"], variables["entry_point"].strip("/")
     if not entry_point:
-        return variables["command_line"].split() if has_client else []
+        return variables["command_line"].split() if exists_beneath(context, client) else []
     for path in (f"{client}/{entry_point}", entry_point):
         if path.startswith(f"{client}/") and exists_beneath(context, path):
             return ["python", path]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from installer.records import Hash, RecordEntry
 from installer.utils import Scheme as InstallerScheme
@@ -87,6 +87,18 @@ class WheelLayer:
             InvalidWheel: a file is not what the archive or RECORD says of it, or ends the compiler.
             TryAgain: the compiler was ended from outside.
         """
+        writer = LayerWriter()
+        yield from self.write(writer, set())
+        yield from writer.finish()
+        self._layer = writer.layer
+
+    def write(self, writer: LayerWriter, taken: set[str]) -> Iterator[bytes]:
+        """Write the wheel's files into a layer that may hold other wheels too; errors as in iterating.
+
+        Args:
+            writer: writes the layer.
+            taken: the paths that are in the layer already, which are left as they are; the wheel's are added.
+        """
         with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
             archive = Archive(file)
             if archive.members != self._wheel.members:
@@ -95,10 +107,12 @@ class WheelLayer:
             if self._compiler and self._sources:
                 # Compiling goes on beside what follows, and is waited for at the end.
                 compilation = stack.enter_context(self._compiler.compile(file, self._sources))
-            installation = _Installation(archive, self._wheel, self._scheme)
+            installation = _Installation(writer, archive, self._wheel, self._scheme)
             # Bytecode that came with the wheel would not be believed beside ours, and has its place.
             replaced = frozenset(self._compiled)
             for place in self._places:
+                if place.path in taken:
+                    continue  # pip's later one would win, in an order that nobody promises
                 if place.member is None:
                     script = self._scripts[place.path.rpartition("/")[2]]
                     yield from installation.own(place, script.generate(INTERPRETER, "posix")[1])
@@ -107,14 +121,17 @@ class WheelLayer:
             info = self._wheel.metadata.dist_info
             yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
             if compilation:
-                yield from self._bytecode(installation, compilation)
+                yield from self._bytecode(installation, compilation, taken)
             yield from installation.finish()
-            self._layer = installation.writer.layer
+            taken.update(place.path for place in self._places)
+            taken.update(self._compiled)
 
-    def _bytecode(self, installation: _Installation, compilation: Compilation) -> Iterator[bytes]:
+    def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
         missing = []
         for number, path in enumerate(self._compiled):
             content = compilation.result(number)
+            if path in taken:
+                continue
             if content is None:
                 missing.append(self._sources[number].path)
             else:
@@ -125,8 +142,8 @@ class WheelLayer:
 class _Installation:
     """One pass: writes files into a layer, and remembers them for RECORD."""
 
-    def __init__(self, archive: Archive, wheel: Wheel, scheme: Scheme) -> None:
-        self.writer = LayerWriter()
+    def __init__(self, writer: LayerWriter, archive: Archive, wheel: Wheel, scheme: Scheme) -> None:
+        self.writer = writer
         self._archive = archive
         self._metadata = wheel.metadata
         self._scheme = scheme
@@ -162,13 +179,12 @@ class _Installation:
         self._entries.append(RecordEntry(path.removeprefix(f"{self._scheme.root}/"), None, None))
 
     def finish(self) -> Iterator[bytes]:
-        """Write RECORD, and the end of the layer."""
+        """Write RECORD."""
         place = self._scheme.place("purelib", f"{self._metadata.dist_info}/RECORD")
         entries = [*self._entries, RecordEntry(place.record, None, None)]
         with construct_record_file((InstallerScheme("purelib"), entry) for entry in entries) as stream:
             content = stream.read()
         yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)))
-        yield from self.writer.finish()
 
     def _script(self, place: Place, member: Member, line: bytes, fingerprint: Fingerprint) -> Iterator[bytes]:
         """Write a script whose first line names the environment's interpreter in the place of `#!python`."""
@@ -205,3 +221,36 @@ def _first_line(archive: Archive, member: Member) -> bytes | None:
         if len(head) > _LONGEST_LINE:
             refuse(f"the first line of {member.name!r} has no end")
     return head if head.startswith(_PYTHON) else None
+
+
+class GroupLayer:
+    """One layer of several wheels: iterate over it to get its bytes, and ask for `layer` when one pass is over.
+
+    Args:
+        wheels: in the order in which they stand in it; of two files in one place, the first is kept.
+    """
+
+    def __init__(self, wheels: Sequence[WheelLayer]) -> None:
+        self._wheels = wheels
+        self._layer: Layer | None = None
+
+    @property
+    def layer(self) -> Layer:
+        """Digests and sizes; raises RuntimeError before the bytes have been read to their end."""
+        if self._layer is None:
+            message = "The layer has not been read to its end."
+            raise RuntimeError(message)
+        return self._layer
+
+    @property
+    def without_bytecode(self) -> tuple[str, ...]:
+        """The sources that did not compile, known when the bytes have been read to their end."""
+        return tuple(path for wheel in self._wheels for path in wheel.without_bytecode)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the layer's bytes in chunks of about 256 KiB; errors as in `WheelLayer`."""
+        writer, taken = LayerWriter(), set[str]()
+        for wheel in self._wheels:
+            yield from wheel.write(writer, taken)
+        yield from writer.finish()
+        self._layer = writer.layer

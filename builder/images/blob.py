@@ -13,6 +13,8 @@ from builder.errors import BuildFailed
 from builder.images.files import Unsafe, chunks, opened
 from builder.reference import Digest
 
+_CHUNK = 1 << 18
+
 
 class Blob(Protocol):
     """Content of known digest and size that can be read more than once."""
@@ -107,3 +109,18 @@ def check(blob: Blob) -> None:
     """Read a blob to its end; raises `BuildFailed` where it is not what its digest says."""
     for _ in verified(blob):
         pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileBlob:
+    """A file of this process's own; it must not change while it is in use."""
+
+    path: Path
+    digest: Digest
+    size: int
+
+    def stream(self) -> Iterator[bytes]:
+        """Yield the file's bytes."""
+        with self.path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk

@@ -74,14 +74,14 @@ def encodable(content: bytes) -> bool:
     return not _LONG.search(content)
 
 
-def stored(content: bytes) -> bytes:
+def stored(content: bytes | memoryview) -> bytes:
     """Return the length, its complement and the bytes of a block without compression, whose opening stands before it.
 
     Args:
         content: at most 65,535 bytes.
     """
     size = len(content)
-    return size.to_bytes(2, "little") + (size ^ LARGEST_STORED).to_bytes(2, "little") + content
+    return b"".join((size.to_bytes(2, "little"), (size ^ LARGEST_STORED).to_bytes(2, "little"), content))
 
 
 class Inflater:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from builder.errors import InvalidVersion
-from builder.images.answers import unexpected
-from builder.images.descriptor import CONFIGS, INDEXES, MANIFESTS, MOST_JSON_BYTES, Descriptor, Malformed
+from builder.images.base import config_bytes, find_image
+from builder.images.descriptor import CONFIGS, INDEXES, MANIFESTS, Descriptor, Malformed
 from builder.images.manifest import Published, config_of, images_of, read_config, read_published
 from builder.images.registry import FetchedManifest, Registry
 from builder.reference import Digest, Platform, Reference, Repository
@@ -54,24 +52,8 @@ def resolve_base(registry: Registry, reference: Reference, platform: Platform) -
         InvalidVersion: it is no image, or has none for the platform.
         BuilderError: it cannot be told; see `Registry`.
     """
-    fetched = registry.manifest(reference)
-    if fetched is None:
-        return None
-    manifest = fetched
-    try:
-        if fetched.media_type in INDEXES:
-            entry = _entry(images_of(fetched.content), platform, reference)
-            inner = registry.manifest(replace(reference, tag="", digest=entry.digest))
-            if inner is None or inner.media_type not in MANIFESTS:
-                what = f"Reading {reference}"
-                raise unexpected(what, f"without its image for {platform}")
-            manifest = inner
-        found, diff_ids = read_config(_config(registry, reference.repository, manifest))
-    except Malformed as error:
-        message = f"The base image {reference} is not an image: {error}."
-        raise InvalidVersion(message, remedy="Name an image in FROM.") from error
-    _entry({found: config_of(manifest.content)}, platform, reference)
-    return ResolvedBase(digest=fetched.digest, diff_ids=diff_ids)
+    found = find_image(registry, reference, platform)
+    return ResolvedBase(digest=found.digest, diff_ids=found.diff_ids) if found else None
 
 
 def _platforms(registry: Registry, repository: Repository, fetched: FetchedManifest) -> dict[Platform, Descriptor]:
@@ -79,24 +61,5 @@ def _platforms(registry: Registry, repository: Repository, fetched: FetchedManif
         return images_of(fetched.content)
     if fetched.media_type not in MANIFESTS or config_of(fetched.content).media_type not in CONFIGS:
         return {}
-    platform, _ = read_config(_config(registry, repository, fetched))
+    platform, _ = read_config(config_bytes(registry, repository, fetched))
     return {platform: Descriptor.of(fetched.content, fetched.media_type, platform)}
-
-
-def _config(registry: Registry, repository: Repository, fetched: FetchedManifest) -> bytes:
-    return registry.blob_bytes(repository, config_of(fetched.content), MOST_JSON_BYTES)
-
-
-def _entry(images: Mapping[Platform, Descriptor], platform: Platform, reference: Reference) -> Descriptor:
-    """Return the image for a platform; an older variant of arm runs on a newer one, as engines take it too."""
-    older = (
-        [f"v{number}" for number in range(int(platform.variant[1:] or "0") - 1, 4, -1)]
-        if (platform.architecture == "arm" and platform.variant[1:].isdigit())
-        else []
-    )
-    for variant in (platform.variant, *older):
-        if found := images.get(replace(platform, variant=variant)):
-            return found
-    there = ", ".join(str(each) for each in sorted(images)) or "no platform that it names"
-    message = f"The base image {reference} has no image for {platform}; it has {there}."
-    raise InvalidVersion(message, remedy="Take another base image, or leave the platform out of MODEL_PLATFORMS.")

@@ -33,21 +33,23 @@ class Layer:
     """What is known of a layer when it has been written.
 
     Attributes:
-        digest: of the compressed bytes: the blob's.
-        size: compressed, bytes.
+        digest: of the blob, compressed or not.
+        size: of the blob, bytes.
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
+        media_type: what the blob is.
     """
 
     digest: Digest
     size: int
     diff_id: Digest
     uncompressed: int
+    media_type: str = MEDIA_TYPE
 
     @property
     def descriptor(self) -> Descriptor:
         """What names the layer in a manifest."""
-        return Descriptor(media_type=MEDIA_TYPE, digest=self.digest, size=self.size)
+        return Descriptor(media_type=self.media_type, digest=self.digest, size=self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +85,13 @@ class LayerWriter:
 
     The order of the entries is the caller's. A directory that was not written stands before the first entry below it,
     with mode 0755: without an entry of its own, its mode would be a matter of who unpacks the layer.
+
+    Args:
+        measures: whether the digests are wanted; without them, `layer` is never there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, measures: bool = True) -> None:
+        self._measures = measures
         self._out: list[bytes] = []
         self._waiting = 0
         self._blob = hashlib.sha256()
@@ -153,6 +159,8 @@ class LayerWriter:
         self._close()
         if self._out:
             yield self._flush()
+        if not self._measures:
+            return
         self._layer = Layer(
             digest=Digest(f"sha256:{self._blob.hexdigest()}"),
             size=self._size,
@@ -192,10 +200,13 @@ class LayerWriter:
             got += len(chunk)
             if observe:
                 observe(chunk)
-            held += chunk
-            while len(held) >= deflate.LARGEST_STORED:
-                self._store(opening, held[: deflate.LARGEST_STORED])
-                held, opening = held[deflate.LARGEST_STORED :], b"\x00"
+            waiting, start = memoryview(held + chunk if held else chunk), 0
+            while len(waiting) - start >= deflate.LARGEST_STORED:
+                end = start + deflate.LARGEST_STORED
+                self._store(opening, waiting[start:end])
+                start, opening = end, b"\x00"
+                yield from self._drain()
+            held = bytes(waiting[start:])
             yield from self._drain()
         if got != content.size:
             message = f"it holds {got} bytes, and {content.size} are declared"
@@ -203,7 +214,7 @@ class LayerWriter:
         if held or not opening:
             self._store(opening, held)
 
-    def _store(self, opening: bytes, block: bytes) -> None:
+    def _store(self, opening: bytes, block: bytes | memoryview) -> None:
         self._account(block)
         self._put(opening + deflate.stored(block))
 
@@ -234,8 +245,9 @@ class LayerWriter:
         self._put(self._crc.to_bytes(4, "little") + (self._length & 0xFFFFFFFF).to_bytes(4, "little"))
         self._open, self._crc, self._length = False, 0, 0
 
-    def _account(self, archive: bytes) -> None:
-        self._archive.update(archive)
+    def _account(self, archive: bytes | memoryview) -> None:
+        if self._measures:
+            self._archive.update(archive)
         self._crc = zlib.crc32(archive, self._crc)
         self._length += len(archive)
         self._uncompressed += len(archive)
@@ -252,6 +264,7 @@ class LayerWriter:
         chunk = b"".join(self._out)
         self._out.clear()
         self._waiting = 0
-        self._blob.update(chunk)
+        if self._measures:
+            self._blob.update(chunk)
         self._size += len(chunk)
         return chunk

@@ -41,6 +41,8 @@ SOURCE_ID = f"{PREFIX}source-id"
 CONTENT_DIGEST = f"{PREFIX}content-digest"
 PLATFORMS = f"{PREFIX}platforms"
 ARTIFACTS_DIGEST = f"{PREFIX}artifacts-digest"
+LOCK_DIGEST = f"{PREFIX}lock-digest"
+METHOD = f"{PREFIX}method"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,11 @@ class Image:
     config_descriptor: Descriptor
     layers: tuple[Descriptor, ...]
     annotations: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layers, compressed: what a first pull moves."""
+        return sum(layer.size for layer in dict.fromkeys(self.layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ def push_image(
 
     def push(blob: Blob) -> None:
         if not stop.is_set():
-            sent = registry.push_blob(repository, _Stoppable(blob, stop), sources)
+            sent = registry.push_blob(repository, Stoppable(blob, stop), sources)
             if progress:
                 progress(blob.digest, sent)
 
@@ -98,21 +98,33 @@ def move_tag(
 
 
 @dataclass(frozen=True, slots=True)
-class _Stoppable:
-    """A blob that is no longer read once another has failed."""
+class Stoppable:
+    """A blob that is no longer read once another has failed.
+
+    Attributes:
+        blob: the blob.
+        stop: set when it shall not be read any more.
+    """
 
     blob: Blob
     stop: threading.Event
 
     @property
     def digest(self) -> Digest:
+        """The blob's."""
         return self.blob.digest
 
     @property
     def size(self) -> int:
+        """The blob's."""
         return self.blob.size
 
     def stream(self) -> Iterator[bytes]:
+        """Yield the blob's bytes.
+
+        Raises:
+            TryAgain: it was stopped.
+        """
         for chunk in self.blob.stream():
             if self.stop.is_set():
                 message = "Another upload of the same image failed, so this one was ended."

@@ -6,17 +6,18 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
 import httpx
 
-from builder.errors import BuilderError, PermissionRefused
+from builder.errors import BuilderError, BuildFailed, PermissionRefused
 from builder.images.answers import Answer, refusal, unexpected
 from builder.images.auth import scope
-from builder.images.blob import Blob, BytesBlob
+from builder.images.blob import Blob, BytesBlob, verified
 from builder.images.descriptor import INDEXES, MANIFESTS, Descriptor, Malformed
+from builder.images.download import Download
 from builder.images.manifest import media_type_of
 from builder.images.transport import Transport
 from builder.log import get_logger
@@ -91,7 +92,7 @@ class Registry:
             descriptor: names it.
             limit: bytes that it may have.
         """
-        what = f"Reading blob {descriptor.digest} of {repository}"
+        what = _reading(repository, descriptor)
         if descriptor.size > limit:
             raise unexpected(what, f"with the promise of more than {limit} bytes")
         path, scopes = self._path(repository, f"blobs/{descriptor.digest}"), _pull(repository)
@@ -103,6 +104,31 @@ class Registry:
         if Digest.of(answer.content) != descriptor.digest:
             raise unexpected(what, "with something else")
         return answer.content
+
+    def blob_stream(self, repository: Repository, descriptor: Descriptor) -> Generator[bytes, None, None]:
+        """Yield a blob's bytes, the last of them only when digest and size are what the descriptor says.
+
+        The whole is never in memory. A connection that breaks is taken up again where it broke, as often as a request
+        may be tried; all of it together may take as long as an upload of that size.
+
+        Args:
+            repository: where it is.
+            descriptor: names it.
+        """
+        what = _reading(repository, descriptor)
+        download = Download(
+            what=what,
+            transport=self._transport,
+            path=self._path(repository, f"blobs/{descriptor.digest}"),
+            scopes=_pull(repository),
+            refusal=lambda answer: self._refusal(what, answer),
+            digest=descriptor.digest,
+            size=descriptor.size,
+        )
+        try:
+            yield from verified(download)
+        except BuildFailed as error:
+            raise unexpected(what, "with something else") from error
 
     def has_blob(self, repository: Repository, digest: Digest) -> bool:
         """Return whether a repository holds a blob."""
@@ -185,6 +211,19 @@ class Registry:
         Returns:
             Its digest.
         """
+        return self._put_manifest(repository, content, media_type, target)[0]
+
+    def put_referrer(self, repository: Repository, content: bytes, media_type: str, digest: Digest) -> bool:
+        """Put a manifest that has a subject into a repository, by its own digest.
+
+        Returns:
+            Whether the registry lists it among its subject's referrers; where it does not, the caller has to.
+        """
+        return "OCI-Subject" in self._put_manifest(repository, content, media_type, digest)[1].headers
+
+    def _put_manifest(
+        self, repository: Repository, content: bytes, media_type: str, target: str | Digest
+    ) -> tuple[Digest, Answer]:
         what = f"Pushing {repository}{'@' if isinstance(target, Digest) else ':'}{target}"
         digest = Digest.of(content)
         path, scopes = self._path(repository, f"manifests/{target}"), _push(repository)
@@ -197,7 +236,7 @@ class Registry:
         if answer.status not in {HTTPStatus.CREATED, HTTPStatus.OK, HTTPStatus.ACCEPTED} or answer.is_page:
             raise self._refusal(what, answer, repository)
         _check_digest(what, answer, digest)
-        return digest
+        return digest, answer
 
     def check_push(self, repository: Repository) -> None:
         """Open an upload and cancel it, to see whether the credential may push to a repository."""
@@ -260,6 +299,39 @@ class Registry:
             message = f"{repository} is not at {self.host}"
             raise ValueError(message)
         return f"/v2/{repository.path}/{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteBlob:
+    """A `Blob` in a registry: each reading downloads it, with the errors of `Registry.blob_stream`.
+
+    Attributes:
+        registry: where it is.
+        repository: where it is there.
+        descriptor: names it.
+    """
+
+    registry: Registry = field(repr=False)
+    repository: Repository
+    descriptor: Descriptor
+
+    @property
+    def digest(self) -> Digest:
+        """The digest it must have."""
+        return self.descriptor.digest
+
+    @property
+    def size(self) -> int:
+        """The bytes it must have."""
+        return self.descriptor.size
+
+    def stream(self) -> Iterator[bytes]:
+        """Yield its bytes from the beginning; the last of them only when all are what they must be."""
+        return self.registry.blob_stream(self.repository, self.descriptor)
+
+
+def _reading(repository: Repository, descriptor: Descriptor) -> str:
+    return f"Reading blob {descriptor.digest} of {repository}"
 
 
 def _pull(repository: Repository) -> frozenset[str]:

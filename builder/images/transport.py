@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import threading
 import time
@@ -25,6 +26,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _KEEPING = frozenset({307, 308})
 _MOST_STEPS = 8
 _READ = frozenset({"GET", "HEAD"})
+_CONTENT = frozenset({HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT})
 # A registry may take its time over a large blob before it answers.
 _UPLOAD_TIMEOUT = httpx.Timeout(60, connect=15, read=300)
 _NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"})
@@ -65,6 +67,11 @@ class Transport:
             may_ask=self._allowed,
             send=lambda request: self._exchange(request, time.monotonic() + patience.deadline, MOST_JSON_BYTES),
         )
+
+    @property
+    def attempts(self) -> int:
+        """How often something may be tried."""
+        return self._patience.attempts
 
     @property
     def has_credential(self) -> bool:
@@ -112,13 +119,54 @@ class Transport:
             Again: it failed in a way that may pass.
             BuilderError: it failed for good: a certificate, a token server, an answer that is too large.
         """
+
+        def exchange(url: httpx.URL, authorization: str | None) -> Answer:
+            return self._exchange(self._request(method, url, headers, authorization, body), until, limit)
+
+        return self._answered(method, where, scopes, exchange)
+
+    def open(
+        self,
+        where: str,
+        *,
+        until: float,
+        scopes: frozenset[str] = frozenset(),
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[Answer, Body | None]:
+        """Return the registry's answer to a GET, after challenges and redirects, and what reads its body.
+
+        The arguments and errors are those of `send`. An answer that is no success is read whole and has no `Body`;
+        whoever gets a `Body` closes it.
+        """
+        body: Body | None = None
+
+        def exchange(url: httpx.URL, authorization: str | None) -> Answer:
+            nonlocal body
+            request = self._request("GET", url, headers, authorization, None)
+            name = _name(request)
+            response = self._sent(request, name, until)
+            if response.status_code not in _CONTENT:
+                return _whole(response, name, until, MOST_JSON_BYTES)
+            body = Body(response, name, until)
+            return _answer(response, b"")
+
+        return self._answered("GET", where, scopes, exchange), body
+
+    def _answered(
+        self,
+        method: str,
+        where: str | httpx.URL,
+        scopes: frozenset[str],
+        exchange: Callable[[httpx.URL, str | None], Answer],
+    ) -> Answer:
+        """Return the last answer that `exchange`, given a URL and an authorization, has on the way there."""
         base = self._origin()
         url = self._joined(base, where)
         home = _origin(url) == _origin(base)
         authorization = self._authorizer.header(scopes) if home else None
         challenged = False
         for _ in range(_MOST_STEPS):
-            answer = self._exchange(self._request(method, url, headers, authorization, body), until, limit)
+            answer = exchange(url, authorization)
             if answer.status == HTTPStatus.UNAUTHORIZED and home and not challenged:
                 challenged = True
                 offered = answer.headers.get_list("WWW-Authenticate")
@@ -191,29 +239,15 @@ class Transport:
             Again: there was no answer, or one that may be another later.
             BuilderError: TLS cannot be made, the answer is too large, or it took too long.
         """
-        name = request.url.netloc.decode("ascii", "replace")
-        try:
-            if not isinstance(request.stream, httpx.ByteStream) and isinstance(request.stream, httpx.SyncByteStream):
-                request.stream = _Timed(request.stream, name, until)
-            response = self._client.send(request, stream=True)
-            try:
-                content = b"".join(_bounded(response, name, until, limit))
-            finally:
-                response.close()
-        except httpx.TransportError as error:
-            raise _failure(name, error) from error
-        except (httpx.InvalidURL, httpx.DecodingError) as error:
-            raise unexpected(_request_to(name), "in a form that HTTP does not have") from error
-        answer = Answer(
-            status=response.status_code,
-            headers=response.headers,
-            content=content,
-            url=request.url,
-            method=request.method,
-        )
-        if passes(answer.status):
-            raise Again(answer)
-        return answer
+        name = _name(request)
+        return _whole(self._sent(request, name, until), name, until, limit)
+
+    def _sent(self, request: httpx.Request, name: str, until: float) -> httpx.Response:
+        """Return the response to a request, its body not read yet."""
+        if not isinstance(request.stream, httpx.ByteStream) and isinstance(request.stream, httpx.SyncByteStream):
+            request.stream = _Timed(request.stream, name, until)
+        with _ours(name):
+            return self._client.send(request, stream=True)
 
     def _origin(self) -> httpx.URL:
         """Return the registry's base URL; whether this machine's own speak TLS is found out once."""
@@ -251,6 +285,35 @@ class Transport:
             return "https" if _cause(error, ssl.SSLCertVerificationError) else "http"
 
 
+class Body:
+    """The body of an answer, read once, piece by piece, as it was sent: nothing is decoded.
+
+    Args:
+        response: not read yet.
+        name: the host that answered.
+        until: when it has to be over, as of `time.monotonic`.
+    """
+
+    def __init__(self, response: httpx.Response, name: str, until: float) -> None:
+        self._response, self._name, self._until = response, name, until
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the pieces.
+
+        Raises:
+            Again: the connection broke.
+            ServiceUnavailable: it took too long.
+        """
+        with _ours(self._name):
+            for chunk in self._response.iter_raw():
+                _in_time(self._name, self._until)
+                yield chunk
+
+    def close(self) -> None:
+        """Give the connection back; one that was not read to its end is closed."""
+        self._response.close()
+
+
 class _Timed(httpx.SyncByteStream):
     """A request's body that ends when the time is over."""
 
@@ -261,6 +324,41 @@ class _Timed(httpx.SyncByteStream):
         for chunk in self._stream:
             _in_time(self._name, self._until)
             yield chunk
+
+
+def _name(request: httpx.Request) -> str:
+    return request.url.netloc.decode("ascii", "replace")
+
+
+@contextlib.contextmanager
+def _ours(name: str) -> Iterator[None]:
+    """Turn what fails on the way to or from the host `name` into errors of ours."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise _failure(name, error) from error
+    except (httpx.InvalidURL, httpx.DecodingError) as error:
+        raise unexpected(_request_to(name), "in a form that HTTP does not have") from error
+
+
+def _whole(response: httpx.Response, name: str, until: float, limit: int) -> Answer:
+    """Return a response with its body; raises `Again` where it may be another later."""
+    with _ours(name), contextlib.closing(response):
+        content = b"".join(_bounded(response, name, until, limit))
+    answer = _answer(response, content)
+    if passes(answer.status):
+        raise Again(answer)
+    return answer
+
+
+def _answer(response: httpx.Response, content: bytes) -> Answer:
+    return Answer(
+        status=response.status_code,
+        headers=response.headers,
+        content=content,
+        url=response.request.url,
+        method=response.request.method,
+    )
 
 
 def _bounded(response: httpx.Response, name: str, until: float, limit: int) -> Iterator[bytes]:

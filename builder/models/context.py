@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from builder.errors import InvalidSettings, InvalidVersion, TryAgain
 from builder.models.answers import on_disk
 from builder.models.artifacts import MODEL_FILE, checked_path, find_model_folder
-from builder.models.crew import side_by_side
+from builder.crew import side_by_side
 from builder.models.version import Inputs
 from builder.reference import Digest
 
@@ -83,7 +83,7 @@ def write_context(
 
 
 def sketch_context(catalog: Catalog, version: ModelVersion, artifacts: Sequence[Artifact], folder: Path) -> None:
-    """Write what rendering reads of a version: its templates and its model's description; the rest as empty files.
+    """Write what planning reads of a version: templates, requirements and wheels; the rest as empty files.
 
     Args:
         catalog: where the artifacts are.
@@ -102,8 +102,14 @@ def sketch_context(catalog: Catalog, version: ModelVersion, artifacts: Sequence[
         for artifact in artifacts:
             path = folder / artifact.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            read = artifact.path in described or artifact.path.startswith(f"{inputs.templates_folder}/")
-            if read and (artifact.size or 0) <= _MOST_SKETCHED:
+            read = (
+                artifact.path in described
+                or artifact.path.startswith(f"{inputs.templates_folder}/")
+                or artifact.path == f"{inputs.client_folder}/requirements.txt"
+                # What requirements may name: further lists, and wheels.
+                or (artifact.path.startswith(f"{model_folder}/") and artifact.path.endswith((".txt", ".whl")))
+            )
+            if read and ((artifact.size or 0) <= _MOST_SKETCHED or artifact.path.endswith(".whl")):
                 catalog.download(artifact, path)
             else:
                 path.touch()

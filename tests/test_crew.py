@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from builder.errors import Terminated
-from builder.models.crew import side_by_side
+from builder.crew import side_by_side
 
 
 def test_every_item_is_done_once():

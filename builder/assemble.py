@@ -1,0 +1,214 @@
+"""From recipes to images in the registry: every layer found, made or taken from the model's files, and joined."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from builder.build.kept_locks import LOCK_FILE, LOCK_TYPE
+from builder.build.venv_layer import venv_layer
+from builder.build.wheel_files import ENVIRONMENT
+from builder.build.wheel_groups import Group
+from builder.errors import InvalidVersion, TryAgain, UsageError
+from builder.images.assembly import Addition, Runtime, assembled
+from builder.images.base import BaseImage, base_image
+from builder.images.blob import Blob, BytesBlob
+from builder.images.files_layer import FileEntry, FilesLayer, split
+from builder.images.layer import Layer
+from builder.images.layer_store import LayerStore
+from builder.images.manifest import LOCK_DIGEST, METHOD, Image
+from builder.images.push import Stoppable
+from builder.images.referrers import attach
+from builder.images.registries import Registries
+from builder.images.registry import RemoteBlob
+from builder.log import get_logger
+from builder.plan import Plan, PlatformPlan
+from builder.recipe import MODEL_LAYERS, PlatformRecipe, Recipe
+from builder.reference import Digest, Reference, Repository
+from builder.settings import Settings
+from builder.wheels import PORT, layer_store, wheel_layers
+
+_log = get_logger("assemble")
+_THREADS = 4
+_HOME = "/app"
+USER = "10001:0"
+
+
+def push_images(
+    settings: Settings,
+    registries: Registries,
+    plan: Plan,
+    recipe: Recipe,
+    context: Path,
+    notes: Callable[[PlatformPlan], dict[str, str]],
+) -> list[Image]:
+    """Push the image of every platform that is made of wheel layers, by its digest; no tag is touched.
+
+    Args:
+        settings: what the environment says.
+        registries: those of images and of base images.
+        plan: what is to be made.
+        recipe: from what.
+        context: the folder the version's artifacts are in.
+        notes: returns the annotations of one platform's image, which are its labels too.
+
+    Returns:
+        The images, in the plan's order.
+
+    Raises:
+        BuilderError: a wheel cannot be had or installed, a file has changed, or a registry refuses.
+    """
+    steps = plan.made_by("wheels")
+    parts = [recipe.for_platform(step.platform) for step in steps]
+    target = _Target(registries, plan.reference.repository, layer_store(settings, registries))
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="push") as pool:
+        try:
+            files = [pool.submit(target.files, *each) for each in _entries(context, recipe)]
+            bases = [_base(registries, step) for step in steps]
+            placing = [pool.submit(target.base, base) for base in bases]
+            wheels = _wheel_layers(settings, target, recipe, parts)
+            for future in placing:
+                future.result()
+            own = [addition for future in files for addition in future.result()]
+        except BaseException:
+            # After a failure, or when the process is asked to end, uploads end within a chunk.
+            target.stop.set()
+            raise
+    images = []
+    for step, part, base in zip(steps, parts, bases, strict=True):
+        venv, content = venv_layer(part.interpreter, recipe.python)
+        target.push(content)
+        lock = part.lock.to_text().encode()
+        labels = {**notes(step), LOCK_DIGEST: str(Digest.of(lock)), METHOD: step.method}
+        image = assembled(
+            base,
+            [
+                Addition(layer=venv, history=f"environment on {part.interpreter}"),
+                *(Addition(layer=wheels[group], history=f"wheel {group.title}") for group in part.groups),
+                *own,
+            ],
+            _runtime(recipe),
+            labels=labels,
+            annotations=labels,
+            created=plan.version.created,
+        )
+        target.push(BytesBlob(image.config))
+        target.registry.put_manifest(
+            target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest
+        )
+        attach(target.registry, target.repository, image.descriptor, lock, kind=LOCK_TYPE, title=LOCK_FILE)
+        _log.info("assembled", platform=str(step.platform), layers=len(image.layers), size=image.size)
+        images.append(image)
+    return images
+
+
+class _Target:
+    """The repository that images go to."""
+
+    def __init__(self, registries: Registries, repository: Repository, store: LayerStore) -> None:
+        self.registries = registries
+        self.registry = registries.for_host(repository.host)
+        self.repository = repository
+        self.store = store
+        self.stop = threading.Event()
+
+    def push(self, blob: Blob, mount_from: Sequence[Repository] = ()) -> int:
+        """Push a blob unless it is there; return the bytes that were sent."""
+        return self.registry.push_blob(self.repository, Stoppable(blob, self.stop), mount_from)
+
+    def base(self, base: BaseImage) -> None:
+        """Put a base's layers into the repository; those of another registry are kept beside the wheel layers."""
+        home = base.reference.repository
+        source = self.registries.for_host(home.host)
+        for layer in base.layers:
+            blob = RemoteBlob(registry=source, repository=home, descriptor=layer)
+            if home.host == self.registry.host:
+                self.push(blob, (home,))
+            elif not self.registry.has_blob(self.repository, layer.digest):
+                _log.info("copying a layer of the base image", base=str(base.reference), size=layer.size)
+                self.registry.push_blob(self.store.repository, Stoppable(blob, self.stop))
+                kept = RemoteBlob(registry=self.registry, repository=self.store.repository, descriptor=layer)
+                self.push(kept, (self.store.repository,))
+
+    def files(self, entries: Sequence[FileEntry], history: str) -> list[Addition]:
+        """Push the layer of some files, and return it; none for no files."""
+        if not entries:
+            return []
+        layer = FilesLayer.of(entries)
+        sent = self.push(layer)
+        _log.debug("model layer", files=len(entries), size=layer.size, sent=sent)
+        return [Addition(layer=layer.layer, history=history)]
+
+
+def _entries(context: Path, recipe: Recipe) -> list[tuple[tuple[FileEntry, ...], str]]:
+    """Return the files of each layer that holds the version's own, with a line of history."""
+    model = _files(context, recipe.model_folder)
+    if not model:
+        message = f"The folder {recipe.model_folder!r} of the model is empty."
+        raise InvalidVersion(message, remedy="Log the model again.")
+    client = _files(context, recipe.client_folder) if recipe.client_folder else []
+    layers = [(tuple(each), _title("model", each)) for each in split(model, most=MODEL_LAYERS - bool(client))]
+    return [*layers, *([(tuple(client), _title("client", client))] if client else [])]
+
+
+def _files(context: Path, folder: str) -> list[FileEntry]:
+    return [
+        FileEntry(path=f"{_HOME[1:]}/{path.relative_to(context).as_posix()}", source=path, size=path.lstat().st_size)
+        for path in sorted((context / folder).rglob("*"))
+        if not path.is_dir() or path.is_symlink()
+    ]
+
+
+def _title(what: str, entries: Sequence[FileEntry]) -> str:
+    return f"{what} {entries[0].path}" if len(entries) == 1 else f"{what}, {len(entries)} files"
+
+
+def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
+    """Return the base image as the plan saw it.
+
+    Raises:
+        TryAgain: it is gone.
+    """
+    if step.base is None:
+        message = f"The plan has no base image for {step.platform}."
+        raise UsageError(message, remedy="Run 'builder fetch' again.")
+    named = Reference.parse(step.base.name)
+    reference = named.repository.digest(step.base.digest)
+    base = base_image(registries.for_host(named.repository.host), reference, step.platform)
+    if base is None:
+        message = f"The base image {named} is no longer {step.base.digest}."
+        raise TryAgain(message, remedy="Publish again: it starts from the base as it is then.")
+    return base
+
+
+def _wheel_layers(
+    settings: Settings, target: _Target, recipe: Recipe, parts: Sequence[PlatformRecipe]
+) -> dict[Group, Layer]:  # fmt: skip
+    """Return the layer of each group of wheels, placed in the repository."""
+    groups = [group for part in parts for group in part.groups]
+    with wheel_layers(settings, target.store, recipe) as layers:
+        placed = layers.placed(groups, target.repository)
+        _log.info("wheel layers are there", **asdict(layers.traffic))
+    return placed
+
+
+def _runtime(recipe: Recipe) -> Runtime:
+    """Return how a container is started; the built-in Dockerfile.j2 says the same."""
+    served = {} if recipe.client_folder else {"__pyfunc_model_path__": f"{_HOME}/{recipe.model_folder}"}
+    return Runtime(
+        environment={
+            "HOME": "/tmp",  # noqa: S108  # the one folder that any user may write
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "GIT_PYTHON_REFRESH": "quiet",
+            **served,
+        },
+        path=[f"/{ENVIRONMENT}/bin"],
+        user=USER,
+        workdir=_HOME,
+        command=recipe.command,
+        ports=[f"{PORT}/tcp"],
+    )

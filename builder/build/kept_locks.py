@@ -1,0 +1,116 @@
+"""Locks kept in a registry beside the wheel layers, so that versions of one environment are resolved once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from builder.build.index import IndexClient
+from builder.build.indexes import Indexes
+from builder.build.lock import lock
+from builder.build.locked import Lock, lock_key, lock_keys
+from builder.build.requirements import Requirements
+from builder.crew import side_by_side
+from builder.errors import InvalidVersion
+from builder.images.layer_store import LayerStore
+from builder.log import get_logger
+from builder.reference import Platform
+
+_log = get_logger("lock")
+
+LOCK_TYPE = "application/vnd.modelimage.lock.v1+toml"
+LOCK_FILE = "pylock.toml"
+_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolver:
+    """Gives the lock of requirements on a platform: one that is kept, or one that is resolved now and kept.
+
+    Attributes:
+        store: where locks are kept.
+        requirements: what is to be installed.
+        indexes: who is asked: those that the model names are among them.
+        client: asks them.
+        model: folder of the model, for the wheels in it.
+        python: the interpreter, `3.11`.
+        as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
+    """
+
+    store: LayerStore
+    requirements: Requirements
+    indexes: Indexes
+    client: IndexClient
+    model: Path
+    python: str
+    as_of: datetime | None
+
+    def lock(self, platform: Platform, glibc: tuple[int, int] | None, *, keep: bool = True) -> Lock:
+        """Return the lock for a platform.
+
+        Args:
+            platform: what for.
+            glibc: the base image's C library; None where it is not known.
+            keep: whether one that is resolved now is kept.
+
+        Raises:
+            BuilderError: as `builder.build.lock.lock`, and what a registry's client raises.
+        """
+        kept = self._kept(platform, glibc)
+        if kept is not None:
+            return kept.located(self.requirements, self.model)
+        _log.info("resolving", platform=str(platform), requirements=len(self.requirements.required))
+        made = lock(
+            self.requirements,
+            platform=platform,
+            indexes=self.indexes,
+            model=self.model,
+            python=self.python,
+            as_of=self.as_of,
+            glibc=glibc,
+            client=self.client,
+        )
+        if keep and made.as_of is not None:
+            key = lock_key(
+                self.requirements,
+                platform=platform,
+                python=self.python,
+                glibc=glibc,
+                indexes=self.indexes.identity,
+                as_of=made.as_of,
+            )
+            self.store.keep_text(_tag(key), made.to_text().encode(), kind=LOCK_TYPE, title=LOCK_FILE)
+        return made
+
+    def _kept(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
+        """Return the lock that is kept for the day or, where there is none, for the moment; asked for at once."""
+        keys = lock_keys(
+            self.requirements,
+            platform=platform,
+            python=self.python,
+            glibc=glibc,
+            indexes=self.indexes.identity,
+            as_of=self.as_of,
+        )
+        texts = {}
+        for found in side_by_side(self._text, keys, threads=len(keys), every=_SECONDS):
+            if found and found[1] is not None:
+                texts[found[0]] = found[1]
+        for key in keys:
+            if key in texts:
+                try:
+                    read = Lock.from_text(texts[key])
+                except InvalidVersion as error:
+                    _log.warning("a kept lock is none, and is made again", why=error.what)
+                    continue
+                if (read.platform, read.python) == (platform, self.python):
+                    return read
+        return None
+
+    def _text(self, key: str) -> tuple[str, bytes | None]:
+        return key, self.store.text(_tag(key), kind=LOCK_TYPE)
+
+
+def _tag(key: str) -> str:
+    return f"lock-{key}"

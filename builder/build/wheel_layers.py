@@ -1,0 +1,208 @@
+"""From locked wheels to layers in a registry: what is known is taken, what is not is downloaded, made and pushed."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self, TypeVar
+
+from builder.build.bytecode import Compiler
+from builder.build.index import IndexClient
+from builder.build.wheel import layer_key, open_wheel
+from builder.build.wheel_groups import Group
+from builder.build.wheel_layer import GroupLayer, WheelLayer
+from builder.crew import side_by_side
+from builder.errors import TryAgain
+from builder.images.blob import Blob, FileBlob
+from builder.images.layer import Layer
+from builder.images.layer_store import LayerStore
+from builder.images.registry import RemoteBlob
+from builder.log import get_logger
+from builder.reference import Repository
+
+_log = get_logger("wheels")
+_LOOKING = 16
+_MAKING = 6
+_SECONDS = 60.0
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Traffic:
+    """What was moved; counted by several threads.
+
+    Attributes:
+        known: layers that the registry had.
+        made: layers that were made.
+        received: bytes of wheels that were downloaded.
+        sent: bytes of layers that were pushed.
+    """
+
+    known: int = 0
+    made: int = 0
+    received: int = 0
+    sent: int = 0
+
+
+class WheelLayers:
+    """The layers of wheels, kept in a registry. A context manager that removes its temporary files.
+
+    Args:
+        store: where layers are kept.
+        client: asks package indexes.
+        python: the model's Python, `3.11`.
+        compiler: makes the bytecode; None for layers without.
+        folder: where wheels and layers stand while a layer is made; it must hold the largest of them twice.
+    """
+
+    def __init__(
+        self, store: LayerStore, client: IndexClient, *, python: str, compiler: Compiler | None, folder: Path | None = None
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._client = client
+        self._python = python
+        self._compiler = compiler
+        self._temporary = tempfile.TemporaryDirectory(prefix="wheels-", dir=folder)
+        self._lock = threading.Lock()
+        self.traffic = Traffic()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what is left of temporary files."""
+        self._temporary.cleanup()
+
+    def key(self, group: Group) -> str:
+        """Return the tag that a group's layer is kept under."""
+        return layer_key(group.source, python=self._python, bytecode=self._compiler)
+
+    def known(self, groups: Iterable[Group]) -> dict[Group, Layer]:
+        """Return the layers that the registry has; one request each, side by side."""
+        found = _together(lambda group: (group, self._store.layer(self.key(group), source=group.source)), groups)
+        return {group: layer for group, layer in found if layer is not None}
+
+    def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[Group, Layer]:
+        """Return the layer of each group; each is in the store, and in a repository, when this returns.
+
+        Args:
+            groups: what is wanted.
+            repository: the repository that is to have the layers; None for the store alone.
+
+        Raises:
+            InvalidWheel: a wheel cannot be installed.
+            WheelNotFound, WheelMismatch: an index does not have it any more.
+            BuilderError: an index or the registry cannot be had.
+        """
+        wanted = sorted(dict.fromkeys(groups), key=lambda group: -group.size)
+        looked = list(_together(lambda group: (group, self._taken(group, repository)), wanted))
+        layers = {group: layer for group, layer in looked if layer is not None}
+        missing = [group for group in wanted if group not in layers]
+        self.traffic.known += len(layers)
+        if missing:
+            size = sum(group.size for group in missing)
+            _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
+        compiler = self._compiler
+        if compiler and len(missing) > 1:
+            # So many wheels are compiled at a time that each does with one process.
+            compiler = replace(compiler, workers=1)
+        made = _together(lambda group: (group, self._made(group, repository, compiler)), missing, threads=_MAKING)
+        return {**layers, **dict(made)}
+
+    def derived(self, group: Group) -> Layer:
+        """Return a group's layer as it has to be, made again from its wheels and compared with nothing."""
+        with self._layer(group, self._compiler) as (layer, _):
+            return layer
+
+    def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
+        """Return a layer that the registry has, placed in the repository; None where it has to be made."""
+        layer = self._store.layer(self.key(group), source=group.source)
+        if layer is None or not self._place(layer, repository, None):
+            return None
+        return layer
+
+    def _place(self, layer: Layer, repository: Repository | None, blob: Blob | None) -> bool:
+        """Put a kept layer into a repository; return whether that could be done.
+
+        Args:
+            layer: the layer.
+            repository: where to; None to see that the store has it.
+            blob: its content; None for the store's.
+        """
+        kept = self._store.repository
+        registry = self._store.registry
+        if repository is None or repository == kept:
+            return registry.has_blob(kept, layer.digest)
+        if registry.mount_blob(repository, layer.digest, kept):
+            return True
+        if blob is None:
+            # A registry that mounts nothing, or one that has lost the content.
+            if not registry.has_blob(kept, layer.digest):
+                _log.warning("a kept layer has lost its content, and is made again", digest=str(layer.digest))
+                return False
+            blob = RemoteBlob(registry=registry, repository=kept, descriptor=layer.descriptor)
+        sent = registry.push_blob(repository, blob)
+        self._count(sent=sent)
+        return True
+
+    def _made(self, group: Group, repository: Repository | None, compiler: Compiler | None) -> Layer:
+        with self._layer(group, compiler) as (layer, blob):
+            self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
+            self._count(sent=layer.size, made=1)
+            self._place(layer, repository, blob)
+            return layer
+
+    @contextlib.contextmanager
+    def _layer(self, group: Group, compiler: Compiler | None) -> Iterator[tuple[Layer, Blob]]:
+        """Give a group's layer, made from its wheels."""
+        with tempfile.TemporaryDirectory(dir=self._temporary.name) as name:
+            folder = Path(name)
+            wheels = []
+            for wheel in group.wheels:
+                path = folder / wheel.filename[-200:]
+                self._client.download(wheel, path)
+                self._count(received=path.stat().st_size)
+                wheels.append(WheelLayer(open_wheel(path, filename=wheel.filename), python=self._python, bytecode=compiler))
+            made = GroupLayer(wheels)
+            target = folder / "layer.tar.gz"
+            try:
+                with target.open("xb", buffering=0) as file:
+                    for chunk in made:
+                        file.write(chunk)
+            except OSError as error:
+                message = f"The layer of {group.title[:200]} cannot be written: {error.strerror}."
+                raise TryAgain(message, remedy="Free space in TMPDIR, or name a larger BUILDER_WORKSPACE.") from error
+            for path in folder.glob("*.whl"):
+                path.unlink()
+            if made.without_bytecode:
+                _log.info("no bytecode", wheels=group.title[:200], files=len(made.without_bytecode))
+            yield made.layer, FileBlob(path=target, digest=made.layer.digest, size=made.layer.size)
+
+    def _count(self, *, sent: int = 0, received: int = 0, made: int = 0) -> None:
+        with self._lock:
+            self.traffic.sent += sent
+            self.traffic.received += received
+            self.traffic.made += made
+
+
+def compiler_for(python: str) -> Compiler | None:
+    """Return what compiles for a model's Python here; None, and a line in the log, where nothing does."""
+    found = Compiler.find(python)
+    if found is None:
+        _log.info("the images get no bytecode: this program runs on another Python", python=python, runs_on=platform.python_version())
+    return found
+
+
+def _together(
+    work: Callable[[Group], tuple[Group, Result]], groups: Iterable[Group], *, threads: int = _LOOKING
+) -> Iterator[tuple[Group, Result]]:
+    for result in side_by_side(work, list(dict.fromkeys(groups)), threads=threads, every=_SECONDS):
+        if result is not None:
+            yield result

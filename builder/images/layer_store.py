@@ -1,0 +1,216 @@
+"""Layers and small texts kept in a registry's repository, each under a tag that says what it was made from.
+
+A layer is kept as an image of one layer: every registry takes one, and its garbage collection leaves it alone. The tag
+moves last, so that what a crashed process left half-written is never found. Whoever can write the repository puts code
+into every image; docs/how-it-works.md says who may.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from builder.errors import BuilderError
+from builder.images.blob import Blob, BytesBlob
+from builder.images.descriptor import (
+    LAYERS,
+    MOST_JSON_BYTES,
+    OCI_CONFIG,
+    OCI_MANIFEST,
+    Descriptor,
+    Malformed,
+    digest_of,
+    from_bytes,
+    refuse,
+    sequence,
+    strings,
+    to_bytes,
+)
+from builder.images.layer import Layer
+from builder.images.manifest import PREFIX, TITLE
+from builder.images.registry import Registry
+from builder.log import get_logger
+from builder.reference import Repository
+
+_log = get_logger("layers")
+
+SOURCE = f"{PREFIX}layer.source"
+DIFF_ID = f"{PREFIX}layer.diff-id"
+UNCOMPRESSED = f"{PREFIX}layer.uncompressed-size"
+# The empty config of an artifact (image-spec, manifest.md, "Guidance for an Empty Descriptor").
+EMPTY = BytesBlob(b"{}")
+EMPTY_CONFIG = Descriptor.of(EMPTY.content, "application/vnd.oci.empty.v1+json")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStore:
+    """A repository of kept layers and texts. May be used by several threads.
+
+    Attributes:
+        registry: where it is.
+        repository: the repository.
+    """
+
+    registry: Registry
+    repository: Repository
+
+    def layer(self, key: str, *, source: str) -> Layer | None:
+        """Return the layer kept under a key; None where there is none, or something that is no such layer.
+
+        One request. Whether the registry still holds the layer's content shows when it is mounted.
+
+        Args:
+            key: the tag.
+            source: what the layer must say that it was made from.
+
+        Raises:
+            BuilderError: it cannot be told; see `Registry`.
+        """
+        fetched = self.registry.manifest(self.repository.tag(key))
+        if fetched is None:
+            return None
+        try:
+            return _layer(fetched.content, fetched.media_type, source)
+        except Malformed as error:
+            _log.warning("a kept layer is none, and is made again", tag=key, why=str(error))
+            return None
+
+    def keep(self, key: str, layer: Layer, blob: Blob, *, source: str, title: str) -> None:
+        """Keep a layer under a key, over whatever is there.
+
+        Args:
+            key: the tag.
+            layer: the layer.
+            blob: its content.
+            source: what it was made from.
+            title: its name for people who look into the registry.
+        """
+        self.registry.push_blob(self.repository, blob)
+        config = BytesBlob(
+            to_bytes(
+                {
+                    "architecture": "unknown",
+                    "config": {},
+                    "os": "linux",
+                    "rootfs": {"type": "layers", "diff_ids": [str(layer.diff_id)]},
+                }
+            )
+        )
+        self.registry.push_blob(self.repository, config)
+        manifest = _manifest(
+            config=Descriptor.of(config.content, OCI_CONFIG),
+            layers=[layer.descriptor],
+            annotations={
+                SOURCE: source,
+                DIFF_ID: str(layer.diff_id),
+                UNCOMPRESSED: str(layer.uncompressed),
+                TITLE: title,
+            },
+        )
+        self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
+
+    def text(self, key: str, *, kind: str) -> bytes | None:
+        """Return the text kept under a key; None where there is none, or something else.
+
+        Args:
+            key: the tag.
+            kind: the text's media type.
+
+        Raises:
+            BuilderError: it cannot be told; see `Registry`.
+        """
+        fetched = self.registry.manifest(self.repository.tag(key))
+        if fetched is None:
+            return None
+        try:
+            entries = sequence(from_bytes(fetched.content).get("layers"), "layers")
+            (text,) = [Descriptor.from_json(entry) for entry in entries]
+            if text.media_type != kind or text.size > MOST_JSON_BYTES:
+                refuse(f"it holds {text.media_type} of {text.size} bytes")
+        except (Malformed, ValueError) as error:
+            _log.warning("a kept text is none, and is made again", tag=key, why=str(error))
+            return None
+        if not self.registry.has_blob(self.repository, text.digest):
+            _log.warning("a kept text has lost its content, and is made again", tag=key)
+            return None
+        return self.registry.blob_bytes(self.repository, text, MOST_JSON_BYTES)
+
+    def keep_text(self, key: str, content: bytes, *, kind: str, title: str) -> None:
+        """Keep a text under a key, if the registry takes it: it can be made again, so that a refusal is only logged.
+
+        Args:
+            key: the tag.
+            content: the text, at most 4 MiB.
+            kind: its media type.
+            title: its name for people who look into the registry.
+        """
+        try:
+            self.registry.push_blob(self.repository, EMPTY)
+            self.registry.push_blob(self.repository, BytesBlob(content))
+            manifest = artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title})
+            self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
+        except BuilderError as error:
+            _log.warning("the registry does not keep a text, so that it is made each time", tag=key, error=error.what)
+
+
+def artifact(
+    kind: str, layers: list[Descriptor], *, annotations: dict[str, str], subject: Descriptor | None = None
+) -> bytes:  # fmt: skip
+    """Return the manifest of an artifact that is no image.
+
+    The form is the image specification's: manifest.md, "Guidelines for Artifact Usage".
+
+    Args:
+        kind: the artifact's type, a media type.
+        layers: its content.
+        annotations: of the manifest.
+        subject: the manifest it belongs to; None for none.
+    """
+    return _manifest(config=EMPTY_CONFIG, layers=layers, annotations=annotations, kind=kind, subject=subject)
+
+
+def _manifest(
+    *,
+    config: Descriptor,
+    layers: list[Descriptor],
+    annotations: dict[str, str],
+    kind: str = "",
+    subject: Descriptor | None = None,
+) -> bytes:
+    return to_bytes(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            **({"artifactType": kind} if kind else {}),
+            "config": config.to_json(),
+            "layers": [layer.to_json() for layer in layers],
+            "annotations": annotations,
+            **({"subject": subject.to_json()} if subject else {}),
+        }
+    )
+
+
+def _layer(content: bytes, media_type: str, source: str) -> Layer:
+    """Return the layer that a manifest keeps.
+
+    Raises:
+        Malformed: it is not as `keep` writes it.
+    """
+    if media_type != OCI_MANIFEST:
+        refuse(f"it is a {media_type}")
+    value = from_bytes(content)
+    annotations = strings(value.get("annotations"), "annotations")
+    layers = [Descriptor.from_json(entry) for entry in sequence(value.get("layers"), "layers")]
+    if len(layers) != 1 or LAYERS.get(layers[0].media_type) != layers[0].media_type:
+        refuse("it has not exactly one layer of a known kind")
+    if annotations.get(SOURCE) != source:
+        refuse("it was made from something else")
+    uncompressed = annotations.get(UNCOMPRESSED, "")
+    if not uncompressed.isascii() or not uncompressed.isdigit():
+        refuse("it does not say how large the layer is")
+    return Layer(
+        digest=layers[0].digest,
+        size=layers[0].size,
+        diff_id=digest_of(annotations.get(DIFF_ID)),
+        uncompressed=int(uncompressed),
+        media_type=layers[0].media_type,
+    )

@@ -1,0 +1,111 @@
+"""How each platform's image is made: by a Dockerfile and an engine, or of wheel layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder import wheels
+from builder.build.dockerfile import Dockerfile
+from builder.build.engines import select_engine
+from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
+from builder.images.existing import resolve_base
+from builder.log import get_logger
+from builder.plan import Base, Plan, PlatformPlan
+from builder.recipe import Recipe
+from builder.reference import Platform, Reference
+from builder.rendering import rendered
+from builder.services import Services
+from builder.settings import Settings
+
+log = get_logger("methods")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A plan in which every image has its method.
+
+    Attributes:
+        plan: the plan; a rendered Dockerfile and the bases are in it.
+        dockerfile: the Dockerfile's bytes; empty where none is run.
+        recipe: of the images that are made of wheel layers; None where there are none.
+    """
+
+    plan: Plan
+    dockerfile: bytes = b""
+    recipe: Recipe | None = None
+
+
+def by_methods(settings: Settings, services: Services, plan: Plan, context: Path, *, keep: bool = True) -> Made:
+    """Return the plan with the method and the base of every image that is to be made.
+
+    Args:
+        settings: what the environment says.
+        services: who is asked.
+        plan: with the version's artifacts.
+        context: the folder they are in; what describes the model is enough.
+        keep: whether locks, and what is found out of base images, are kept in the registry.
+
+    Raises:
+        NoWheel: a package has no wheel for a platform, and there is no engine that could build it.
+        BuilderError: the version cannot be published, or a server is away.
+    """
+    paths = [artifact.path for artifact in plan.artifacts]
+    recipe = None
+    if wheels.chosen_method(settings, plan.version, paths) == "wheels":
+        planned = wheels.planned(
+            settings, services.registries, plan.version, context, paths, plan.builds, keep=keep
+        )  # fmt: skip
+        for platform, error in planned.impossible.items():
+            try:
+                engine = select_engine(settings)
+            except InvalidSettings:
+                raise error from None
+            log.warning("an engine builds this platform", platform=str(platform), engine=engine.name, why=error.what)
+        recipe = planned.recipe if planned.bases else None
+        plan = _updated(
+            plan, {platform: {"method": "wheels", "base": base} for platform, base in planned.bases.items()}
+        )
+    if not plan.made_by("dockerfile"):
+        return Made(plan=plan, recipe=recipe)
+    dockerfile = rendered(settings, plan.version, context, paths).dockerfile
+    text = dockerfile.decode("utf-8", "replace")
+    name = Dockerfile.parse(text).final_base()
+    bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
+    plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
+    return Made(plan=plan, dockerfile=dockerfile, recipe=recipe)
+
+
+def with_layers(settings: Settings, services: Services, plan: Plan, recipe: Recipe) -> Plan:
+    """Return the plan with what the registry knows of each image's wheel layers."""
+    found = wheels.known_layers(settings, services.registries, recipe, plan.artifacts)
+    return _updated(plan, {platform: {"layers": layers} for platform, layers in found.items()})
+
+
+def _updated(plan: Plan, changes: Mapping[Platform, Mapping[str, object]]) -> Plan:
+    def updated(step: PlatformPlan) -> PlatformPlan:
+        return step if step.action == "keep" else step.model_copy(update=changes.get(step.platform, {}))
+
+    return plan.model_copy(update={"platforms": tuple(updated(step) for step in plan.platforms)})
+
+
+def _base(services: Services, name: str | None, platform: Platform) -> Base | None:
+    """Return the base image as its registry has it now; None where there is none, or where nobody can tell.
+
+    Raises:
+        InvalidVersion: the base is there, and not for the platform.
+    """
+    if name is None:
+        return None
+    try:
+        reference = Reference.parse(name)
+        found = resolve_base(services.bases.for_host(reference.repository.host), reference, platform)
+    except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
+        # The engine may still reach it, with a credential of its own.
+        log.warning("the base image could not be looked up", base=name, error=error.one_line())
+        return None
+    if found is None:
+        log.warning("the registry has no such base image for the platform", base=name, platform=str(platform))
+        return None
+    return Base(name=str(reference), digest=found.digest, diff_ids=found.diff_ids)

@@ -1,0 +1,89 @@
+"""What an image of the wheels method is made from, as fetch found it out, and push carries it out.
+
+It stands in the workspace beside the plan, with the addresses of wheels, which are no part of a lock.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from builder.build.locked import Lock
+from builder.build.wheel_groups import Group, grouped
+from builder.errors import UsageError
+from builder.images.assembly import MOST_LAYERS
+from builder.plan import AsPlatform
+from builder.reference import Platform
+
+# Layers that are kept for the model's files, so that the environment's do not depend on the model.
+MODEL_LAYERS = 24
+_ENVIRONMENT_LAYERS = 1
+
+
+class PlatformRecipe(BaseModel):
+    """One platform's environment.
+
+    Attributes:
+        platform: which.
+        interpreter: the base's interpreter, an absolute path.
+        base_layers: how many layers the base has.
+        lock: the wheels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    platform: AsPlatform
+    interpreter: str
+    base_layers: int
+    lock: Lock
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The wheels by the layers they stand in."""
+        return grouped(self.lock.wheels, MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - MODEL_LAYERS)
+
+
+class Recipe(BaseModel):
+    """All platforms' environments, and how a container of the image is started.
+
+    Attributes:
+        python: the model's Python, `3.11`.
+        model_folder: of the context.
+        client_folder: of the context; empty where no client is in the image.
+        command: what a container runs, relative to the context's folder.
+        indexes: package indexes that the model names beside the configured ones.
+        platforms: those that are made so.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    python: str
+    model_folder: str
+    client_folder: str = ""
+    command: tuple[str, ...]
+    indexes: tuple[str, ...] = ()
+    platforms: tuple[PlatformRecipe, ...] = Field(default=())
+
+    def for_platform(self, platform: Platform) -> PlatformRecipe:
+        """Return one platform's part.
+
+        Raises:
+            UsageError: there is none, so that the recipe is another plan's.
+        """
+        for part in self.platforms:
+            if part.platform == platform:
+                return part
+        message = f"The workspace has no recipe for {platform}."
+        raise UsageError(message, remedy="Run 'builder fetch' again, with the same BUILDER_WORKSPACE.")
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Recipe:
+        """Return the recipe that a workspace holds.
+
+        Raises:
+            UsageError: it is none of this program's.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except (ValidationError, ValueError) as error:
+            message = "The workspace holds a recipe that this program did not write."
+            raise UsageError(message, remedy="Run 'builder fetch' again.") from error

@@ -1,0 +1,292 @@
+"""The wheels method: from a model's requirements to a recipe for each platform; nothing is run, and nothing pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.build.environment import REQUIREMENTS
+from builder.build.index import IndexClient
+from builder.build.indexes import Indexes
+from builder.build.kept_locks import Resolver
+from builder.build.requirements import Requirements
+from builder.build.serving import for_serving
+from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
+from builder.build.unsatisfied import NoWheel
+from builder.build.wheel_layers import WheelLayers, compiler_for
+from builder.crew import side_by_side
+from builder.errors import InvalidVersion
+from builder.images.base import BaseImage, base_image
+from builder.images.base_facts import BaseFacts, inspect_base
+from builder.images.descriptor import Malformed
+from builder.images.layer_store import LayerStore
+from builder.images.registries import Registries
+from builder.log import get_logger
+from builder.models.artifacts import find_model_folder
+from builder.models.catalog import Artifact
+from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.network import network
+from builder.plan import Base, Layers, Method
+from builder.recipe import PlatformRecipe, Recipe
+from builder.reference import Platform, Reference, repository_component
+from builder.settings import Settings
+
+_log = get_logger("wheels")
+_FACTS = "application/vnd.modelimage.base.v1+json"
+_SECONDS = 60.0
+PORT = 8080
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What the wheels method can do for a version.
+
+    Attributes:
+        recipe: of the platforms that it can make.
+        bases: the base image of each of them.
+        impossible: the platforms for which a package has no wheel.
+    """
+
+    recipe: Recipe
+    bases: dict[Platform, Base]
+    impossible: dict[Platform, NoWheel]
+
+
+def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str]) -> Method:
+    """Return how a version's image is made: by its template where it ships one, unless BUILD_METHOD says otherwise.
+
+    Args:
+        settings: BUILD_METHOD is used.
+        version: the version.
+        paths: of its artifacts.
+    """
+    folder = Inputs.of(version).templates_folder
+    templates = {f"{folder}/{name}" for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)} & set(paths)
+    if settings.build_method == "auto":
+        return "dockerfile" if templates else "wheels"
+    if settings.build_method == "wheels" and templates:
+        _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=sorted(templates)[0])
+    return settings.build_method
+
+
+def layer_store(settings: Settings, registries: Registries) -> LayerStore:
+    """Return where wheel layers are kept."""
+    repository = settings.wheel_layer_repository
+    return LayerStore(registries.for_host(repository.host), repository)
+
+
+def planned(
+    settings: Settings,
+    registries: Registries,
+    version: ModelVersion,
+    context: Path,
+    paths: Sequence[str],
+    platforms: Sequence[Platform],
+    *,
+    keep: bool = True,
+) -> Planned:
+    """Return the recipe of a version's images.
+
+    Args:
+        settings: what the environment says.
+        registries: those of the base image and of the kept locks.
+        version: the version.
+        context: the folder its artifacts are in; what describes the model and its wheels is enough.
+        paths: of its artifacts.
+        platforms: what for.
+        keep: whether what is found out is kept in the registry.
+
+    Raises:
+        InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
+        BuilderError: a server is away, or refuses.
+    """
+    source = _Source.of(settings, version, context, paths)
+    store = layer_store(settings, registries)
+    with source.client() as client:
+
+        def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
+            base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
+            found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
+            resolver = Resolver(
+                store=store,
+                requirements=source.requirements,
+                indexes=source.indexes,
+                client=client,
+                model=context / source.model_folder,
+                python=source.python,
+                as_of=version.created if settings.resolve_as_of == "registered" else None,
+            )
+            interpreter = _interpreter(base, facts, source.python)
+            try:
+                lock = resolver.lock(platform, facts.glibc, keep=keep)
+            except NoWheel as error:
+                return error, found, platform
+            part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)
+            return part, found, platform
+
+        results = [result for result in side_by_side(one, platforms, threads=4, every=_SECONDS) if result is not None]
+    parts = {platform: part for part, _, platform in results if isinstance(part, PlatformRecipe)}
+    recipe = Recipe(
+        python=source.python,
+        model_folder=source.model_folder,
+        client_folder=source.client_folder,
+        command=source.command,
+        indexes=source.requirements.indexes,
+        platforms=tuple(parts[platform] for platform in platforms if platform in parts),
+    )
+    return Planned(
+        recipe=recipe,
+        bases={platform: base for _, base, platform in results if platform in parts},
+        impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What a version's artifacts ask for."""
+
+    requirements: Requirements
+    indexes: Indexes
+    python: str
+    base: Reference
+    model_folder: str
+    client_folder: str
+    command: tuple[str, ...]
+
+    @classmethod
+    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> _Source:
+        inputs = Inputs.of(version)
+        folder = find_model_folder(paths, inputs)
+        inputs = inputs.model_copy(update={"model_folder": folder})
+        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
+        client_folder = inputs.client_folder if client else ""
+        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
+        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
+        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        if not asked.required and not client:
+            message = f"{version} has no {folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
+            raise InvalidVersion(
+                message, remedy="Log the model with its requirements (MLflow's log_model does), or a Dockerfile.template."
+            )
+        images = BaseImages(
+            default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
+        )
+        base = Reference.parse(images.choose(asked.python_version))
+        if not asked.python_version:
+            message = "The model does not say which Python version it was logged with."
+            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
+            raise InvalidVersion(message, remedy=remedy)
+        return cls(
+            requirements=serving.requirements,
+            indexes=configured.joined(asked.indexes),
+            python=asked.python_version,
+            base=base,
+            model_folder=folder,
+            client_folder=client_folder,
+            command=tuple(client) or _served(serving.server),
+        )
+
+    @contextmanager
+    def client(self) -> Iterator[IndexClient]:
+        """Give what asks the indexes."""
+        with IndexClient(self.indexes) as client:
+            yield client
+
+
+@contextmanager
+def wheel_layers(settings: Settings, store: LayerStore, recipe: Recipe) -> Iterator[WheelLayers]:
+    """Give what finds and makes the layers of a recipe's wheels."""
+    compiler = compiler_for(recipe.python) if settings.wheel_bytecode else None
+    indexes = Indexes.of(network(settings), allowed=settings.allowed_indexes).joined(recipe.indexes)
+    with (
+        IndexClient(indexes) as client,
+        WheelLayers(store, client, python=recipe.python, compiler=compiler) as layers,
+    ):
+        yield layers
+
+
+def known_layers(
+    settings: Settings, registries: Registries, recipe: Recipe, artifacts: Sequence[Artifact]
+) -> dict[Platform, Layers]:  # fmt: skip
+    """Return what the registry knows of each platform's wheel layers, and what would have to move.
+
+    Args:
+        settings: what the environment says.
+        registries: those of the layers.
+        recipe: what the images are made from.
+        artifacts: of the version.
+    """
+    folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
+    own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
+    with wheel_layers(settings, layer_store(settings, registries), recipe) as layers:
+        known = layers.known(group for part in recipe.platforms for group in part.groups)
+    missing = {part.platform: [group for group in part.groups if group not in known] for part in recipe.platforms}
+    return {
+        part.platform: Layers(
+            known=len(part.groups) - len(missing[part.platform]),
+            missing=tuple(wheel.filename for group in missing[part.platform] for wheel in group.wheels),
+            download=sum(group.size for group in missing[part.platform]),
+            model=own,
+        )
+        for part in recipe.platforms
+    }
+
+
+def base_with_facts(
+    registries: Registries, store: LayerStore, reference: Reference, platform: Platform, *, keep: bool = True
+) -> tuple[BaseImage, BaseFacts]:  # fmt: skip
+    """Return a base image and what is in it; the latter is found out once for each image and kept.
+
+    Raises:
+        InvalidVersion: there is no such image, or none for the platform.
+        BuilderError: it cannot be told.
+    """
+    registry = registries.for_host(reference.repository.host)
+    base = base_image(registry, reference, platform)
+    if base is None:
+        message = f"There is no base image {reference}."
+        raise InvalidVersion(message, remedy="Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is.")
+    key = f"base-{base.manifest.hex}"
+    kept = store.text(key, kind=_FACTS)
+    if kept is not None:
+        try:
+            return base, BaseFacts.from_json(kept)
+        except Malformed as error:
+            _log.warning("kept facts of a base image are none, and are found out again", tag=key, why=str(error))
+    _log.info("reading the base image", base=str(reference), platform=str(platform))
+    facts = inspect_base(registry, base)
+    if keep:
+        store.keep_text(key, facts.to_json(), kind=_FACTS, title=f"{one_name(reference)}.json")
+    return base, facts
+
+
+def one_name(reference: Reference) -> str:
+    """Return a name for the last component of a reference."""
+    return reference.repository.path.rpartition("/")[2]
+
+
+def _interpreter(base: BaseImage, facts: BaseFacts, python: str) -> str:
+    """Return the base's interpreter of a minor version.
+
+    Raises:
+        InvalidVersion: it has none, or its C library is one that the wheels are not for.
+    """
+    found = facts.interpreters.get(python)
+    if found is None:
+        there = ", ".join(sorted(facts.interpreters)) or "none"
+        message = f"The base image {base.reference} has no Python {python} for {base.platform}; it has {there}."
+        raise InvalidVersion(message, remedy="Set BASE_IMAGE to an image with the model's Python.")
+    if facts.musl:
+        message = f"The base image {base.reference} is built on musl, and the wheels are for glibc."
+        raise InvalidVersion(message, remedy="Take a base image with glibc (Debian, Ubuntu, Red Hat), not Alpine.")
+    if facts.occupied:
+        message = f"The base image {base.reference} has something at /opt/model, where the environment goes."
+        raise InvalidVersion(message, remedy="Take another base image, or ship a Dockerfile.template.")
+    return found
+
+
+def _served(server: tuple[str, str]) -> tuple[str, ...]:
+    address = ("--bind", f"0.0.0.0:{PORT}") if server[0] == "gunicorn" else ("--host", "0.0.0.0", "--port", str(PORT))
+    return ("python", "-m", *server, *address)
