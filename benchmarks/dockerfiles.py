@@ -9,9 +9,12 @@ _SERVER = '["python", "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "
 
 
 def plain(environment: Environment, base: str) -> str:
-    """Return one in the usual order: the model first, so that every new version installs all again."""
+    """Return one in the usual order: the model first, so that every new version installs all again.
+
+    Packages are installed as such files do it, so what pip caches stays in the image.
+    """
     copied = ["COPY mymodel /app/mymodel", *_client(environment)]
-    install = "RUN pip install --no-cache-dir -r /app/mymodel/requirements.txt"
+    install = "RUN pip install -r /app/mymodel/requirements.txt"
     return "\n".join([f"FROM {base}", *copied, install, *_rest(environment)])
 
 
