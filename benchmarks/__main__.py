@@ -58,7 +58,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Publish model versions with ours and its rivals, in turn, on servers of this machine; print "
         "tables, and write docs/benchmarks.md and docs/benchmarks.svg.",
         epilog=f"Environments: {', '.join(each.name for each in environments())}. Jobs: {', '.join(JOBS)}. And "
-        f"{DOCKERFILE}: our dockerfile method beside bare Kaniko; {STARTUP}: a publish with nothing to do. KANIKO_IMAGE names Kaniko's image or its archive; "
+        f"{DOCKERFILE}: our dockerfile method beside bare Kaniko; {STARTUP}: a publish with nothing to do. "
+        "KANIKO_IMAGE names Kaniko's image or its archive; "
         "BENCH_TORCH_INDEX an index of CPU builds of torch. The figures never decide the exit code.",
     )
     names = [*(each.name for each in environments()), *JOBS, DOCKERFILE, STARTUP]

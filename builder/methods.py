@@ -60,10 +60,8 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
         planned = wheels.planned(
             settings,
             services.registries,
-            plan.version,
-            context,
-            paths=paths,
-            platforms=plan.builds,
+            wheels.Source.of(settings, plan.version, context, paths),
+            plan.builds,
             former=_former_locks(services, plan),
             keep=keep,
         )

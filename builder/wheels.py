@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Self
 
 from builder.build.environment import REQUIREMENTS
 from builder.build.index import IndexClient
@@ -44,6 +46,85 @@ PORT = 8080
 
 # Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
 Former = Callable[[Platform, Digest], Lock | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a version's artifacts ask for.
+
+    Attributes:
+        context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
+        created: when the version was registered.
+        requirements: what is to be installed.
+        indexes: who is asked for it.
+        python: the model's Python, `3.11`.
+        base: the base image.
+        model_folder: of the context.
+        client_folder: of the context; empty where no client is in the image.
+        command: what a container runs.
+    """
+
+    context: Path
+    created: datetime
+    requirements: Requirements
+    indexes: Indexes
+    python: str
+    base: Reference
+    model_folder: str
+    client_folder: str
+    command: tuple[str, ...]
+
+    @property
+    def digest(self) -> Digest:
+        """A digest of the requirements."""
+        return Digest.of(self.requirements.to_text().encode())
+
+    @classmethod
+    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
+        """Return what a version asks for.
+
+        Args:
+            settings: what the environment says.
+            version: the version.
+            context: the folder its artifacts are in.
+            paths: of its artifacts.
+
+        Raises:
+            InvalidVersion: the requirements cannot be used, or there are none; the base image is not allowed.
+            InvalidSettings: the indexes cannot be used.
+        """
+        inputs = Inputs.of(version)
+        folder = find_model_folder(paths, inputs)
+        inputs = inputs.model_copy(update={"model_folder": folder})
+        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
+        client_folder = inputs.client_folder if client else ""
+        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
+        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
+        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
+        if not asked.required and not named:
+            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
+            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
+            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
+            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
+            raise InvalidVersion(message, remedy=remedy)
+        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
+        base = Reference.parse(images.choose(asked.python_version))
+        if not asked.python_version:
+            message = "The model does not say which Python version it was logged with."
+            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
+            raise InvalidVersion(message, remedy=remedy)
+        return cls(
+            context=context,
+            created=version.created,
+            requirements=serving.requirements,
+            indexes=configured.joined(asked.indexes),
+            python=asked.python_version,
+            base=base,
+            model_folder=folder,
+            client_folder=client_folder,
+            command=tuple(client) or _served(serving.server),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +168,9 @@ def layer_store(settings: Settings, registries: Registries) -> LayerStore:
 def planned(
     settings: Settings,
     registries: Registries,
-    version: ModelVersion,
-    context: Path,
-    *,
-    paths: Sequence[str],
+    source: Source,
     platforms: Sequence[Platform],
+    *,
     former: Former = lambda _platform, _requirements: None,
     keep: bool = True,
 ) -> Planned:
@@ -100,9 +179,7 @@ def planned(
     Args:
         settings: what the environment says.
         registries: those of the base image and of the kept locks.
-        version: the version.
-        context: the folder its artifacts are in; what describes the model and its wheels is enough.
-        paths: of its artifacts.
+        source: what the version asks for.
         platforms: what for.
         former: returns the lock of the image that stands, where that was made from the same files and requirements.
         keep: whether what is found out is kept in the registry.
@@ -111,9 +188,8 @@ def planned(
         InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
         BuilderError: a server is away, or refuses.
     """
-    source = _Source.of(settings, version, context, paths)
     store = layer_store(settings, registries)
-    with source.client() as client:
+    with IndexClient(source.indexes) as client:
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
             with stage("base"):
@@ -124,10 +200,10 @@ def planned(
                 requirements=source.requirements,
                 indexes=source.indexes,
                 client=client,
-                model=context / source.model_folder,
+                model=source.context / source.model_folder,
                 python=source.python,
-                as_of=version.created if settings.resolve_as_of == "registered" else None,
-                former=lambda platform: former(platform, Digest.of(source.requirements.to_text().encode())),
+                as_of=source.created if settings.resolve_as_of == "registered" else None,
+                former=lambda platform: former(platform, source.digest),
             )
             interpreter = _interpreter(base, facts, source.python)
             try:
@@ -146,7 +222,7 @@ def planned(
         client_folder=source.client_folder,
         command=source.command,
         indexes=source.requirements.indexes,
-        requirements=Digest.of(source.requirements.to_text().encode()),
+        requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
     )
     return Planned(
@@ -154,58 +230,6 @@ def planned(
         bases={platform: base for _, base, platform in results if platform in parts},
         impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """What a version's artifacts ask for."""
-
-    requirements: Requirements
-    indexes: Indexes
-    python: str
-    base: Reference
-    model_folder: str
-    client_folder: str
-    command: tuple[str, ...]
-
-    @classmethod
-    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> _Source:
-        inputs = Inputs.of(version)
-        folder = find_model_folder(paths, inputs)
-        inputs = inputs.model_copy(update={"model_folder": folder})
-        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
-        client_folder = inputs.client_folder if client else ""
-        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
-        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
-        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
-        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
-        if not asked.required and not named:
-            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
-            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
-            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
-            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
-            raise InvalidVersion(message, remedy=remedy)
-        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
-        base = Reference.parse(images.choose(asked.python_version))
-        if not asked.python_version:
-            message = "The model does not say which Python version it was logged with."
-            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
-            raise InvalidVersion(message, remedy=remedy)
-        return cls(
-            requirements=serving.requirements,
-            indexes=configured.joined(asked.indexes),
-            python=asked.python_version,
-            base=base,
-            model_folder=folder,
-            client_folder=client_folder,
-            command=tuple(client) or _served(serving.server),
-        )
-
-    @contextmanager
-    def client(self) -> Iterator[IndexClient]:
-        """Give what asks the indexes."""
-        with IndexClient(self.indexes) as client:
-            yield client
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from builder.build.wheel import layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import TryAgain
+from builder.errors import ServiceUnavailable, TryAgain
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
@@ -30,6 +30,7 @@ _log = get_logger("wheels")
 _LOOKING = 16
 _MAKING = 6
 _SECONDS = 60.0
+MISSING = "missing"
 
 Result = TypeVar("Result")
 
@@ -128,10 +129,34 @@ class WheelLayers:
             made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
         return {**layers, **made}
 
-    def derived(self, group: Group) -> Layer:
-        """Return a group's layer as it has to be, made again from its wheels and compared with nothing."""
+    def verified(self, groups: Iterable[Group]) -> Iterator[tuple[Group, str]]:
+        """Make the layers of groups again, and hold what is kept against them; yield each group as it is done.
+
+        Yields:
+            The group, and what is wrong with the layer that is kept: empty for nothing, `missing` where there is none.
+
+        Raises:
+            BuilderError: as `placed`.
+        """
+        unique = {group.source: group for group in sorted(groups, key=lambda group: -group.size)}
+        for source, wrong in _together(self._wrong, unique.values(), threads=_MAKING):
+            yield unique[source], wrong
+
+    def _wrong(self, group: Group) -> str:
+        kept = self._store.layer(self.key(group), source=group.source)
+        if kept is None:
+            return MISSING
         with self._layer(group, self._compiler) as (layer, _):
-            return layer
+            if kept != layer:
+                return f"it holds {kept.digest}, and should hold {layer.digest}"
+        if not self._store.registry.has_blob(self._store.repository, kept.digest):
+            return MISSING
+        try:
+            for _ in self._store.registry.blob_stream(self._store.repository, kept.descriptor):
+                pass
+        except ServiceUnavailable as error:
+            return f"its content cannot be read as what it should be: {error.what}"
+        return ""
 
     def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
         """Return a layer that the registry has, placed in the repository; None where it has to be made."""
