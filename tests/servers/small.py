@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from tests.versions import MLMODEL, Registered, register
 
 # Found by whoever looks for GNU's C library and its version in a file.
 _GLIBC = b"\x7fELF" + b"GNU C Library (Debian GLIBC 2.36-9) stable release version 2.36.\n"
+_STDLIB = Path(os.__file__).parent
+_MODULES = ("argparse", "dataclasses", "enum", "inspect", "typing")
 CLIENT = """\
 import pathlib, sys
 import small_lib, small_app
@@ -40,7 +43,11 @@ def packages() -> Iterator[PackageIndex]:
         index.add(
             "small-lib",
             "1.0",
-            files={"small_lib/__init__.py": b"def predict(text):\n    return int(text) + 1\n"},
+            files={
+                "small_lib/__init__.py": b"def predict(text):\n    return int(text) + 1\n",
+                # Code of which a compiler with another history can make other bytecode.
+                **{f"small_lib/{name}.py": (_STDLIB / f"{name}.py").read_bytes() for name in _MODULES},
+            },
             padding=b"lib" * 50_000,
         )
         index.add(
