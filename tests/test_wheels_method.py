@@ -95,7 +95,9 @@ def test_the_same_image_whoever_publishes_it(small, small_environ, registry, reg
     for reference in (first, second):
         assert "PASS" in crane("validate", "--remote", reference)
     image = crane("manifest", "--platform", "linux/amd64", second)
-    assert layers_of(crane, f"{second.partition('@')[0]}@{json.loads(crane('manifest', second))['manifests'][0]['digest']}")
+    assert layers_of(
+        crane, f"{second.partition('@')[0]}@{json.loads(crane('manifest', second))['manifests'][0]['digest']}"
+    )
     export = tmp_path / "image.tar"
     crane("export", "--platform", "linux/amd64", second, str(export))
     with tarfile.open(export) as archive:
@@ -167,7 +169,6 @@ def test_killed_anywhere_and_run_again(small, small_environ, small_settings, reg
                 raise ConnectionError
             if killed.is_set():
                 raise ConnectionError
-            return None
 
         namespace = f"{model.name}-killed-{point}"
         with forwarding(registry.host, rule) as proxy:
@@ -209,9 +210,7 @@ def test_two_publishers_of_one_wheel_at_the_same_moment(small, small_settings, r
     with forwarding(registry.host, rule) as proxy, ThreadPoolExecutor(2) as pool:
         place = {"REGISTRY_URL": f"{proxy.host}/{models[0].name}-race"}
         futures = [
-            pool.submit(
-                publish, small_settings(model, **place, BUILDER_WORKSPACE=str(tmp_path / model.name))
-            )
+            pool.submit(publish, small_settings(model, **place, BUILDER_WORKSPACE=str(tmp_path / model.name)))
             for model in models
         ]
         references = [str(future.result().reference) for future in futures]

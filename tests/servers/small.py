@@ -50,9 +50,7 @@ def packages() -> Iterator[PackageIndex]:
             },
             padding=b"lib" * 50_000,
         )
-        index.add(
-            "small-app", "1.0", requires=["small-lib"], files={"small_app/__init__.py": b"WHO = 'small'\n"}
-        )
+        index.add("small-app", "1.0", requires=["small-lib"], files={"small_app/__init__.py": b"WHO = 'small'\n"})
         index.add("only-amd64", "1.0", tag="cp311-cp311-manylinux_2_17_x86_64")
         index.add("needs-old", "1.0", requires=["small-lib<1"])
         for number in range(120):
