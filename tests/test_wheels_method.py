@@ -85,7 +85,7 @@ def test_an_image_is_assembled_and_runs(small, small_settings, base_image, runti
 
 
 def test_the_same_image_whoever_publishes_it(small, small_environ, registry, registry_v3, tmp_path, crane):
-    model = small(tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    model = small("small-app\nmuch-code\n", tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
     other = tmp_path / "elsewhere"
     other.mkdir()
     differing = {
