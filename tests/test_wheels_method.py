@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from builder.errors import InvalidVersion
@@ -48,8 +49,16 @@ def content(storage):
     }
 
 
-def layers_of(crane, reference):
-    return [layer["digest"] for layer in json.loads(crane("manifest", str(reference)))["layers"]]
+def tags_below(registry, namespace):
+    """Return the references of all tags below a namespace that name images; locks and facts are artifacts."""
+    repositories = httpx.get(f"{registry.url}/v2/_catalog?n=1000").json()["repositories"]
+    return [
+        f"{registry.host}/{repository}:{tag}"
+        for repository in repositories
+        if repository.startswith(f"{namespace}/")
+        for tag in httpx.get(f"{registry.url}/v2/{repository}/tags/list").json().get("tags") or ()
+        if not tag.startswith(("lock-", "base-", "sha256-"))
+    ]
 
 
 def test_an_image_is_assembled_and_runs(small, small_settings, base_image, runtime, podman, crane, tmp_path):
@@ -60,7 +69,7 @@ def test_an_image_is_assembled_and_runs(small, small_settings, base_image, runti
     source = f"docker://{published.reference}"
     copy = ["skopeo", "copy", "--quiet", "--src-tls-verify=false", source, f"docker-archive:{archive}:test:1"]
     subprocess.run(copy, check=True, capture_output=True)
-    for each in {runtime, podman}:
+    for each in [runtime, *([podman] if podman != runtime else [])]:
         assert each.output(published.reference) == "prediction 42 small 11\n"
         who = each.output(published.reference, "python", "-c", "import os, sys; print(os.getuid(), sys.prefix)")
         assert who == "10001 /opt/model\n"
@@ -76,10 +85,9 @@ def test_an_image_is_assembled_and_runs(small, small_settings, base_image, runti
 
 
 def test_the_same_image_whoever_publishes_it(small, small_environ, registry, registry_v3, tmp_path, crane):
-    model = small(tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    model = small("small-app\nmuch-code\n", tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
     other = tmp_path / "elsewhere"
     other.mkdir()
-    first = succeeded(small_environ(model), "publish", cwd=ROOT)
     differing = {
         "REGISTRY_URL": registry_v3.host,
         "WHEEL_LAYERS": f"{registry_v3.host}/{model.name}-wheels",
@@ -90,20 +98,19 @@ def test_the_same_image_whoever_publishes_it(small, small_environ, registry, reg
         "TMPDIR": str(other),
     }
     environ = small_environ(model, **differing)
-    second = succeeded(environ, sys.executable, "-c", WITH_A_HISTORY, "publish", cwd=other, umask=0o077)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(succeeded, small_environ(model), "publish", cwd=ROOT)
+        two = pool.submit(succeeded, environ, sys.executable, "-c", WITH_A_HISTORY, "publish", cwd=other, umask=0o077)
+        first, second = one.result(), two.result()
     assert first.partition("@")[2] == second.partition("@")[2]
     for reference in (first, second):
         assert "PASS" in crane("validate", "--remote", reference)
-    image = crane("manifest", "--platform", "linux/amd64", second)
-    assert layers_of(
-        crane, f"{second.partition('@')[0]}@{json.loads(crane('manifest', second))['manifests'][0]['digest']}"
-    )
     export = tmp_path / "image.tar"
     crane("export", "--platform", "linux/amd64", second, str(export))
     with tarfile.open(export) as archive:
         names = archive.getnames()
     # What was compared has bytecode in it.
-    assert sum(name.endswith(".pyc") for name in names) >= 7, image
+    assert sum(name.endswith(".pyc") for name in names) >= 7
 
 
 def test_what_the_registry_has_is_not_sent_again(small, small_settings, registry, mlflow_server, tmp_path):
@@ -136,8 +143,6 @@ def test_what_the_registry_has_is_not_sent_again(small, small_settings, registry
 
 
 def _platform_manifest(registry, base):
-    import httpx
-
     path = base.partition("/")[2]
     name, _, tag = path.rpartition(":")
     accept = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"}
@@ -169,6 +174,7 @@ def test_killed_anywhere_and_run_again(small, small_environ, small_settings, reg
                 raise ConnectionError
             if killed.is_set():
                 raise ConnectionError
+            return None
 
         namespace = f"{model.name}-killed-{point}"
         with forwarding(registry.host, rule) as proxy:
@@ -187,11 +193,8 @@ def test_killed_anywhere_and_run_again(small, small_environ, small_settings, reg
             assert process[0].returncode == -9
         settings = small_settings(model, REGISTRY_URL=f"{registry.host}/{namespace}")
         # Whatever a tag names now is whole.
-        for repository in crane("catalog", registry.host).split():
-            if repository.startswith(namespace):
-                for tag in crane("ls", f"{registry.host}/{repository}").split():
-                    if not tag.startswith(("lock-", "base-")):
-                        assert "PASS" in crane("validate", "--remote", f"{registry.host}/{repository}:{tag}")
+        for reference in tags_below(registry, namespace):
+            assert "PASS" in crane("validate", "--remote", reference)
         again = publish(settings)
         assert again.reference.digest == whole.digest
         assert "PASS" in crane("validate", "--remote", str(again.reference))

@@ -10,7 +10,7 @@ from pathlib import Path
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
 from builder.build.lock import lock
-from builder.build.locked import Lock, lock_key, lock_keys
+from builder.build.locked import Lock, lock_key, lock_keys, moments
 from builder.build.requirements import Requirements
 from builder.crew import side_by_side
 from builder.errors import InvalidVersion
@@ -100,15 +100,16 @@ class Resolver:
         for found in side_by_side(self._text, keys, threads=len(keys), every=_SECONDS):
             if found and found[1] is not None:
                 texts[found[0]] = found[1]
-        for key in keys:
+        for key, moment in zip(keys, moments(self.as_of), strict=False):
             if key in texts:
                 try:
                     read = Lock.from_text(texts[key])
                 except InvalidVersion as error:
                     _log.warning("a kept lock is none, and is made again", why=error.what)
                     continue
-                if (read.platform, read.python) == (platform, self.python):
+                if (read.platform, read.python, read.glibc, read.as_of) == (platform, self.python, glibc, moment):
                     return read
+                _log.warning("a kept lock is another one's, and is made again", tag=_tag(key))
         return None
 
     def _former(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:

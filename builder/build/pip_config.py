@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import io
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,11 @@ from typing import TYPE_CHECKING
 from builder.errors import InvalidSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from builder.build.engine import Network
 
+_NAMED = re.compile(r"^[A-Za-z0-9._-]+=(?=[a-z]+://)")
 # pip's own environment variables and the keys that they stand for (https://pip.pypa.io/en/stable/topics/configuration/).
 _KEYS = {
     "PIP_INDEX_URL": "index-url",
@@ -50,6 +54,13 @@ def copy_bundle(source: Path, target: Path) -> None:
     target.chmod(0o644)
 
 
+def default_index(variables: Mapping[str, str]) -> str:
+    """Return the address of the index that uv's variables name as the default one; empty for none."""
+    # UV_DEFAULT_INDEX may give it a name, as in `name=https://…`.
+    default = variables.get("UV_DEFAULT_INDEX") or variables.get("UV_INDEX_URL") or ""
+    return _NAMED.sub("", default)
+
+
 def pip_config(network: Network, seen_certificate: str) -> str:
     """Return the text of a pip.conf; empty where there is nothing to say.
 
@@ -62,6 +73,11 @@ def pip_config(network: Network, seen_certificate: str) -> str:
     """
     parser = _read(network)
     values = {key: network.index_variables[name] for name, key in _KEYS.items() if name in network.index_variables}
+    named = any(parser.has_option("global", key) for key in ("index-url", "index_url"))
+    if not named and "index-url" not in values and (default := default_index(network.index_variables)):
+        # Who speaks uv's words has one index for all, and the built-in template installs with pip. Further indexes are
+        # not handed on so: pip would take a package from any of them, where uv takes it from the first that has it.
+        values["index-url"] = default
     if seen_certificate:
         values["cert"] = seen_certificate
     if values and not parser.has_section("global"):

@@ -7,6 +7,7 @@ into every image; docs/how-it-works.md says who may.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from builder.errors import BuilderError
@@ -36,6 +37,7 @@ _log = get_logger("layers")
 SOURCE = f"{PREFIX}layer.source"
 DIFF_ID = f"{PREFIX}layer.diff-id"
 UNCOMPRESSED = f"{PREFIX}layer.uncompressed-size"
+_SIZE = re.compile(r"[0-9]{1,18}")
 # The empty config of an artifact (image-spec, manifest.md, "Guidance for an Empty Descriptor").
 EMPTY = BytesBlob(b"{}")
 EMPTY_CONFIG = Descriptor.of(EMPTY.content, "application/vnd.oci.empty.v1+json")
@@ -205,7 +207,7 @@ def _layer(content: bytes, media_type: str, source: str) -> Layer:
     if annotations.get(SOURCE) != source:
         refuse("it was made from something else")
     uncompressed = annotations.get(UNCOMPRESSED, "")
-    if not uncompressed.isascii() or not uncompressed.isdigit():
+    if not _SIZE.fullmatch(uncompressed):
         refuse("it does not say how large the layer is")
     return Layer(
         digest=layers[0].digest,

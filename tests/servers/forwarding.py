@@ -62,13 +62,13 @@ class Forwarding:
         host: `127.0.0.1:PORT`.
         rule: may be changed while it runs.
         seen: what went through, in the order of the answers.
-        hides: headers of answers that are left out, in lower case.
+        adds: headers that answers get.
     """
 
     host: str
     rule: Rule = lambda _asked: None
     seen: list[Seen] = field(default_factory=list)
-    hides: frozenset[str] = frozenset()
+    adds: dict[str, str] = field(default_factory=dict)
 
     @property
     def sent(self) -> int:
@@ -78,6 +78,7 @@ class Forwarding:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_arguments):
         pass
@@ -144,8 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._note(answer.status, length)
             self.send_response(answer.status)
             for name, value in answer.getheaders():
-                if name.lower() not in _HOP | self.server.forwarding.hides:
+                if name.lower() not in _HOP:
                     self.send_header(name, value)
+            for name, value in self.server.forwarding.adds.items():
+                self.send_header(name, value)
             if "Content-Length" not in answer.headers:
                 self.send_header("Content-Length", "0")
             self.end_headers()
@@ -165,14 +168,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def forwarding(host: str, rule: Rule | None = None, hides: frozenset[str] = frozenset()) -> Iterator[Forwarding]:
+def forwarding(host: str, rule: Rule | None = None, adds: dict[str, str] | None = None) -> Iterator[Forwarding]:
     """Run a proxy on a free port before the registry at `host`.
 
     It hands on the name it was asked under, so that the registry's own addresses lead back to it.
     """
     server = _Server(("127.0.0.1", 0), _Handler)
     server.upstream, server.number, server.lock = host, 0, threading.Lock()
-    server.forwarding = Forwarding(host=f"127.0.0.1:{server.server_address[1]}", hides=hides)
+    server.forwarding = Forwarding(host=f"127.0.0.1:{server.server_address[1]}", adds=adds or {})
     if rule:
         server.forwarding.rule = rule
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

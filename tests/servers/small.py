@@ -43,14 +43,13 @@ def packages() -> Iterator[PackageIndex]:
         index.add(
             "small-lib",
             "1.0",
-            files={
-                "small_lib/__init__.py": b"def predict(text):\n    return int(text) + 1\n",
-                # Code of which a compiler with another history can make other bytecode.
-                **{f"small_lib/{name}.py": (_STDLIB / f"{name}.py").read_bytes() for name in _MODULES},
-            },
+            files={"small_lib/__init__.py": b"def predict(text):\n    return int(text) + 1\n"},
             padding=b"lib" * 50_000,
         )
         index.add("small-app", "1.0", requires=["small-lib"], files={"small_app/__init__.py": b"WHO = 'small'\n"})
+        # Code of which a compiler with another history can make other bytecode.
+        modules = {f"much_code/{name}.py": (_STDLIB / f"{name}.py").read_bytes() for name in _MODULES}
+        index.add("much-code", "1.0", files=modules)
         index.add("only-amd64", "1.0", tag="cp311-cp311-manylinux_2_17_x86_64")
         index.add("needs-old", "1.0", requires=["small-lib<1"])
         for number in range(120):
