@@ -16,11 +16,11 @@ def environment(config):
 
 @pytest.mark.parametrize("client", [True, False], ids=["client", "scoring server"])
 def test_an_engine_s_image_and_an_assembled_one(small, small_settings, base_image, packages, crane, runtime, client):
-    stub = "mlflow_skinny pandas uvicorn"
-    for name in stub.split():
-        packages.add(name.replace("_", "-"), "1.0")
+    # Nothing is served here, so that nothing of them is needed but their names.
+    for name, version in (("mlflow-skinny", "3.17.2"), ("pandas", "2.0"), ("uvicorn", "1.0")):
+        packages.add(name, version)
     model = small(
-        REQUIREMENTS if client else f"{REQUIREMENTS}mlflow-skinny==1.0\npandas\nuvicorn\n",
+        REQUIREMENTS if client else f"{REQUIREMENTS}mlflow-skinny==3.17.2\n",
         files={} if client else {"client/app.py": None},
         tags={} if client else {"MODEL_ENTRY_POINT": ""},
     )

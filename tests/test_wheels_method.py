@@ -174,7 +174,6 @@ def test_killed_anywhere_and_run_again(small, small_environ, small_settings, reg
                 raise ConnectionError
             if killed.is_set():
                 raise ConnectionError
-            return None
 
         namespace = f"{model.name}-killed-{point}"
         with forwarding(registry.host, rule) as proxy:
