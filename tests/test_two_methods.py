@@ -7,6 +7,7 @@ import json
 import pytest
 
 from builder.publish import publish
+from tests.build.package_index import running
 from tests.servers.small import REQUIREMENTS
 
 
@@ -14,14 +15,21 @@ def environment(config):
     return dict(entry.partition("=")[::2] for entry in config["Env"])
 
 
+@pytest.fixture(scope="module")
+def served():
+    """An index of what serving needs, by name: nothing is served here."""
+    with running() as index:
+        for name, version in (("mlflow-skinny", "3.17.2"), ("pandas", "2.0"), ("uvicorn", "1.0")):
+            index.add(name, version)
+        index.add("small-app", "1.0")
+        yield index
+
+
 @pytest.mark.parametrize("client", [True, False], ids=["client", "scoring server"])
-def test_an_engine_s_image_and_an_assembled_one(small, small_settings, base_image, packages, crane, runtime, client):
-    # Nothing is served here, so that nothing of them is needed but their names.
-    for name, version in (("mlflow-skinny", "3.17.2"), ("pandas", "2.0"), ("uvicorn", "1.0")):
-        packages.add(name, version)
+def test_an_engine_s_image_and_an_assembled_one(small, small_settings, base_image, served, crane, runtime, client):
     model = small(
         REQUIREMENTS if client else f"{REQUIREMENTS}mlflow-skinny==3.17.2\n",
-        files={} if client else {"client/app.py": None},
+        files={"client/app.py": "print(1)\n" if client else None},
         tags={} if client else {"MODEL_ENTRY_POINT": ""},
     )
     configs, said = {}, {}
@@ -31,7 +39,7 @@ def test_an_engine_s_image_and_an_assembled_one(small, small_settings, base_imag
             BASE_IMAGE=base_image,
             BUILD_METHOD=method,
             REGISTRY_URL=f"{base_image.partition('/')[0]}/{model.name}-{method}",
-            PIP_INDEX_URL=packages.simple,
+            UV_DEFAULT_INDEX=served.simple,
             WHEEL_BYTECODE="false",
         )
         reference = publish(settings).reference
