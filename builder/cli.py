@@ -151,7 +151,7 @@ def builder() -> None:
     Settings come from the environment; docs/settings.md lists them. NAME and VERSION stand for MODEL_NAME and
     MODEL_VERSION; a version is a number or an alias, as @champion. A digest reference is all that goes to stdout; logs
     go to stderr. Exit codes are those of sysexits(3): 65 the model version cannot be published, 69 a service is away,
-    73 the build failed, 75 try again, 77 permission denied, 78 settings.
+    73 the image could not be built, 75 try again, 77 permission denied, 78 settings.
     """
 
 
@@ -205,7 +205,7 @@ def plan(
 @_again
 @_pass
 def fetch(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
-    """Phase 1: artifacts, Dockerfile and plan into the workspace."""
+    """Phase 1: artifacts, Dockerfile or locks, and plan into the workspace."""
     from builder import publish as story
     from builder.settings import Settings
     from builder.show import download_progress
@@ -218,10 +218,10 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
 @builder.command()
 @_pass
 def build(invocation: Invocation) -> None:
-    """Phase 2: run the Dockerfile for each platform.
+    """Phase 2: run the Dockerfile, where there is one.
 
-    It leaves an OCI image layout for each in the workspace.
-    A Dockerfile that fails is written to the workspace and recorded by push; this command then still exits with 0.
+    It runs once for each platform, and leaves an OCI image layout for each in the workspace.
+    A version that is put together from wheel layers has nothing to be done here. A Dockerfile that fails is written to the workspace and recorded by push; this command then still exits with 0.
     """
     from builder import publish as story
     from builder.settings import BuildSettings
@@ -232,7 +232,7 @@ def build(invocation: Invocation) -> None:
 @builder.command()
 @_pass
 def push(invocation: Invocation) -> None:
-    """Phase 3: push the layouts, move the tag, record it."""
+    """Phase 3: push the images, move the tag, record it."""
     from builder import publish as story
     from builder.settings import Settings
 
