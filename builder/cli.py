@@ -220,8 +220,9 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
 def build(invocation: Invocation) -> None:
     """Phase 2: run the Dockerfile, where there is one.
 
-    It runs once for each platform, and leaves an OCI image layout for each in the workspace.
-    A version that is put together from wheel layers has nothing to be done here. A Dockerfile that fails is written to the workspace and recorded by push; this command then still exits with 0.
+    It runs once for each platform, and leaves an OCI image layout for each in the workspace. A version that is put
+    together from wheel layers has nothing to be done here. A Dockerfile that fails is written to the workspace and
+    recorded by push; this command then still exits with 0.
     """
     from builder import publish as story
     from builder.settings import BuildSettings
