@@ -44,6 +44,8 @@ def publish(turn: Round, job: str, version: Version, namespace: str, platforms: 
             "BASE_IMAGE": f"{turn.host}/base/python:{{python_version}}-slim",
             "BUILD_METHOD": "wheels",
             "TARGET_PLATFORMS": platforms,
+            # One that takes any platform alone; Foundry asks for linux/amd64.
+            "TARGET_TAG": "EXTERNAL_TARGET_BENCHMARK",
             "LOG_FORMAT": "json",
             # The folder that it runs in is not the checkout.
             "PYTHONPATH": str(CHECKOUT),

@@ -1,4 +1,4 @@
-"""The way to the network, as the settings describe it, for what runs outside of this process and for package indexes."""
+"""The way to the network, as the settings describe it, for engines and package indexes."""
 
 from __future__ import annotations
 

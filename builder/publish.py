@@ -8,7 +8,7 @@ values, prints nothing and exits nowhere, so that a notebook or an Airflow task 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,8 +26,9 @@ from builder.errors import (
     one_line,
 )
 from builder.images import manifest as manifests
-from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
-from builder.images.layout import open_layout
+from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, from_bytes
+from builder.images.layout import LayoutImage, open_layout
+from builder.images.profile import check, profile_for
 from builder.images.push import move_tag, push_image
 from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, listing_digest, write_context
@@ -38,6 +39,7 @@ from builder.record import Record
 from builder.reference import Digest, Platform, Reference, Repository
 from builder.services import Services, connected
 from builder.settings import BuildSettings, CommonSettings, Settings
+from builder.stages import stage, taken
 from builder.survey import artifacts_changed, changes, existing_image, find, survey
 from builder.workspace import BuildResult, Workspace
 
@@ -98,10 +100,15 @@ def publish_version(
 
     Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
     """
+    taken()
     plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+    if plan.made_by("dockerfile"):
+        with stage("build"):
+            build(settings, workspace)
+    published = push(settings, services, workspace)
     if plan.builds:
-        build(settings, workspace)
-    return push(settings, services, workspace)
+        log.info("timings", **taken())
+    return published
 
 
 @contextmanager
@@ -152,7 +159,8 @@ def fetch(
     """
     record = Record(services.catalog, version, settings.target, version.source_id(settings.build_method))
     with record.failures():
-        plan = survey(settings, services, version, force=force, rebuild=rebuild)
+        with stage("survey"):
+            plan = survey(settings, services, version, force=force, rebuild=rebuild)
         workspace.prepare(keep_context=bool(plan.builds))
         if plan.builds:
             record.started(plan)
@@ -162,8 +170,9 @@ def fetch(
                 remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
                 raise InvalidVersion(message, remedy=remedy)
             log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
-            write_context(services.catalog, artifacts, workspace.context, progress=progress)
-            content = content_digest(workspace.context)
+            with stage("artifacts"):
+                write_context(services.catalog, artifacts, workspace.context, progress=progress)
+                content = content_digest(workspace.context)
             plan = plan.model_copy(update={"artifacts": artifacts, "content_digest": content})
             plan = _with_methods(settings, services, workspace, plan)
         elif plan.action == "nothing":
@@ -176,7 +185,8 @@ def fetch(
 def _with_methods(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Plan:
     """Return the plan with the method of every image, and write down what it is made by."""
     # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
-    from builder.methods import by_methods
+    with stage("imports"):
+        from builder.methods import by_methods
 
     made = by_methods(settings, services, plan, workspace.context)
     if made.dockerfile:
@@ -325,7 +335,12 @@ def _push_and_tag(settings: Settings, services: Services, workspace: Workspace, 
         workspace.result().check()
     registry = services.registries.for_host(plan.reference.repository.host)
     kept = _kept(services, plan)
-    images = [_push_platform(services, workspace, plan, step) for step in by_engine]
+    built = [_finished(workspace, plan, step) for step in by_engine]
+    _check_profile(plan, [image for _, image, _ in built])
+    for layout, image, mount_from in built:
+        log.info("pushing", platform=str(image.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
+        push_image(registry, plan.reference.repository, layout, image, mount_from=mount_from)
+    images = [image for _, image, _ in built]
     if plan.made_by("wheels"):
         images += _push_assembled(settings, services, workspace, plan)
     descriptors = [*kept.values(), *(image.descriptor for image in images)]
@@ -337,8 +352,9 @@ def _push_and_tag(settings: Settings, services: Services, workspace: Workspace, 
         bases = {(note.get(manifests.BASE_NAME, ""), note.get(manifests.BASE_DIGEST, "")) for note in notes}
         content = manifests.index(descriptors, annotations=_annotations(plan) | _base_note(bases))
         media_type = OCI_INDEX
-    _same_version(services, plan)
-    return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+    with stage("tag"):
+        _same_version(services, plan)
+        return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
 
 
 def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
@@ -349,9 +365,10 @@ def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
     return {manifests.BASE_NAME: name, manifests.BASE_DIGEST: digest}
 
 
-def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: PlatformPlan) -> manifests.Image:
-    """Push one platform's layers, config and manifest; nothing names them yet."""
-    repository = plan.reference.repository
+def _finished(
+    workspace: Workspace, plan: Plan, step: PlatformPlan
+) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
+    """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
     layout = open_layout(workspace.layout(step.platform), step.platform)
     notes = _annotations(plan)
     mount_from: tuple[Repository, ...] = ()
@@ -360,15 +377,24 @@ def _push_platform(services: Services, workspace: Workspace, plan: Plan, step: P
         notes[manifests.BASE_NAME], notes[manifests.BASE_DIGEST] = step.base.name, str(step.base.digest)
         mount_from = (Reference.parse(step.base.name).repository,)
     image = manifests.finished_image(layout, labels=notes, annotations=notes, created=plan.version.created)
-    log.info("pushing", platform=str(step.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
-    push_image(services.registries.for_host(repository.host), repository, layout, image, mount_from=mount_from)
-    return image
+    return layout, image, mount_from
+
+
+def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
+    """Refuse images that break the target's rules, and a plan of which no image could keep them."""
+    check(
+        profile_for(plan.target),
+        reference=plan.reference,
+        platforms=[step.platform for step in plan.platforms],
+        images=[(image.platform, from_bytes(image.config), image.layers) for image in images],
+    )
 
 
 def _push_assembled(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> list[manifests.Image]:
     """Push the images that are made of wheel layers; nothing names them yet."""
-    from builder.assemble import push_images
-    from builder.recipe import Recipe
+    with stage("imports"):
+        from builder.assemble import push_images
+        from builder.recipe import Recipe
 
     def notes(step: PlatformPlan) -> dict[str, str]:
         base = step.base
@@ -376,7 +402,15 @@ def _push_assembled(settings: Settings, services: Services, workspace: Workspace
         return _annotations(plan) | named
 
     recipe = Recipe.from_json(workspace.recipe())
-    return push_images(settings, services.registries, plan, recipe, workspace.context, notes)
+    return push_images(
+        settings,
+        services.registries,
+        plan,
+        recipe,
+        workspace.context,
+        notes=notes,
+        check=lambda image: _check_profile(plan, [image]),
+    )
 
 
 def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:

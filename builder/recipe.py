@@ -11,7 +11,7 @@ from builder.build.locked import Lock
 from builder.build.wheel_groups import Group, grouped
 from builder.errors import UsageError
 from builder.images.assembly import MOST_LAYERS
-from builder.plan import AsPlatform
+from builder.plan import AsDigest, AsPlatform
 from builder.reference import Platform
 
 # Layers that are kept for the model's files, so that the environment's do not depend on the model.
@@ -51,6 +51,7 @@ class Recipe(BaseModel):
         client_folder: of the context; empty where no client is in the image.
         command: what a container runs, relative to the context's folder.
         indexes: package indexes that the model names beside the configured ones.
+        requirements: digest of what is installed, as the locks were made from it.
         platforms: those that are made so.
     """
 
@@ -61,6 +62,7 @@ class Recipe(BaseModel):
     client_folder: str = ""
     command: tuple[str, ...]
     indexes: tuple[str, ...] = ()
+    requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
 
     def for_platform(self, platform: Platform) -> PlatformRecipe:

@@ -357,8 +357,8 @@ class Settings(CatalogSettings, BuildSettings):
     )
     build_method: Literal["auto", "dockerfile", "wheels"] = _setting(
         "BUILD_METHOD",
-        "How the image is made: `dockerfile` runs the version's template, or the built-in one, with an engine; `wheels` "
-        "assembles it without one; `auto` is `dockerfile` where the version ships a template.",
+        "How the image is made: `dockerfile` runs the version's template, or the built-in one, with an engine; "
+        "`wheels` assembles it without one; `auto` is `dockerfile` where the version ships a template.",
         "auto",
         form="auto, dockerfile or wheels",
     )
@@ -391,8 +391,8 @@ class Settings(CatalogSettings, BuildSettings):
     )
     allowed_indexes: Annotated[tuple[str, ...], _LIST] = _setting(
         "ALLOWED_INDEXES",
-        "Addresses, separated by commas, of package indexes and wheels that a model's requirements may name; each allows "
-        "what is below it, `*` allows any.",
+        "Addresses, separated by commas, of package indexes and wheels that a model's requirements may name; each "
+        "allows what is below it, `*` allows any.",
         (),
         shown="those that are configured for pip or uv",
     )

@@ -10,6 +10,7 @@ from builder.build.engines import select_engine
 from builder.errors import BuilderError, InvalidSettings
 from builder.images.existing import published as read_published
 from builder.images.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
+from builder.images.profile import check, profile_for
 from builder.log import get_logger, masked
 from builder.models.catalog import Artifact
 from builder.models.context import listing_digest, sketch_context
@@ -37,7 +38,8 @@ def survey(
     """Return what would happen, as far as the version and the registry's tag tell; nothing is downloaded.
 
     Raises:
-        InvalidVersion: the version's tags cannot be used, or the registry's tag holds another source's image.
+        InvalidVersion: the version's tags cannot be used, the registry's tag holds another source's image, or the
+            target takes no such platforms.
         ServiceUnavailable: the registry is away, so nobody can tell what stands there.
         PermissionRefused: the registry refuses the credential, which is not the same as an absent image.
     """
@@ -49,6 +51,14 @@ def survey(
     decision = decide(
         wanted=wanted, existing=existing, source_id=source_id, reference=reference, force=force, rebuild=rebuild
     )
+    if decision.action in {"publish", "extend"}:
+        # What can be told before anything is made; push looks at the images, too.
+        check(
+            profile_for(settings.target),
+            reference=reference,
+            platforms=[step.platform for step in decision.platforms],
+            images=(),
+        )
     return Plan(
         version=version,
         target=settings.target,

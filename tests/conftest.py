@@ -6,5 +6,7 @@ pytest_plugins = [
     "tests.servers.registries",
     "tests.servers.mlflow",
     "tests.servers.images",
+    "tests.servers.containers",
+    "tests.servers.small",
     "tests.builder_image",
 ]

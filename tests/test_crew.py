@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from builder.errors import Terminated
 from builder.crew import side_by_side
+from builder.errors import Terminated
 
 
 def test_every_item_is_done_once():

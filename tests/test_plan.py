@@ -118,7 +118,6 @@ def test_a_plan_survives_the_workspace():
         version=version(name='odd "name"\n', tags={"a": "b"}),
         target="t",
         source_id=SOURCE,
-        method="dockerfile",
         reference=TAG,
         action=decision.action,
         reason=decision.reason,

@@ -228,7 +228,7 @@ def test_hostile_tags_are_refused_by_name(settings, new, tag, value):
 
 
 def test_a_hostile_name_reaches_neither_a_dockerfile_nor_a_repository(settings, new, crane):
-    model = new("FROM {base}\nLABEL of=$model_name\n", name='x"\nRUN id $(id) `id`')
+    model = new("FROM {base}\nLABEL of=$model_name\nUSER 10001\n", name='x"\nRUN id $(id) `id`')
     published = publish(settings(model))
     assert (
         json.loads(crane("config", str(published.tag)))["config"]["Labels"]["of"]

@@ -28,7 +28,7 @@ def test_what_is_missing_is_named_at_once():
         ("TARGET_PLATFORMS", "amd64", "linux/amd64"),
         ("TARGET_PLATFORMS", ",", "names no platform"),
         ("TARGET_TAG", "a b", "a tag's name"),
-        ("BUILD_METHOD", "magic", "auto or dockerfile"),
+        ("BUILD_METHOD", "magic", "auto, dockerfile or wheels"),
         ("BUILD_ENGINE", "docker", "auto, kaniko or buildah"),
         ("BUILD_TIMEOUT", "-1", "positive number of seconds"),
         ("BUILD_TIMEOUT", "soon", "positive number of seconds"),

@@ -27,7 +27,7 @@ class Group:
 
     @property
     def source(self) -> str:
-        """What the layer is made from: a wheel's SHA-256, or a hash of the SHA-256 of several; 64 hexadecimal digits."""
+        """What the layer is made from: a wheel's SHA-256, or a hash of those of several; 64 hexadecimal digits."""
         if len(self.wheels) == 1:
             return self.wheels[0].sha256
         return hashlib.sha256("\n".join(wheel.sha256 for wheel in self.wheels).encode()).hexdigest()

@@ -9,8 +9,9 @@ from http import HTTPStatus
 
 from builder.errors import BuilderError, ServiceUnavailable
 from builder.images.answers import Answer, unexpected
+from builder.images.exchange import Body
 from builder.images.retry import Again
-from builder.images.transport import Body, Transport
+from builder.images.transport import Transport
 from builder.log import get_logger
 from builder.reference import Digest
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import TypeVar
 
 import httpx
 
-from builder.errors import InvalidSettings, ServiceUnavailable, one_line
+from builder.errors import InvalidSettings, ServiceUnavailable
 from builder.images.answers import Answer, unexpected
 from builder.images.auth import Authorizer
 from builder.images.blob import Blob, BytesBlob, verified
 from builder.images.credentials import Credentials
 from builder.images.descriptor import MOST_JSON_BYTES
+from builder.images.exchange import Body, answer_of, cause_of, failure, request_to, sent, whole_answer
 from builder.images.hosts import api_host, is_loopback, is_named
-from builder.images.retry import Again, Patience, passes, patiently
+from builder.images.retry import Patience, patiently
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # These two keep method and body (RFC 9110, section 15.4); the others are for reading only.
@@ -29,7 +29,6 @@ _READ = frozenset({"GET", "HEAD"})
 _CONTENT = frozenset({HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT})
 # A registry may take its time over a large blob before it answers.
 _UPLOAD_TIMEOUT = httpx.Timeout(60, connect=15, read=300)
-_NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"})
 
 Result = TypeVar("Result")
 Origin = tuple[str, str, int | None]
@@ -143,12 +142,11 @@ class Transport:
         def exchange(url: httpx.URL, authorization: str | None) -> Answer:
             nonlocal body
             request = self._request("GET", url, headers, authorization, None)
-            name = _name(request)
-            response = self._sent(request, name, until)
+            response = sent(self._client, request, until)
             if response.status_code not in _CONTENT:
-                return _whole(response, name, until, MOST_JSON_BYTES)
-            body = Body(response, name, until)
-            return _answer(response, b"")
+                return whole_answer(response, until, MOST_JSON_BYTES)
+            body = Body(response, until)
+            return answer_of(response, b"")
 
         return self._answered("GET", where, scopes, exchange), body
 
@@ -180,7 +178,7 @@ class Transport:
                 authorization = authorization if home else None
             else:
                 return answer
-        raise unexpected(_request_to(self.host), "with too many redirects")
+        raise unexpected(request_to(self.host), "with too many redirects")
 
     def location(self, answer: Answer) -> httpx.URL:
         """Return the URL that an answer's Location header names: perhaps relative, perhaps at another host.
@@ -233,21 +231,7 @@ class Transport:
         return self._client.build_request(method, url, headers=fields, content=content, timeout=_UPLOAD_TIMEOUT)
 
     def _exchange(self, request: httpx.Request, until: float, limit: int) -> Answer:
-        """Return the whole answer to one request.
-
-        Raises:
-            Again: there was no answer, or one that may be another later.
-            BuilderError: TLS cannot be made, the answer is too large, or it took too long.
-        """
-        name = _name(request)
-        return _whole(self._sent(request, name, until), name, until, limit)
-
-    def _sent(self, request: httpx.Request, name: str, until: float) -> httpx.Response:
-        """Return the response to a request, its body not read yet."""
-        if not isinstance(request.stream, httpx.ByteStream) and isinstance(request.stream, httpx.SyncByteStream):
-            request.stream = _Timed(request.stream, name, until)
-        with _ours(name):
-            return self._client.send(request, stream=True)
+        return whole_answer(sent(self._client, request, until), until, limit)
 
     def _origin(self) -> httpx.URL:
         """Return the registry's base URL; whether this machine's own speak TLS is found out once."""
@@ -277,108 +261,12 @@ class Transport:
         except (httpx.RemoteProtocolError, httpx.ReadError):
             pass
         except httpx.TransportError as error:
-            raise _failure(host, error) from error
+            raise failure(host, error) from error
         try:
             with self._client.stream("GET", f"https://{host}/v2/"):
                 return "https"
         except httpx.TransportError as error:
-            return "https" if _cause(error, ssl.SSLCertVerificationError) else "http"
-
-
-class Body:
-    """The body of an answer, read once, piece by piece, as it was sent: nothing is decoded.
-
-    Args:
-        response: not read yet.
-        name: the host that answered.
-        until: when it has to be over, as of `time.monotonic`.
-    """
-
-    def __init__(self, response: httpx.Response, name: str, until: float) -> None:
-        self._response, self._name, self._until = response, name, until
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield the pieces.
-
-        Raises:
-            Again: the connection broke.
-            ServiceUnavailable: it took too long.
-        """
-        with _ours(self._name):
-            for chunk in self._response.iter_raw():
-                _in_time(self._name, self._until)
-                yield chunk
-
-    def close(self) -> None:
-        """Give the connection back; one that was not read to its end is closed."""
-        self._response.close()
-
-
-class _Timed(httpx.SyncByteStream):
-    """A request's body that ends when the time is over."""
-
-    def __init__(self, stream: httpx.SyncByteStream, name: str, until: float) -> None:
-        self._stream, self._name, self._until = stream, name, until
-
-    def __iter__(self) -> Iterator[bytes]:
-        for chunk in self._stream:
-            _in_time(self._name, self._until)
-            yield chunk
-
-
-def _name(request: httpx.Request) -> str:
-    return request.url.netloc.decode("ascii", "replace")
-
-
-@contextlib.contextmanager
-def _ours(name: str) -> Iterator[None]:
-    """Turn what fails on the way to or from the host `name` into errors of ours."""
-    try:
-        yield
-    except httpx.TransportError as error:
-        raise _failure(name, error) from error
-    except (httpx.InvalidURL, httpx.DecodingError) as error:
-        raise unexpected(_request_to(name), "in a form that HTTP does not have") from error
-
-
-def _whole(response: httpx.Response, name: str, until: float, limit: int) -> Answer:
-    """Return a response with its body; raises `Again` where it may be another later."""
-    with _ours(name), contextlib.closing(response):
-        content = b"".join(_bounded(response, name, until, limit))
-    answer = _answer(response, content)
-    if passes(answer.status):
-        raise Again(answer)
-    return answer
-
-
-def _answer(response: httpx.Response, content: bytes) -> Answer:
-    return Answer(
-        status=response.status_code,
-        headers=response.headers,
-        content=content,
-        url=response.request.url,
-        method=response.request.method,
-    )
-
-
-def _bounded(response: httpx.Response, name: str, until: float, limit: int) -> Iterator[bytes]:
-    size = 0
-    for chunk in response.iter_bytes():
-        size += len(chunk)
-        if size > limit:
-            raise unexpected(_request_to(name), f"with more than {limit} bytes")
-        _in_time(name, until)
-        yield chunk
-
-
-def _request_to(name: str) -> str:
-    return f"A request to {name}"
-
-
-def _in_time(name: str, until: float) -> None:
-    if time.monotonic() > until:
-        message = f"{name} is too slow: a request took longer than it may."
-        raise ServiceUnavailable(message, remedy="See to the network, or try again later.")
+            return "https" if cause_of(error, ssl.SSLCertVerificationError) else "http"
 
 
 def _followed(method: str, answer: Answer) -> bool:
@@ -389,34 +277,3 @@ def _followed(method: str, answer: Answer) -> bool:
 
 def _origin(url: httpx.URL) -> Origin:
     return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
-
-
-def _cause(error: BaseException, kind: type[ssl.SSLError]) -> ssl.SSLError | None:
-    """Return the first error of a kind among what an error came from."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, kind):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _failure(name: str, error: httpx.TransportError) -> Exception:
-    """Return what a request that had no answer raises."""
-    certificate = _cause(error, ssl.SSLCertVerificationError)
-    if isinstance(certificate, ssl.SSLCertVerificationError):
-        message = f"The certificate of {name} is not trusted: {one_line(certificate.verify_message, 200)}."
-        return InvalidSettings(
-            message, remedy="Name a bundle with the authority that signed it in SSL_CERT_FILE, or mend the certificate."
-        )
-    tls = _cause(error, ssl.SSLError)
-    if tls and tls.reason in _NOT_TLS:
-        message = f"{name} does not speak TLS."
-        return InvalidSettings(message, remedy=f"If it is meant so, name {name} in INSECURE_REGISTRIES.")
-    said = one_line(str(error), 200) or type(error).__name__
-    return Again(
-        ServiceUnavailable(
-            f"Registry {name} cannot be reached: {said}.",
-            remedy="See that its name is right, that it runs, and that the network and proxy settings lead to it.",
-        )
-    )

@@ -12,10 +12,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from builder.crew import side_by_side
 from builder.errors import InvalidSettings, InvalidVersion, TryAgain
 from builder.models.answers import on_disk
 from builder.models.artifacts import MODEL_FILE, checked_path, find_model_folder
-from builder.crew import side_by_side
 from builder.models.version import Inputs
 from builder.reference import Digest
 

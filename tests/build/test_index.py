@@ -191,7 +191,7 @@ def answer(status, body=b"", kind="text/plain", **headers):
         (break_off(0, 99), ServiceUnavailable, "cannot be reached"),
     ],
 )
-def test_what_goes_wrong(index, locked, tmp_path, fault, error, why):  # noqa: PLR0917
+def test_what_goes_wrong(index, locked, tmp_path, fault, error, why):
     index.faults = fault
     with client(index.simple) as asked, pytest.raises(error, match=why) as caught:
         asked.download(locked, tmp_path / "wheel")

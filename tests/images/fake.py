@@ -33,6 +33,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     content: bytes = b""
     slowly: bool = False
+    cut: int | None = None  # the connection ends after so many bytes of the content
 
     @classmethod
     def error(cls, status: int, code: str, message: str = "said the registry", **headers: str) -> Reply:
@@ -124,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
                         break
                     self.wfile.write(bytes([byte]))
             return
-        self.wfile.write(reply.content)
+        self.wfile.write(reply.content[: reply.cut])
+        self.close_connection = self.close_connection or reply.cut is not None
 
     def finish(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -8,9 +8,9 @@ import os
 import random
 import tarfile
 import tracemalloc
+import uuid
 from pathlib import Path
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from builder.errors import BuildFailed, InvalidVersion, TryAgain
 from builder.images import tar
 from builder.images.blob import check, verified
+from builder.images.credentials import Credentials
 from builder.images.descriptor import OCI_LAYER
 from builder.images.files_layer import BUCKET, LARGE, FileEntry, FilesLayer, split
-from builder.reference import Digest
+from builder.images.registries import Registries
+from builder.reference import Digest, Repository
 
 MODEL = {
     "app/mymodel/MLmodel": b"flavors: {}\n",
@@ -157,19 +159,17 @@ def test_many_small_files_are_streamed_in_chunks_worth_sending(tmp_path):
     assert all(size >= 256 << 10 for size in sizes[:-1])
 
 
-def test_a_registry_takes_it(registry, tmp_path):
-    layer = FilesLayer.of(make(tmp_path, MODEL))
-    base = f"http://{registry.host}/v2/files/layer"
-    begun = httpx.post(f"{base}/blobs/uploads/", trust_env=False)
-    answer = httpx.put(
-        begun.headers["location"],
-        params={**dict(httpx.URL(begun.headers["location"]).params), "digest": str(layer.digest)},
-        content=verified(layer),
-        headers={"content-type": "application/octet-stream", "content-length": str(layer.size)},
-        trust_env=False,
-    )
-    assert answer.status_code == 201
-    assert httpx.get(f"{base}/blobs/{layer.digest}", trust_env=False).content == b"".join(layer.stream())
+def test_a_registry_takes_it_once(registry, tmp_path):
+    repository = Repository(registry.host, f"files/{uuid.uuid4().hex}")
+    with Registries(Credentials()) as registries:
+        pushed = registries.for_host(registry.host)
+        layer = FilesLayer.of(make(tmp_path / "a", MODEL))
+        assert pushed.push_blob(repository, layer) == layer.size
+        again = FilesLayer.of(make(tmp_path / "b", MODEL))
+        assert pushed.push_blob(repository, again) == 0
+    name = layer.digest.hex
+    kept = registry.storage / "docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
+    assert kept.read_bytes() == b"".join(layer.stream())
 
 
 # ---- files that are not what they should be

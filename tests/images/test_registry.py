@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import random
 import socket
 import threading
 import traceback
@@ -288,6 +289,98 @@ def test_an_older_arm_runs_on_a_newer_one(fake, registry, repository, wanted: st
     fake.answers = [Reply(200, {"Content-Type": OCI_MANIFEST}, manifest), Reply(200, content=config)]
     with contextlib.nullcontext() if found else pytest.raises(InvalidVersion, match="it has linux/arm/v6"):
         assert resolve_base(registry, repository.tag("v1"), Platform("linux", "arm", wanted))
+
+
+# -- blobs that are streamed
+
+
+@pytest.fixture
+def large() -> bytes:
+    return random.Random(5).randbytes(300_000)
+
+
+def read(registry: Registry, repository: Repository, content: bytes) -> bytes:
+    return b"".join(registry.blob_stream(repository, Descriptor.of(content, "application/octet-stream")))
+
+
+def ranged(asked: Asked, content: bytes, cut: int | None = None) -> Reply:
+    """Answer as a registry does that knows ranges."""
+    start = int(asked.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+    if not start:
+        return Reply(200, content=content, cut=cut)
+    told = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+    return Reply(206, told, content[start:], cut=cut)
+
+
+def test_a_download_that_breaks_goes_on_where_it_broke(fake, registry, repository, large) -> None:
+    fake.answer = lambda asked: ranged(asked, large, cut=100_000 if len(fake.asked) < 3 else None)
+    assert read(registry, repository, large) == large
+    assert [each.headers.get("Range") for each in fake.asked] == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_a_download_goes_on_where_a_registry_knows_no_ranges(fake, registry, repository, large) -> None:
+    fake.answers = [Reply(200, content=large, cut=100_000), Reply(503), Reply(200, content=large)]
+    assert read(registry, repository, large) == large
+
+
+def test_a_download_that_always_breaks_is_given_up(fake, registry, repository, large) -> None:
+    fake.answer = lambda asked: ranged(asked, large, cut=1000)
+    with pytest.raises(ServiceUnavailable, match="cannot be reached"):
+        read(registry, repository, large)
+    assert len(fake.asked) == 4
+
+
+def test_a_part_that_was_not_asked_for_is_refused(fake, registry, repository, large) -> None:
+    part = Reply(206, {"Content-Range": "bytes 5-10/300000"}, large[5:11])
+    fake.answers = [Reply(200, content=large, cut=100_000), part]
+    with pytest.raises(ServiceUnavailable, match="another part"):
+        read(registry, repository, large)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x + b"more", lambda x: b"y" + x[1:]])
+def test_the_last_bytes_of_a_wrong_blob_are_never_given(fake, registry, repository, large, change) -> None:
+    fake.answer = lambda _: Reply(200, content=change(large))
+    got: list[bytes] = []
+    with pytest.raises(ServiceUnavailable, match=r"something else|ended after 299999 of 300000"):
+        got.extend(registry.blob_stream(repository, Descriptor.of(large, "application/octet-stream")))
+    assert 0 < sum(map(len, got)) < len(large)
+
+
+def test_a_blob_of_no_bytes(fake, registry, repository) -> None:
+    fake.answers = [Reply(200)]
+    assert read(registry, repository, b"") == b""
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        (Reply.error(404, "BLOB_UNKNOWN"), ServiceUnavailable, "404"),
+        (Reply.error(403, "DENIED"), PermissionRefused, "403"),
+        (Reply(200, {"Content-Type": "text/html"}, b"<html>"), ServiceUnavailable, "website"),
+        (Reply(302, {"Location": "ftp://127.0.0.1/"}), ServiceUnavailable, "HTTPS"),
+        (Reply.error(503, "UNAVAILABLE"), ServiceUnavailable, "503"),
+    ],
+)
+def test_a_blob_that_is_refused(*, fake, registry, repository, reply, error, message) -> None:
+    fake.answer = lambda _: reply
+    with pytest.raises(error, match=message):
+        read(registry, repository, BLOB.content)
+
+
+def test_a_download_that_is_redirected_carries_no_credential(fake, other, registry, repository, large) -> None:
+    fake.answer = lambda asked: basic(asked, Reply(307, {"Location": f"http://{other.host}/blob?signed=1"}))
+    other.answer = lambda asked: ranged(asked, large, cut=200_000 if len(other.asked) < 2 else None)
+    assert read(registry, repository, large) == large
+    assert [each.headers.get("Range") for each in other.asked] == [None, "bytes=200000-"]
+    assert [each.authorization for each in other.asked] == [None, None]
+    assert fake.asked[-1].authorization.startswith("Basic ")
+
+
+def test_a_download_that_trickles_is_given_up(fake, repository, large) -> None:
+    fake.answer = lambda _: Reply(200, content=large, slowly=True)
+    patience = Patience(deadline=0.2, slowest=1e9)
+    with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="too slow"):
+        read(registries.for_host(fake.host), repository, large)
 
 
 # -- pushing

@@ -1,0 +1,329 @@
+"""The wheels method as its users see it: from a registered version to an image in a registry that runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from builder.errors import InvalidVersion
+from builder.publish import publish
+from builder.survey import preview
+from scripts.launch import clean_environ
+from tests.servers.forwarding import forwarding
+from tests.servers.small import push_base, small_files
+from tests.versions import register
+
+ROOT = Path(__file__).parent.parent
+# The command line's entry, in a process that did something else before.
+WITH_A_HISTORY = "import decimal, sqlite3, numpy, pandas; from builder.__main__ import main; main()"
+
+
+def run(environ, *arguments, **options):
+    """Run the command line, or what stands in its place, in a process of its own; return what it did."""
+    command = arguments if arguments[0] == sys.executable else (sys.executable, "-m", "builder", *arguments)
+    environ = {**clean_environ(), "PYTHONPATH": str(ROOT), **environ}
+    return subprocess.run(command, check=False, text=True, capture_output=True, env=environ, **options)
+
+
+def succeeded(*arguments, **options):
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def content(storage):
+    """Return all that a registry holds: its files, and the links' content."""
+    return {
+        str(path.relative_to(storage)): path.read_bytes() if path.name == "link" else path.stat().st_size
+        for path in Path(storage).rglob("*")
+        if path.is_file() and "_uploads" not in path.parts
+    }
+
+
+def layers_of(crane, reference):
+    return [layer["digest"] for layer in json.loads(crane("manifest", str(reference)))["layers"]]
+
+
+def test_an_image_is_assembled_and_runs(small, small_settings, base_image, runtime, podman, crane, tmp_path):
+    model = small()
+    published = publish(small_settings(model, BASE_IMAGE=base_image))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
+    archive = tmp_path / "archive.tar"
+    source = f"docker://{published.reference}"
+    copy = ["skopeo", "copy", "--quiet", "--src-tls-verify=false", source, f"docker-archive:{archive}:test:1"]
+    subprocess.run(copy, check=True, capture_output=True)
+    for each in {runtime, podman}:
+        assert each.output(published.reference) == "prediction 42 small 11\n"
+        who = each.output(published.reference, "python", "-c", "import os, sys; print(os.getuid(), sys.prefix)")
+        assert who == "10001 /opt/model\n"
+    config = json.loads(crane("config", str(published.reference)))
+    assert config["config"]["Cmd"] == ["python", "client/app.py"]
+    history = [line["created_by"] for line in config["history"] if not line.get("empty_layer")]
+    assert len(history) == len(config["rootfs"]["diff_ids"])
+    assert "wheel small_app-1.0-py3-none-any.whl" in history
+    notes = json.loads(crane("manifest", str(published.reference)))["annotations"]
+    assert notes["io.modelimage.method"] == "wheels"
+    assert notes["org.opencontainers.image.base.digest"] == crane("digest", base_image).strip()
+    assert model.outcome()["state"] == "published"
+
+
+def test_the_same_image_whoever_publishes_it(small, small_environ, registry, registry_v3, tmp_path, crane):
+    model = small(tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    first = succeeded(small_environ(model), "publish", cwd=ROOT)
+    differing = {
+        "REGISTRY_URL": registry_v3.host,
+        "WHEEL_LAYERS": f"{registry_v3.host}/{model.name}-wheels",
+        "BUILDER_WORKSPACE": str(other / "workspace"),
+        "PYTHONHASHSEED": "7",
+        "TZ": "Pacific/Kiritimati",
+        "LC_ALL": "C.UTF-8",
+        "TMPDIR": str(other),
+    }
+    environ = small_environ(model, **differing)
+    second = succeeded(environ, sys.executable, "-c", WITH_A_HISTORY, "publish", cwd=other, umask=0o077)
+    assert first.partition("@")[2] == second.partition("@")[2]
+    for reference in (first, second):
+        assert "PASS" in crane("validate", "--remote", reference)
+    image = crane("manifest", "--platform", "linux/amd64", second)
+    assert layers_of(
+        crane, f"{second.partition('@')[0]}@{json.loads(crane('manifest', second))['manifests'][0]['digest']}"
+    )
+    export = tmp_path / "image.tar"
+    crane("export", "--platform", "linux/amd64", second, str(export))
+    with tarfile.open(export) as archive:
+        names = archive.getnames()
+    # What was compared has bytecode in it.
+    assert sum(name.endswith(".pyc") for name in names) >= 7, image
+
+
+def test_what_the_registry_has_is_not_sent_again(small, small_settings, registry, mlflow_server, tmp_path):
+    weights = os.urandom(600_000)
+    files = {"mymodel/weights.txt": "41\n", "mymodel/large.bin": weights, "mymodel/small.bin": os.urandom(2000)}
+    model = small(files=files)
+    with forwarding(registry.host) as proxy:
+        base = push_base(proxy.host)
+        there = {"REGISTRY_URL": f"{proxy.host}/{model.name}", "BASE_IMAGE": base}
+        proxy.seen.clear()
+        publish(small_settings(model, **there))
+        assert len(weights) < proxy.sent
+        base_layers = {each["digest"] for each in _platform_manifest(registry, base)["layers"]}
+        sent = [each.path for each in proxy.seen if each.method == "PUT" and "/blobs/" in each.path]
+        assert not any(digest.partition(":")[2] in path for digest in base_layers for path in sent)
+        mounted = [each for each in proxy.seen if "mount=" in each.path]
+        assert mounted
+        assert {each.status for each in mounted} == {201}
+
+        proxy.seen.clear()
+        changed = {**files, "mymodel/small.bin": os.urandom(2000)}
+        second = register(mlflow_server.uri, small_files(**changed), name=model.name)
+        publish(small_settings(second, **there))
+        # One layer of small files, a config and manifests.
+        assert 2000 < proxy.sent < 30_000
+
+        proxy.seen.clear()
+        assert not publish(small_settings(second, **there)).changed
+        assert proxy.sent == 0
+
+
+def _platform_manifest(registry, base):
+    import httpx
+
+    path = base.partition("/")[2]
+    name, _, tag = path.rpartition(":")
+    accept = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"}
+    index = httpx.get(f"{registry.url}/v2/{name}/manifests/{tag}", headers=accept).json()
+    return httpx.get(f"{registry.url}/v2/{name}/manifests/{index['manifests'][0]['digest']}", headers=accept).json()
+
+
+# -- processes that end in the middle, or are two
+
+
+def test_killed_anywhere_and_run_again(small, small_environ, small_settings, registry, crane):
+    model = small()
+    with forwarding(registry.host) as proxy:
+        place = {"REGISTRY_URL": f"{proxy.host}/{model.name}-whole"}
+        whole = publish(small_settings(model, **place)).reference
+        writes = [each for each in proxy.seen if each.method in {"PUT", "POST", "PATCH"}]
+        assert len(writes) > 10
+
+    for point in (1, len(writes) // 3, 2 * len(writes) // 3, len(writes) - 1):
+        process: list[subprocess.Popen] = []
+        started, killed = threading.Event(), threading.Event()
+        count = iter(range(1, 1000))
+
+        def rule(asked, *, point=point, process=process, started=started, killed=killed, count=count):
+            if asked.method in {"PUT", "POST", "PATCH"} and next(count) == point:
+                started.wait(10)
+                process[0].kill()
+                killed.set()
+                raise ConnectionError
+            if killed.is_set():
+                raise ConnectionError
+
+        namespace = f"{model.name}-killed-{point}"
+        with forwarding(registry.host, rule) as proxy:
+            environ = {**clean_environ(), **small_environ(model, REGISTRY_URL=f"{proxy.host}/{namespace}")}
+            environ["PYTHONPATH"] = str(ROOT)
+            process.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "builder", "publish"],
+                    env=environ,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+            started.set()
+            process[0].communicate(timeout=60)
+            assert process[0].returncode == -9
+        settings = small_settings(model, REGISTRY_URL=f"{registry.host}/{namespace}")
+        # Whatever a tag names now is whole.
+        for repository in crane("catalog", registry.host).split():
+            if repository.startswith(namespace):
+                for tag in crane("ls", f"{registry.host}/{repository}").split():
+                    if not tag.startswith(("lock-", "base-")):
+                        assert "PASS" in crane("validate", "--remote", f"{registry.host}/{repository}:{tag}")
+        again = publish(settings)
+        assert again.reference.digest == whole.digest
+        assert "PASS" in crane("validate", "--remote", str(again.reference))
+
+
+def test_two_publishers_of_one_wheel_at_the_same_moment(small, small_settings, registry, tmp_path, crane):
+    models = [small(), small(files={"mymodel/weights.txt": "42\n"})]
+    both = threading.Barrier(2, timeout=30)
+    met = []
+
+    def rule(asked):
+        # The first layer that each of them has made: none of the two has seen the other's.
+        if asked.method == "PUT" and "/wheel-layers/manifests/" in asked.path and b"small_lib" in asked.body:
+            met.append(both.wait())
+
+    with forwarding(registry.host, rule) as proxy, ThreadPoolExecutor(2) as pool:
+        place = {"REGISTRY_URL": f"{proxy.host}/{models[0].name}-race"}
+        futures = [
+            pool.submit(publish, small_settings(model, **place, BUILDER_WORKSPACE=str(tmp_path / model.name)))
+            for model in models
+        ]
+        references = [str(future.result().reference) for future in futures]
+        assert sorted(met) == [0, 1]
+        for reference in references:
+            assert "PASS" in crane("validate", "--remote", reference)
+
+
+# -- plans
+
+
+def test_a_plan_shows_what_would_move_and_moves_nothing(small, small_settings, small_environ, registry, packages):
+    model = small(tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    settings = small_settings(model)
+    before, tags = content(registry.storage), model.tags()
+    plan = preview(settings, check_push=True)
+    text = succeeded(small_environ(model), "plan")
+    assert content(registry.storage) == before
+    assert model.tags() == tags
+    assert [step.method for step in plan.platforms] == ["wheels", "wheels"]
+    for step in plan.platforms:
+        assert step.layers.known == 0
+        assert set(step.layers.missing) == {"small_app-1.0-py3-none-any.whl", "small_lib-1.0-py3-none-any.whl"}
+        assert step.layers.download == sum(
+            len(content) for name in ("small-app", "small-lib") for content, *_ in packages.files[name].values()
+        )
+    assert "wheel layers: 0 known, 2 wheels to get" in text
+    assert "small_lib-1.0-py3-none-any.whl" in text
+
+    publish(settings)
+    told = json.loads(succeeded(small_environ(model), "plan", "--rebuild", "--json"))
+    assert [step["layers"]["known"] for step in told["platforms"]] == [2, 2]
+    assert [step["layers"]["missing"] for step in told["platforms"]] == [[], []]
+
+
+def test_the_phases_hand_over_through_the_workspace_alone(small, small_environ, tmp_path, crane, packages):
+    model = small(tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    environ = small_environ(model)
+    assert succeeded(environ, "fetch") == ""
+    moved = tmp_path / "another container's"
+    Path(environ["BUILDER_WORKSPACE"]).rename(moved)
+    build = {"BUILDER_WORKSPACE": str(moved), "LOG_FORMAT": "json"}
+    assert succeeded(build, "build") == ""
+    asked = len(packages.requests)
+    # Push resolves nothing: it only downloads what the recipe names.
+    reference = succeeded({**environ, "BUILDER_WORKSPACE": str(moved)}, "push")
+    assert {path.split("/")[1] for _, path, _ in packages.requests[asked:]} == {"files"}
+    assert "PASS" in crane("validate", "--remote", reference)
+    assert model.outcome()["image"] == reference
+
+
+def test_a_platform_is_added(small, small_settings, crane):
+    model = small()
+    first = publish(small_settings(model))
+    model.set_tag("MODEL_PLATFORMS", "linux/amd64,linux/arm64")
+    second = publish(small_settings(model))
+    manifests = json.loads(crane("manifest", str(second.reference)))["manifests"]
+    found = {each["platform"]["architecture"]: each["digest"] for each in manifests}
+    assert found["amd64"] == str(first.reference.digest)
+    assert set(found) == {"amd64", "arm64"}
+    assert "PASS" in crane("validate", "--remote", str(second.reference))
+    assert not publish(small_settings(model)).changed
+
+
+def test_foundry_without_its_platform_is_refused_before_anything_is_made(small, small_settings, registry, packages):
+    model = small(tags={"MODEL_PLATFORMS": "linux/arm64"})
+    before, asked = content(registry.storage), len(packages.requests)
+    with pytest.raises(InvalidVersion, match="platform is linux/arm64, and must be linux/amd64") as caught:
+        publish(small_settings(model))
+    assert caught.value.exit_code == 65
+    assert content(registry.storage) == before
+    assert len(packages.requests) == asked
+    assert "breaks a rule of Foundry" in model.outcome()["error"]
+    assert publish(small_settings(model, TARGET_TAG="EXTERNAL_TARGET_ELSEWHERE")).changed
+
+
+# -- what models hold
+
+NASTY = {
+    "mymodel/with space.txt": "space",
+    "mymodel/\u00fcml\u00e4ut/\u65e5\u672c\u8a9e.txt": "unicode",
+    "mymodel/" + "deep/" * 60 + "file.txt": "deep",
+    "mymodel/" + "n" * 240 + ".txt": "long",
+    "mymodel/empty.bin": b"",
+    "mymodel/.hidden": "hidden",
+    "mymodel/-rf": "dash",
+    "mymodel/a'b\"c$(x).txt": "quotes",
+}
+
+
+def test_names_that_are_hard_to_write_arrive_as_they_are(small, small_settings, crane, tmp_path):
+    published = publish(small_settings(small(files=NASTY)))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
+    export = tmp_path / "image.tar"
+    crane("export", str(published.reference), str(export))
+    with tarfile.open(export) as archive:
+        for path, text in NASTY.items():
+            member = archive.getmember(f"app/{path}")
+            assert archive.extractfile(member).read() == (text if isinstance(text, bytes) else text.encode())
+            assert member.mode == 0o644
+        owners = {(member.uid, member.gid) for member in archive if member.name.startswith(("app", "opt/model"))}
+    assert owners == {(0, 0)}
+
+
+def test_a_model_of_empty_files(small, small_settings, crane):
+    published = publish(small_settings(small(files={"mymodel/weights.txt": b"", "client/app.py": b""})))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
+
+
+def test_a_client_brings_requirements_of_its_own(small, small_settings, base_image, runtime):
+    files = {
+        "client/requirements.txt": "tiny-007\n",
+        "client/app.py": "import small_app, tiny_007\nprint(small_app.WHO, tiny_007.NUMBER)\n",
+    }
+    published = publish(small_settings(small(files=files), BASE_IMAGE=base_image))
+    assert runtime.output(published.reference) == "small 7\n"
