@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; what was measured never decides the exit code."""
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
-    known = environments()
+    known, load = environments(), os.getloadavg()[0]
     chosen = [each for each in known if each.name in options.only] or [
         each for each in known if options.large or not each.large
     ]
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report.show(results, console)
                 everything.append(results)
                 if not options.dry:  # as far as it has come
-                    write(options.folder, [each for each in everything if each.rounds], options.runs)
+                    write(options.folder, [each for each in everything if each.rounds], options.runs, load)
         console.print(report.machine_words(), markup=False)
     if not options.only or DOCKERFILE in options.only:
         os.environ.setdefault("KANIKO_IMAGE", "")
@@ -109,12 +109,12 @@ def attempt(turn: Round, name: str) -> list[Outcome]:
     return found
 
 
-def write(folder: Path, everything: Sequence[Results], rounds: int) -> None:
+def write(folder: Path, everything: Sequence[Results], rounds: int, load: float) -> None:
     """Write the page and the plot."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
     (folder / "benchmarks.svg").write_text(plot.plot(everything))
-    report.write(folder / "benchmarks.md", "benchmarks.svg", everything, rounds)
+    report.write(folder / "benchmarks.md", "benchmarks.svg", everything, rounds, load)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def show(results: Results, console: Console) -> None:
         console.print(note, style="dim", markup=False)
 
 
-def write(path: Path, plot: str, everything: Sequence[Results], rounds: int) -> None:
+def write(path: Path, plot: str, everything: Sequence[Results], rounds: int, load: float) -> None:
     """Write the page.
 
     Args:
@@ -170,10 +170,11 @@ def write(path: Path, plot: str, everything: Sequence[Results], rounds: int) -> 
         plot: name of the plot beside it.
         everything: the environments' results.
         rounds: how often each job was done.
+        load: how many processes ran on this machine before the first job, on average.
     """
     lines = [
         _HEAD,
-        f"Rounds: {rounds}. {machine_words()}",
+        f"Rounds: {rounds}. {machine_words()} Load before the first job: {load:.1f}.",
         "",
         f"![Seconds from the tagged version to the pushed image]({plot})",
     ]
