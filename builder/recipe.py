@@ -5,9 +5,11 @@ It stands in the workspace beside the plan, with the addresses of wheels, which 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from builder.build.locked import Lock
+from builder.build.locked import Lock, LockedWheel
 from builder.build.wheel_groups import Group, grouped
 from builder.errors import UsageError
 from builder.images.assembly import MOST_LAYERS
@@ -52,6 +54,7 @@ class Recipe(BaseModel):
         command: what a container runs, relative to the context's folder.
         indexes: package indexes that the model names beside the configured ones.
         platforms: those that are made so.
+        context: where the context was, a `file:` URL: wheels that were logged with the model lie below it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +65,22 @@ class Recipe(BaseModel):
     command: tuple[str, ...]
     indexes: tuple[str, ...] = ()
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
+    context: str
+
+    def within(self, context: Path) -> Recipe:
+        """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""
+        here = context.absolute().as_uri()
+
+        def moved(wheel: LockedWheel) -> LockedWheel:
+            if wheel.origin != "model" or not wheel.url or not wheel.url.startswith(f"{self.context}/"):
+                return wheel
+            return wheel.model_copy(update={"url": here + wheel.url.removeprefix(self.context)})
+
+        parts = (
+            part.model_copy(update={"lock": part.lock.model_copy(update={"wheels": tuple(map(moved, part.lock.wheels))})})
+            for part in self.platforms
+        )
+        return self.model_copy(update={"platforms": tuple(parts), "context": here})
 
     def for_platform(self, platform: Platform) -> PlatformRecipe:
         """Return one platform's part.

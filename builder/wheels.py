@@ -135,6 +135,7 @@ def planned(
         command=source.command,
         indexes=source.requirements.indexes,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
+        context=context.absolute().as_uri(),
     )
     return Planned(
         recipe=recipe,
