@@ -19,6 +19,8 @@ from builder.reference import Platform
 # Layers that are kept for the model's files, so that the environment's do not depend on the model.
 MODEL_LAYERS = 24
 _ENVIRONMENT_LAYERS = 1
+# Wheels need five layers at least to be grouped in.
+MOST_BASE_LAYERS = MOST_LAYERS - MODEL_LAYERS - _ENVIRONMENT_LAYERS - 5
 
 
 class PlatformRecipe(BaseModel):
@@ -77,7 +79,9 @@ class Recipe(BaseModel):
             return wheel.model_copy(update={"url": here + wheel.url.removeprefix(self.context)})
 
         parts = (
-            part.model_copy(update={"lock": part.lock.model_copy(update={"wheels": tuple(map(moved, part.lock.wheels))})})
+            part.model_copy(
+                update={"lock": part.lock.model_copy(update={"wheels": tuple(map(moved, part.lock.wheels))})}
+            )
             for part in self.platforms
         )
         return self.model_copy(update={"platforms": tuple(parts), "context": here})

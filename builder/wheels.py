@@ -29,7 +29,7 @@ from builder.models.catalog import Artifact
 from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Base, Layers, Method
-from builder.recipe import PlatformRecipe, Recipe
+from builder.recipe import MOST_BASE_LAYERS, PlatformRecipe, Recipe
 from builder.reference import Platform, Reference, repository_component
 from builder.settings import Settings
 
@@ -272,8 +272,11 @@ def _interpreter(base: BaseImage, facts: BaseFacts, python: str) -> str:
     """Return the base's interpreter of a minor version.
 
     Raises:
-        InvalidVersion: it has none, or its C library is one that the wheels are not for.
+        InvalidVersion: it has none, too many layers, or a C library that the wheels are not for.
     """
+    if len(base.layers) > MOST_BASE_LAYERS:
+        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
+        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
     found = facts.interpreters.get(python)
     if found is None:
         there = ", ".join(sorted(facts.interpreters)) or "none"

@@ -45,9 +45,7 @@ def base_with_openmp(base_image, crane, tmp_path_factory):
     with tarfile.open(archive, "w") as layer:
         layer.add(library, f"usr/lib/{platform.machine()}-linux-gnu/libgomp.so.1")
     reference = base_image.replace("base/python", "base/python-with-openmp")
-    crane(
-        "append", "--base", base_image, "--platform", native_platform(), "--new_layer", str(archive), "-t", reference
-    )
+    crane("append", "--base", base_image, "--platform", native_platform(), "--new_layer", str(archive), "-t", reference)
     return reference
 
 

@@ -100,9 +100,7 @@ def test_the_same_image_whoever_publishes_it(small, small_environ, registry, reg
     environ = small_environ(model, **differing)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(succeeded, small_environ(model), "publish", cwd=ROOT)
-        two = pool.submit(
-            succeeded, environ, sys.executable, "-c", WITH_A_HISTORY, "publish", cwd=other, umask=0o077
-        )
+        two = pool.submit(succeeded, environ, sys.executable, "-c", WITH_A_HISTORY, "publish", cwd=other, umask=0o077)
         first, second = one.result(), two.result()
     assert first.partition("@")[2] == second.partition("@")[2]
     for reference in (first, second):
@@ -176,7 +174,6 @@ def test_killed_anywhere_and_run_again(small, small_environ, small_settings, reg
                 raise ConnectionError
             if killed.is_set():
                 raise ConnectionError
-            return None
 
         namespace = f"{model.name}-killed-{point}"
         with forwarding(registry.host, rule) as proxy:
@@ -215,9 +212,7 @@ def test_two_publishers_of_one_wheel_at_the_same_moment(small, small_settings, r
     with forwarding(registry.host, rule) as proxy, ThreadPoolExecutor(2) as pool:
         place = {"REGISTRY_URL": f"{proxy.host}/{models[0].name}-race"}
         futures = [
-            pool.submit(
-                publish, small_settings(model, **place, BUILDER_WORKSPACE=str(tmp_path / model.name))
-            )
+            pool.submit(publish, small_settings(model, **place, BUILDER_WORKSPACE=str(tmp_path / model.name)))
             for model in models
         ]
         references = [str(future.result().reference) for future in futures]

@@ -101,7 +101,9 @@ def main() -> None:
     printed, sys.stdout = sys.stdout, sys.stderr
     for name in names:
         with mlflow.start_run():
-            model = {"sklearn": sklearn, "xgboost": xgboost, "lightgbm": lightgbm, "pyfunc": pyfunc}[name](prefix + name)
+            model = {"sklearn": sklearn, "xgboost": xgboost, "lightgbm": lightgbm, "pyfunc": pyfunc}[name](
+                prefix + name
+            )
         own = model.predict(sent)
         told[name] = {
             "name": prefix + name,

@@ -31,7 +31,9 @@ def test_it_says_what_pythons_own_says(tmp_path):
     assert settings(ours) == {key: value for key, value in told.items() if key in settings(ours)} | {"version": PYTHON}
     assert (ours / "lib" / f"python{PYTHON}" / "site-packages").is_dir()
     for name in ("python", "python3", f"python{PYTHON}"):
-        asked = "import sys; print(sys.prefix, sys.prefix != sys.base_prefix, [p for p in sys.path if 'site-pack' in p])"
+        asked = (
+            "import sys; print(sys.prefix, sys.prefix != sys.base_prefix, [p for p in sys.path if 'site-pack' in p])"
+        )
         said = subprocess.run(
             [ours / "bin" / name, "-I", "-c", asked], check=True, text=True, capture_output=True
         ).stdout.strip()

@@ -74,7 +74,7 @@ def test_what_a_group_is_made_from_is_named_by_all_its_wheels():
 
 @pytest.mark.parametrize("count", [76, 120, 500])
 def test_large_environments_use_the_layers_there_are(count):
-    wheels = [wheel(number, random.Random(number).randrange(1 << 20)) for number in range(count)]  # noqa: S311
+    wheels = [wheel(number, random.Random(number).randrange(1 << 20)) for number in range(count)]
     groups = grouped(wheels, 74)
     assert 70 < len(groups) <= 74
     assert max(len(group.wheels) for group in groups) < count / 2 or count == 76

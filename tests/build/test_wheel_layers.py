@@ -195,7 +195,9 @@ def test_a_disk_without_room_says_so(index, store):
             real = Path.open
 
             def opened(self, mode="r", *arguments, **options):
-                return real(full if self.name == "layer.tar.gz" else self, "wb" if mode == "xb" else mode, *arguments, **options)
+                return real(
+                    full if self.name == "layer.tar.gz" else self, "wb" if mode == "xb" else mode, *arguments, **options
+                )
 
             patch.setattr(Path, "open", opened)
             with pytest.raises(BuilderError, match="cannot be written: No space left") as caught:

@@ -120,4 +120,3 @@ def runtime(docker_daemon: Daemon | None, request: pytest.FixtureRequest) -> Run
         return Runtime(runner=["docker", "run"], environ={**os.environ, **docker_daemon.environ})
     found: Runtime = request.getfixturevalue("podman")
     return found
-

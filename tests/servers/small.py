@@ -46,9 +46,7 @@ def packages() -> Iterator[PackageIndex]:
             files={"small_lib/__init__.py": b"def predict(text):\n    return int(text) + 1\n"},
             padding=b"lib" * 50_000,
         )
-        index.add(
-            "small-app", "1.0", requires=["small-lib"], files={"small_app/__init__.py": b"WHO = 'small'\n"}
-        )
+        index.add("small-app", "1.0", requires=["small-lib"], files={"small_app/__init__.py": b"WHO = 'small'\n"})
         # Code of which a compiler with another history can make other bytecode.
         modules = {f"much_code/{name}.py": (_STDLIB / f"{name}.py").read_bytes() for name in _MODULES}
         index.add("much-code", "1.0", files=modules)
