@@ -65,6 +65,7 @@ def push_images(
         BuilderError: a wheel cannot be had or installed, a file has changed, or a registry refuses.
     """
     steps = plan.made_by("wheels")
+    recipe = recipe.within(context)
     parts = [recipe.for_platform(step.platform) for step in steps]
     target = _Target(registries, plan.reference.repository, layer_store(settings, registries))
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="push") as pool:

@@ -5,9 +5,11 @@ It stands in the workspace beside the plan, with the addresses of wheels, which 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from builder.build.locked import Lock
+from builder.build.locked import Lock, LockedWheel
 from builder.build.wheel_groups import Group, grouped
 from builder.errors import UsageError
 from builder.images.assembly import MOST_LAYERS
@@ -17,6 +19,8 @@ from builder.reference import Platform
 # Layers that are kept for the model's files, so that the environment's do not depend on the model.
 MODEL_LAYERS = 24
 _ENVIRONMENT_LAYERS = 1
+# Wheels need five layers at least to be grouped in.
+MOST_BASE_LAYERS = MOST_LAYERS - MODEL_LAYERS - _ENVIRONMENT_LAYERS - 5
 
 
 class PlatformRecipe(BaseModel):
@@ -53,6 +57,7 @@ class Recipe(BaseModel):
         indexes: package indexes that the model names beside the configured ones.
         requirements: digest of what is installed, as the locks were made from it.
         platforms: those that are made so.
+        context: where the context was, a `file:` URL: wheels that were logged with the model lie below it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +69,24 @@ class Recipe(BaseModel):
     indexes: tuple[str, ...] = ()
     requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
+    context: str
+
+    def within(self, context: Path) -> Recipe:
+        """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""
+        here = context.absolute().as_uri()
+
+        def moved(wheel: LockedWheel) -> LockedWheel:
+            if wheel.origin != "model" or not wheel.url or not wheel.url.startswith(f"{self.context}/"):
+                return wheel
+            return wheel.model_copy(update={"url": here + wheel.url.removeprefix(self.context)})
+
+        parts = (
+            part.model_copy(
+                update={"lock": part.lock.model_copy(update={"wheels": tuple(map(moved, part.lock.wheels))})}
+            )
+            for part in self.platforms
+        )
+        return self.model_copy(update={"platforms": tuple(parts), "context": here})
 
     def for_platform(self, platform: Platform) -> PlatformRecipe:
         """Return one platform's part.

@@ -34,7 +34,7 @@ from builder.models.catalog import Artifact
 from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Base, Layers, Method
-from builder.recipe import PlatformRecipe, Recipe
+from builder.recipe import MOST_BASE_LAYERS, PlatformRecipe, Recipe
 from builder.reference import Digest, Platform, Reference, repository_component
 from builder.settings import Settings
 from builder.stages import stage
@@ -224,6 +224,7 @@ def planned(
         indexes=source.requirements.indexes,
         requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
+        context=source.context.absolute().as_uri(),
     )
     return Planned(
         recipe=recipe,
@@ -343,8 +344,11 @@ def _interpreter(base: BaseImage, facts: BaseFacts, python: str) -> str:
     """Return the base's interpreter of a minor version.
 
     Raises:
-        InvalidVersion: it has none, or its C library is one that the wheels are not for.
+        InvalidVersion: it has none, too many layers, or a C library that the wheels are not for.
     """
+    if len(base.layers) > MOST_BASE_LAYERS:
+        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
+        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
     found = facts.interpreters.get(python)
     if found is None:
         there = ", ".join(sorted(facts.interpreters)) or "none"

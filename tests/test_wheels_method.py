@@ -289,6 +289,28 @@ def test_foundry_without_its_platform_is_refused_before_anything_is_made(small, 
     assert publish(small_settings(model, TARGET_TAG="EXTERNAL_TARGET_ELSEWHERE")).changed
 
 
+# -- large environments
+
+COUNTS = """\
+import importlib, importlib.metadata
+print(sum(importlib.import_module(f"tiny_{number:03}").NUMBER for number in range(120)))
+print(len([each for each in importlib.metadata.distributions() if each.name.startswith("tiny-")]))
+"""
+
+
+def test_more_wheels_than_layers(small, small_settings, base_image, runtime, crane):
+    requirements = "".join(f"tiny-{number:03}==1.0\n" for number in range(120))
+    model = small(requirements, files={"client/app.py": COUNTS})
+    # Without bytecode, which takes a process for each wheel.
+    changes = {"BASE_IMAGE": base_image, "WHEEL_BYTECODE": "false"}
+    published = publish(small_settings(model, **changes))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
+    layers = json.loads(crane("manifest", str(published.reference)))["layers"]
+    assert 70 < len(layers) <= 100
+    assert runtime.output(published.reference) == f"{sum(range(120))}\n120\n"
+    assert publish(small_settings(model, **changes), rebuild=True).reference == published.reference
+
+
 # -- what models hold
 
 NASTY = {

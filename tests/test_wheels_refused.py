@@ -12,7 +12,7 @@ from builder.build.unsatisfied import NoWheel, Unsatisfiable
 from builder.errors import InvalidVersion
 from builder.publish import publish
 from tests.build.package_index import make_wheel
-from tests.servers.small import push_base
+from tests.servers.small import push_base, rootfs
 from tests.test_wheels_method import content
 
 BOTH = {"MODEL_PLATFORMS": "linux/amd64,linux/arm64"}
@@ -134,18 +134,16 @@ BASES = {
     "musl": ({"musl": True}, "built on musl"),
     "something at /opt/model": ({"occupied": True}, "has something at /opt/model"),
     "another platform": ({"platforms": ("linux/arm64",)}, "has no image for linux/amd64; it has linux/arm64"),
-    "too many layers": ({"layers": 100}, "layers"),
+    "too many layers": ({"layers": 71}, "has 71 layers; 70 are the most"),
 }
 
 
 @pytest.mark.parametrize(("options", "said"), BASES.values(), ids=BASES.keys())
-def test_a_base_that_cannot_be_used_is_named(small, small_settings, registry, options, said):
-    model = small()
+def test_a_base_that_cannot_be_used_is_named(small, small_settings, registry, packages, options, said):
+    model, asked = small(), len(packages.requests)
     base = f"{registry.host}/bases/{model.name}:1"
-    if options and options.get("layers"):
-        from tests.servers.small import rootfs
-
-        options = {"layers": (rootfs(), *(rootfs(python=f"2.{number}") for number in range(99)))}
+    if options and "layers" in options:
+        options = {"layers": tuple(rootfs(python=f"3.{11 + number}") for number in range(options["layers"]))}
     if options is not None:
         push_base(registry.host, f"bases/{model.name}:1", **options)
     with pytest.raises(InvalidVersion, match=said) as caught:
@@ -153,6 +151,8 @@ def test_a_base_that_cannot_be_used_is_named(small, small_settings, registry, op
     assert caught.value.exit_code == 65
     assert base.rpartition(":")[0] in str(caught.value)
     assert caught.value.remedy
+    # Nobody was asked for packages that would have no place.
+    assert len(packages.requests) == asked
     assert model.outcome()["state"] == "failed"
 
 

@@ -1,0 +1,129 @@
+"""What few versions have, and must work nevertheless."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from builder.errors import InvalidSettings
+from builder.publish import publish
+from builder.settings import Settings
+from scripts.launch import clean_environ
+from tests.build.package_index import make_wheel
+from tests.servers.forwarding import forwarding
+from tests.servers.small import CLIENT, push_base
+from tests.test_wheels_method import ROOT, succeeded
+from tests.versions import MLMODEL
+
+
+def files_of(crane, reference, folder, platform="linux/amd64"):
+    """Return the files of an image by path, without their content."""
+    export = folder / "export.tar"
+    crane("export", "--platform", platform, str(reference), str(export))
+    with tarfile.open(export) as archive:
+        return {member.name for member in archive if not member.isdir()}
+
+
+def test_a_platform_that_pip_resolves_for(small, small_settings, registry, crane, tmp_path):
+    platforms = ("linux/amd64", "linux/arm/v7")
+    base = push_base(registry.host, "base/tiny-with-arm:3.11", platforms=platforms)
+    model = small(tags={"MODEL_PLATFORMS": ",".join(platforms)})
+    published = publish(small_settings(model, BASE_IMAGE=base))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
+    files = files_of(crane, published.reference, tmp_path, "linux/arm/v7")
+    assert "opt/model/lib/python3.11/site-packages/small_lib/__init__.py" in files
+
+
+def test_another_python_than_the_builders(small, small_settings, registry, crane, tmp_path):
+    base = push_base(registry.host, "base/tiny-312:3.12", python="3.12")
+    model = small(files={"mymodel/MLmodel": MLMODEL.replace("3.11.2", "3.12.1")})
+    published = publish(small_settings(model, BASE_IMAGE=base))
+    files = files_of(crane, published.reference, tmp_path)
+    assert "opt/model/lib/python3.12/site-packages/small_lib/__init__.py" in files
+    # Bytecode is of the builder's own Python, and stays away.
+    assert not [path for path in files if path.startswith("opt/model") and path.endswith(".pyc")]
+
+
+def test_a_client_within_the_model(small, small_settings, crane, tmp_path):
+    files = {"client/app.py": None, "mymodel/client/app.py": CLIENT}
+    model = small(files=files, tags={"MODEL_CLIENT_FOLDER": "mymodel/client"})
+    published = publish(small_settings(model))
+    assert "app/mymodel/client/app.py" in files_of(crane, published.reference, tmp_path)
+    config = json.loads(crane("config", str(published.reference)))
+    assert config["config"]["Cmd"] == ["python", "mymodel/client/app.py"]
+
+
+def test_no_requirements_at_all(small, small_settings, crane):
+    published = publish(small_settings(small("", files={"client/app.py": "print(1)\n"})))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
+
+
+def test_a_wheel_logged_with_the_model_travels_through_the_phases(small, small_environ, crane, tmp_path):
+    filename, wheel = make_wheel("of-the-model", "1.0", files={"of_the_model/__init__.py": b"X = 1\n"})
+    model = small(f"small-lib\ncode/{filename}\n", files={f"mymodel/code/{filename}": wheel})
+    environ = small_environ(model)
+    succeeded(environ, "fetch")
+    moved = tmp_path / "moved"
+    Path(environ["BUILDER_WORKSPACE"]).rename(moved)
+    reference = succeeded({**environ, "BUILDER_WORKSPACE": str(moved)}, "push")
+    files = files_of(crane, reference, tmp_path)
+    assert "opt/model/lib/python3.11/site-packages/of_the_model/__init__.py" in files
+
+
+def test_what_a_base_says_of_its_containers_stays(small, small_settings, registry, crane):
+    config = {
+        "Env": ["LANG=C.UTF-8", "PATH=/opt/own/bin:/usr/bin", "HOME=/root", "ODD"],
+        "Labels": {"of.the.base": "yes"},
+        "Entrypoint": ["/entry"],
+        "User": "root",
+        "OnBuild": ["RUN evil"],
+        "ExposedPorts": {"22/tcp": {}},
+    }
+    base = push_base(registry.host, "base/talkative:3.11", config=config)
+    published = publish(small_settings(small(), BASE_IMAGE=base))
+    said = json.loads(crane("config", str(published.reference)))["config"]
+    environ = dict(entry.partition("=")[::2] for entry in said["Env"])
+    assert environ["PATH"] == "/opt/model/bin:/opt/own/bin:/usr/bin"
+    assert environ["HOME"] == "/tmp"
+    assert said["User"] == "10001:0"
+    assert said["Labels"]["of.the.base"] == "yes"
+    assert said["Entrypoint"] == ["/entry"]
+    assert said["ExposedPorts"] == {"8080/tcp": {}}
+    assert "OnBuild" not in said
+
+
+def test_wheel_layers_are_kept_where_images_go(small, small_environ, registry_v3):
+    with pytest.raises(InvalidSettings, match="WHEEL_LAYERS"):
+        Settings.from_environ(small_environ(small(), WHEEL_LAYERS=f"{registry_v3.host}/elsewhere"))
+
+
+@pytest.mark.parametrize("where", ["wheel-layers/manifests/", "wheel-layers/blobs/uploads/"])
+def test_asked_to_end_it_ends_and_another_goes_on(small, small_environ, small_settings, registry, crane, where):
+    model = small()
+    reached, released = threading.Event(), threading.Event()
+
+    def rule(asked):
+        if asked.method in {"PUT", "POST"} and where in asked.path:
+            reached.set()
+            released.wait(30)
+
+    with forwarding(registry.host, rule) as proxy:
+        environ = {**clean_environ(), **small_environ(model), "PYTHONPATH": str(ROOT)}
+        environ["REGISTRY_URL"] = f"{proxy.host}/{model.name}"
+        command = [sys.executable, "-m", "builder", "publish"]
+        with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert reached.wait(30)
+            process.send_signal(signal.SIGTERM)
+            released.set()
+            out, log = process.communicate(timeout=30)
+    assert process.returncode == 75, log
+    assert out == b""
+    published = publish(small_settings(model))
+    assert "PASS" in crane("validate", "--remote", str(published.reference))
