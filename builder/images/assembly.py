@@ -9,9 +9,8 @@ from typing import Any
 
 from builder.errors import InvalidVersion
 from builder.images.base import BaseImage
-from builder.images.descriptor import OCI_CONFIG, OCI_MANIFEST, Descriptor, to_bytes
 from builder.images.layer import Layer
-from builder.images.manifest import PREFIX, Image, timestamp
+from builder.images.manifest import PREFIX, Image, image_of, timestamp
 
 # Docker refuses more than 125 layers (seen); below that, others can still build upon the image.
 MOST_LAYERS = 100
@@ -95,26 +94,7 @@ def assembled(
             {"created": time, "created_by": "config of the model image builder", "empty_layer": True},
         ],
     }
-    content = to_bytes(config)
-    descriptor = Descriptor.of(content, OCI_CONFIG)
-    manifest = to_bytes(
-        {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": descriptor.to_json(),
-            "layers": [layer.to_json() for layer in layers],
-            "annotations": dict(annotations),
-        }
-    )
-    return Image(
-        platform=base.platform,
-        manifest=manifest,
-        config=content,
-        descriptor=Descriptor.of(manifest, OCI_MANIFEST, base.platform),
-        config_descriptor=descriptor,
-        layers=layers,
-        annotations=dict(annotations),
-    )
+    return image_of(base.platform, config, layers, annotations)
 
 
 def _runtime(base: Mapping[str, Any], runtime: Runtime, labels: Mapping[str, str]) -> dict[str, Any]:

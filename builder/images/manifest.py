@@ -121,26 +121,40 @@ def finished_image(
     kept = {name: text for name, text in (runtime.get("Labels") or {}).items() if not name.startswith(PREFIX)}
     runtime["Labels"] = {**kept, **labels}
     config["config"] = runtime
-    config_bytes = to_bytes(config)
-    config_descriptor = Descriptor.of(config_bytes, OCI_CONFIG)
     layers = tuple(
         Descriptor(media_type=LAYERS[layer.media_type], digest=layer.digest, size=layer.size) for layer in image.layers
     )
+    return image_of(image.platform, config, layers, annotations)
+
+
+def image_of(
+    platform: Platform, config: Mapping[str, Any], layers: tuple[Descriptor, ...], annotations: Mapping[str, str]
+) -> Image:
+    """Return the image of a config and its layers.
+
+    Args:
+        platform: what it runs on.
+        config: the image config.
+        layers: name the layers, first to last, by OCI's media types.
+        annotations: of the manifest.
+    """
+    content = to_bytes(config)
+    descriptor = Descriptor.of(content, OCI_CONFIG)
     manifest = to_bytes(
         {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
-            "config": config_descriptor.to_json(),
+            "config": descriptor.to_json(),
             "layers": [layer.to_json() for layer in layers],
             "annotations": dict(annotations),
         }
     )
     return Image(
-        platform=image.platform,
+        platform=platform,
         manifest=manifest,
-        config=config_bytes,
-        descriptor=Descriptor.of(manifest, OCI_MANIFEST, image.platform),
-        config_descriptor=config_descriptor,
+        config=content,
+        descriptor=Descriptor.of(manifest, OCI_MANIFEST, platform),
+        config_descriptor=descriptor,
         layers=layers,
         annotations=dict(annotations),
     )
