@@ -18,7 +18,7 @@ from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
 from builder.reference import Repository
 from tests.build.package_index import running
-from tests.build.wheels import INFO, NAME, PYTHON, compiler, make, put
+from tests.build.wheels import INFO, NAME, PYTHON, compiler, make, put, unpacked
 from tests.build.wheels import central as central_entry
 from tests.build.wheels import local as local_header
 
@@ -98,6 +98,23 @@ def test_what_is_derived_again_is_what_is_kept(index, store, tmp_path):
     with client, layers:
         kept = layers.placed(groups, None)
         assert {group: layers.derived(group) for group in groups} == kept
+
+
+def test_the_same_file_of_two_wheels_is_the_same_one_however_they_are_grouped(index, store, tmp_path):
+    for name in ("twin-a", "twin-b"):
+        index.add(name, "1.0", files={"twin/__init__.py": f"WHO = {name!r}\n".encode()})
+    one, other = locked(index, "twin-a"), locked(index, "twin-b")
+    groups = [Group((one,)), Group((other,)), Group((one, other))]
+    made, _ = place(index, store, tmp_path, groups, bytecode=True)
+    content = {
+        group: unpacked(store.registry.blob_bytes(store.repository, layer.descriptor, 1 << 20))
+        for group, layer in made.items()
+    }
+    # Of two layers, what the upper one has is seen.
+    stacked = content[groups[0]] | content[groups[1]]
+    assert {path: found[1] for path, found in stacked.items() if "/twin/" in path} == {
+        path: found[1] for path, found in content[groups[2]].items() if "/twin/" in path
+    }
 
 
 def test_only_the_lost_layer_is_made_again(index, store, tmp_path):
