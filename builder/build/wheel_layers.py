@@ -171,8 +171,8 @@ class WheelLayers:
         with tempfile.TemporaryDirectory(dir=self._temporary.name) as name:
             folder = Path(name)
             wheels = []
-            # Backwards: the first of two files in one place is kept, and of two layers it is the last that counts. So an
-            # environment is the same however its wheels are grouped.
+            # Backwards: the first of two files in one place is kept, and of two layers it is the last that counts.
+            # So an environment is the same however its wheels are grouped.
             for wheel in reversed(group.wheels):
                 path = folder / wheel.filename[-200:]
                 self._client.download(wheel, path)
