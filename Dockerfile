@@ -27,6 +27,7 @@ COPY requirements/builder.txt requirements/
 RUN if [ -f docker/ca-bundle.pem ]; then export PIP_CERT=/build/docker/ca-bundle.pem; fi \
  && python3 -m pip --python /kaniko/venv/bin/python3 install -q --require-hashes --only-binary :all: --no-compile \
       -r requirements/builder.txt \
+ && rm -f /kaniko/venv/bin/uvx /kaniko/venv/bin/uvw \
  && PATH="/build/tools/bin:$PATH" python3 docker/relocate.py libraries /kaniko \
  && /kaniko/venv/bin/python3 -I docker/relocate.py check /kaniko \
  && find /kaniko/venv -type d \( -name tests -o -name test -o -name __pycache__ \) -prune -exec rm -rf {} + \

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 import uuid
@@ -18,11 +17,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.base import load_base, load_kaniko, push_base
 from scripts import machine
-from scripts.base_image import base_image
 from scripts.demo_tools import Debian
 from scripts.docker_daemon import docker_daemon
-from scripts.launch import Processes, clean_environ, free_port, running
+from scripts.launch import Processes, free_port, running
 from tests.builder_image import build, build_context, docker, use_daemon
 from tests.versions import register, seed_layout
 
@@ -56,8 +55,7 @@ def main() -> int:
 
 def measure(stack: contextlib.ExitStack, folder: Path, kaniko: str) -> None:
     """Run both in turn."""
-    if Path(kaniko).is_file():
-        kaniko = docker("load", "--quiet", f"--input={kaniko}").stdout.removeprefix("Loaded image: ").strip()
+    kaniko = load_kaniko(kaniko)
     registry, mlflow = Debian().registry(folder, free_port()), machine.mlflow(folder, free_port())
     for program in (registry, mlflow):
         stack.enter_context(running(Processes(), program))
@@ -132,23 +130,3 @@ def show(seconds: dict[str, list[float]]) -> None:
 def figures(values: list[float]) -> tuple[str, ...]:
     """Return the least, the median and the most of some values, as text."""
     return tuple(f"{figure(values):.2f}" for figure in (min, statistics.median, max))
-
-
-def push_base(host: str) -> str:
-    """Push the base image, and return its reference."""
-    reference = f"{host}/base/python:3.11-slim"
-    copy = ["skopeo", "copy", "--quiet", "--all", "--dest-tls-verify=false"]
-    layout = base_image([machine.native_platform()])
-    subprocess.run([*copy, f"oci:{layout}", f"docker://{reference}"], check=True, env=clean_environ())
-    return reference
-
-
-def load_base(folder: Path) -> str:
-    """Bring the base image to Docker, and return its name."""
-    name, archive = "localhost/python-base:bench", folder / "base.tar"
-    layout = base_image([machine.native_platform()])
-    copy = ["skopeo", "copy", "--quiet", f"oci:{layout}", f"docker-archive:{archive}:{name}"]
-    subprocess.run(copy, check=True, env=clean_environ())
-    docker("load", "--quiet", f"--input={archive}")
-    archive.unlink()
-    return name

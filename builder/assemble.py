@@ -11,7 +11,6 @@ from pathlib import Path
 from builder.build.kept_locks import LOCK_FILE, LOCK_TYPE
 from builder.build.venv_layer import venv_layer
 from builder.build.wheel_files import ENVIRONMENT
-from builder.build.wheel_groups import Group
 from builder.errors import InvalidVersion, TryAgain, UsageError
 from builder.images.assembly import Addition, Runtime, assembled
 from builder.images.base import BaseImage, base_image
@@ -19,7 +18,7 @@ from builder.images.blob import Blob, BytesBlob
 from builder.images.files_layer import FileEntry, FilesLayer, split
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
-from builder.images.manifest import LOCK_DIGEST, METHOD, Image
+from builder.images.manifest import LOCK_DIGEST, METHOD, REQUIREMENTS_DIGEST, Image
 from builder.images.push import Stoppable
 from builder.images.referrers import attach
 from builder.images.registries import Registries
@@ -29,6 +28,7 @@ from builder.plan import Plan, PlatformPlan
 from builder.recipe import MODEL_LAYERS, PlatformRecipe, Recipe
 from builder.reference import Digest, Reference, Repository
 from builder.settings import Settings
+from builder.stages import stage
 from builder.wheels import PORT, layer_store, wheel_layers
 
 _log = get_logger("assemble")
@@ -82,31 +82,33 @@ def push_images(
             target.stop.set()
             raise
     images = []
-    for step, part, base in zip(steps, parts, bases, strict=True):
-        venv, content = venv_layer(part.interpreter, recipe.python)
-        target.push(content)
-        lock = part.lock.to_text().encode()
-        labels = {**notes(step), LOCK_DIGEST: str(Digest.of(lock)), METHOD: step.method}
-        image = assembled(
-            base,
-            [
-                Addition(layer=venv, history=f"environment on {part.interpreter}"),
-                *(Addition(layer=wheels[group], history=f"wheel {group.title}") for group in part.groups),
-                *own,
-            ],
-            _runtime(recipe),
-            labels=labels,
-            annotations=labels,
-            created=plan.version.created,
-        )
-        check(image)
-        target.push(BytesBlob(image.config))
-        target.registry.put_manifest(
-            target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest
-        )
-        attach(target.registry, target.repository, image.descriptor, lock, kind=LOCK_TYPE, title=LOCK_FILE)
-        _log.info("assembled", platform=str(step.platform), layers=len(image.layers), size=image.size)
-        images.append(image)
+    with stage("manifests"):
+        for step, part, base in zip(steps, parts, bases, strict=True):
+            venv, content = venv_layer(part.interpreter, recipe.python)
+            target.push(content)
+            lock = part.lock.to_text().encode()
+            labels = {**notes(step), METHOD: step.method}
+            labels |= {LOCK_DIGEST: str(Digest.of(lock)), REQUIREMENTS_DIGEST: str(recipe.requirements)}
+            image = assembled(
+                base,
+                [
+                    Addition(layer=venv, history=f"environment on {part.interpreter}"),
+                    *(Addition(layer=wheels[group.source], history=f"wheel {group.title}") for group in part.groups),
+                    *own,
+                ],
+                _runtime(recipe),
+                labels=labels,
+                annotations=labels,
+                created=plan.version.created,
+            )
+            check(image)
+            target.push(BytesBlob(image.config))
+            target.registry.put_manifest(
+                target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest
+            )
+            attach(target.registry, target.repository, image.descriptor, lock, kind=LOCK_TYPE, title=LOCK_FILE)
+            _log.info("assembled", platform=str(step.platform), layers=len(image.layers), size=image.size)
+            images.append(image)
     return images
 
 
@@ -142,8 +144,9 @@ class _Target:
         """Push the layer of some files, and return it; none for no files."""
         if not entries:
             return []
-        layer = FilesLayer.of(entries)
-        sent = self.push(layer)
+        with stage("model layers"):
+            layer = FilesLayer.of(entries)
+            sent = self.push(layer)
         _log.debug("model layer", files=len(entries), size=layer.size, sent=sent)
         return [Addition(layer=layer.layer, history=history)]
 
@@ -191,8 +194,8 @@ def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
 
 def _wheel_layers(
     settings: Settings, target: _Target, recipe: Recipe, parts: Sequence[PlatformRecipe]
-) -> dict[Group, Layer]:  # fmt: skip
-    """Return the layer of each group of wheels, placed in the repository."""
+) -> dict[str, Layer]:  # fmt: skip
+    """Return the layers of groups of wheels by their sources, placed in the repository."""
     groups = [group for part in parts for group in part.groups]
     with wheel_layers(settings, target.store, recipe) as layers:
         placed = layers.placed(groups, target.repository)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections import Counter
@@ -271,6 +272,38 @@ def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: boo
     failed = [f"{result.version}: {result.detail}" for result in swept if result.state == "failed"]
     invocation.leave_message({"state": "failed" if failed else "swept", "versions": states, "error": "; ".join(failed)})
     return max((result.exit_code for result in swept), default=0)
+
+
+@builder.command()
+@click.option(
+    "--requirements",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A requirements file, in place of the tagged versions; for TARGET_PLATFORMS.",
+)
+@click.option("--python", default="", metavar="X.Y", help="The Python that the requirements are for, such as 3.11.")
+@click.option("--verify", is_flag=True, help="Make nothing: make known layers again, and compare.")
+@_pass
+def warm(invocation: Invocation, requirements: Path | None, python: str, *, verify: bool) -> int:
+    """Make wheel layers and locks ahead of time.
+
+    Those of every version that carries the target tag, unless --requirements names a file. A publish then finds them in
+    WHEEL_LAYERS, and downloads and makes nothing. With --verify each layer that is known is made again from its wheels,
+    and what the registry holds is compared: 65 where something differs.
+    """
+    from builder import show
+    from builder import warm as story
+    from builder.settings import Settings
+
+    if bool(requirements) != bool(python) or (python and not re.fullmatch(r"3\.[0-9]{1,2}", python)):
+        message = "--requirements and --python go together: --requirements requirements.txt --python 3.11."
+        raise click.UsageError(message)
+    settings = invocation.settings(Settings)
+    if requirements:
+        results = [story.warm_requirements(settings, requirements, python=python, verify=verify)]
+    else:
+        results = list(story.warm(settings, verify=verify))
+    show.warmed(results)
+    return max((result.exit_code for result in results), default=0)
 
 
 @builder.command()

@@ -9,12 +9,15 @@ from pathlib import Path
 from builder import wheels
 from builder.build.dockerfile import Dockerfile
 from builder.build.engines import select_engine
+from builder.build.locked import Lock
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
-from builder.images.existing import resolve_base
+from builder.images.existing import published, resolve_base
+from builder.images.manifest import ARTIFACTS_DIGEST
 from builder.log import get_logger
+from builder.models.context import listing_digest
 from builder.plan import Base, Plan, PlatformPlan
 from builder.recipe import Recipe
-from builder.reference import Platform, Reference
+from builder.reference import Digest, Platform, Reference
 from builder.rendering import rendered
 from builder.services import Services
 from builder.settings import Settings
@@ -55,8 +58,13 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     recipe = None
     if wheels.chosen_method(settings, plan.version, paths) == "wheels":
         planned = wheels.planned(
-            settings, services.registries, plan.version, context, paths=paths, platforms=plan.builds, keep=keep
-        )  # fmt: skip
+            settings,
+            services.registries,
+            wheels.Source.of(settings, plan.version, context, paths),
+            plan.builds,
+            former=_former_locks(services, plan),
+            keep=keep,
+        )
         for platform, error in planned.impossible.items():
             try:
                 engine = select_engine(settings)
@@ -75,6 +83,22 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
     plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
     return Made(plan=plan, dockerfile=dockerfile, recipe=recipe)
+
+
+def _former_locks(services: Services, plan: Plan) -> wheels.Former:
+    """Return what finds the locks of the image under the tag, if that was made from the files that there are now."""
+    listed = str(listing_digest(plan.artifacts))
+    if not plan.stands or plan.observed_annotations.get(ARTIFACTS_DIGEST) != listed:
+        return lambda _platform, _requirements: None
+    registry = services.registries.for_host(plan.reference.repository.host)
+
+    def former(platform: Platform, requirements: Digest) -> Lock | None:
+        existing = published(registry, plan.reference)
+        if existing is None:
+            return None
+        return wheels.former_lock(registry, existing, plan.reference, platform, requirements)
+
+    return former
 
 
 def with_layers(settings: Settings, services: Services, plan: Plan, recipe: Recipe) -> Plan:

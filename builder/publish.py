@@ -39,6 +39,7 @@ from builder.record import Record
 from builder.reference import Digest, Platform, Reference, Repository
 from builder.services import Services, connected
 from builder.settings import BuildSettings, CommonSettings, Settings
+from builder.stages import stage, taken
 from builder.survey import artifacts_changed, changes, existing_image, find, survey
 from builder.workspace import BuildResult, Workspace
 
@@ -99,10 +100,15 @@ def publish_version(
 
     Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
     """
+    taken()
     plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+    if plan.made_by("dockerfile"):
+        with stage("build"):
+            build(settings, workspace)
+    published = push(settings, services, workspace)
     if plan.builds:
-        build(settings, workspace)
-    return push(settings, services, workspace)
+        log.info("timings", **taken())
+    return published
 
 
 @contextmanager
@@ -153,7 +159,8 @@ def fetch(
     """
     record = Record(services.catalog, version, settings.target, version.source_id(settings.build_method))
     with record.failures():
-        plan = survey(settings, services, version, force=force, rebuild=rebuild)
+        with stage("survey"):
+            plan = survey(settings, services, version, force=force, rebuild=rebuild)
         workspace.prepare(keep_context=bool(plan.builds))
         if plan.builds:
             record.started(plan)
@@ -163,8 +170,9 @@ def fetch(
                 remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
                 raise InvalidVersion(message, remedy=remedy)
             log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
-            write_context(services.catalog, artifacts, workspace.context, progress=progress)
-            content = content_digest(workspace.context)
+            with stage("artifacts"):
+                write_context(services.catalog, artifacts, workspace.context, progress=progress)
+                content = content_digest(workspace.context)
             plan = plan.model_copy(update={"artifacts": artifacts, "content_digest": content})
             plan = _with_methods(settings, services, workspace, plan)
         elif plan.action == "nothing":
@@ -177,7 +185,8 @@ def fetch(
 def _with_methods(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Plan:
     """Return the plan with the method of every image, and write down what it is made by."""
     # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
-    from builder.methods import by_methods
+    with stage("imports"):
+        from builder.methods import by_methods
 
     made = by_methods(settings, services, plan, workspace.context)
     if made.dockerfile:
@@ -343,8 +352,9 @@ def _push_and_tag(settings: Settings, services: Services, workspace: Workspace, 
         bases = {(note.get(manifests.BASE_NAME, ""), note.get(manifests.BASE_DIGEST, "")) for note in notes}
         content = manifests.index(descriptors, annotations=_annotations(plan) | _base_note(bases))
         media_type = OCI_INDEX
-    _same_version(services, plan)
-    return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+    with stage("tag"):
+        _same_version(services, plan)
+        return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
 
 
 def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
@@ -382,8 +392,9 @@ def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
 
 def _push_assembled(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> list[manifests.Image]:
     """Push the images that are made of wheel layers; nothing names them yet."""
-    from builder.assemble import push_images
-    from builder.recipe import Recipe
+    with stage("imports"):
+        from builder.assemble import push_images
+        from builder.recipe import Recipe
 
     def notes(step: PlatformPlan) -> dict[str, str]:
         base = step.base

@@ -13,7 +13,7 @@ from builder.build.locked import Lock, LockedWheel
 from builder.build.wheel_groups import Group, grouped
 from builder.errors import UsageError
 from builder.images.assembly import MOST_LAYERS
-from builder.plan import AsPlatform
+from builder.plan import AsDigest, AsPlatform
 from builder.reference import Platform
 
 # Layers that are kept for the model's files, so that the environment's do not depend on the model.
@@ -55,6 +55,7 @@ class Recipe(BaseModel):
         client_folder: of the context; empty where no client is in the image.
         command: what a container runs, relative to the context's folder.
         indexes: package indexes that the model names beside the configured ones.
+        requirements: digest of what is installed, as the locks were made from it.
         platforms: those that are made so.
         context: where the context was, a `file:` URL: wheels that were logged with the model lie below it.
     """
@@ -66,6 +67,7 @@ class Recipe(BaseModel):
     client_folder: str = ""
     command: tuple[str, ...]
     indexes: tuple[str, ...] = ()
+    requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
     context: str
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from builder.models.version import ModelVersion
     from builder.plan import Plan
     from builder.sweep import Swept
+    from builder.warm import Warmed
 
 log = get_logger("show")
 
@@ -93,6 +94,19 @@ def downloads(results: Sequence[DownloadResult]) -> None:
     """Show a download's summary: a table on a terminal, one log line elsewhere."""
     rows = [(r.version, r.state, r.error.one_line() if r.error else str(r.folder)) for r in results]
     _summary("downloaded", rows)
+
+
+def warmed(results: Sequence[Warmed]) -> None:
+    """Show what became of environments: a table on a terminal, one log line for each elsewhere."""
+    if not sys.stderr.isatty():
+        for result in results:
+            log.info(result.state, of=result.name, known=result.known, made=result.made, detail=result.detail)
+        return
+    _table(
+        ("environment of", "state", "known", "made", "detail"),
+        [(each.name, each.state, str(each.known), str(each.made), each.detail) for each in results],
+        "" if results else "no version carries the target tag",
+    )
 
 
 def _summary(event: str, rows: Sequence[tuple[ModelVersion, str, str]]) -> None:

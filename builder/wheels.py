@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Self
 
 from builder.build.environment import REQUIREMENTS
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
-from builder.build.kept_locks import Resolver
+from builder.build.kept_locks import LOCK_TYPE, Resolver
 from builder.build.locked import Lock
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving
@@ -21,9 +23,11 @@ from builder.crew import side_by_side
 from builder.errors import InvalidVersion
 from builder.images.base import BaseImage, base_image
 from builder.images.base_facts import BaseFacts, inspect_base
-from builder.images.descriptor import Malformed
+from builder.images.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
 from builder.images.layer_store import LayerStore
+from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.images.registries import Registries
+from builder.images.registry import Registry
 from builder.log import get_logger
 from builder.models.artifacts import find_model_folder
 from builder.models.catalog import Artifact
@@ -31,13 +35,96 @@ from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Base, Layers, Method
 from builder.recipe import MOST_BASE_LAYERS, PlatformRecipe, Recipe
-from builder.reference import Platform, Reference, repository_component
+from builder.reference import Digest, Platform, Reference, repository_component
 from builder.settings import Settings
+from builder.stages import stage
 
 _log = get_logger("wheels")
 _FACTS = "application/vnd.modelimage.base.v1+json"
 _SECONDS = 60.0
 PORT = 8080
+
+# Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
+Former = Callable[[Platform, Digest], Lock | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a version's artifacts ask for.
+
+    Attributes:
+        context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
+        created: when the version was registered.
+        requirements: what is to be installed.
+        indexes: who is asked for it.
+        python: the model's Python, `3.11`.
+        base: the base image.
+        model_folder: of the context.
+        client_folder: of the context; empty where no client is in the image.
+        command: what a container runs.
+    """
+
+    context: Path
+    created: datetime
+    requirements: Requirements
+    indexes: Indexes
+    python: str
+    base: Reference
+    model_folder: str
+    client_folder: str
+    command: tuple[str, ...]
+
+    @property
+    def digest(self) -> Digest:
+        """A digest of the requirements."""
+        return Digest.of(self.requirements.to_text().encode())
+
+    @classmethod
+    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
+        """Return what a version asks for.
+
+        Args:
+            settings: what the environment says.
+            version: the version.
+            context: the folder its artifacts are in.
+            paths: of its artifacts.
+
+        Raises:
+            InvalidVersion: the requirements cannot be used, or there are none; the base image is not allowed.
+            InvalidSettings: the indexes cannot be used.
+        """
+        inputs = Inputs.of(version)
+        folder = find_model_folder(paths, inputs)
+        inputs = inputs.model_copy(update={"model_folder": folder})
+        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
+        client_folder = inputs.client_folder if client else ""
+        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
+        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
+        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
+        if not asked.required and not named:
+            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
+            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
+            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
+            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
+            raise InvalidVersion(message, remedy=remedy)
+        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
+        base = Reference.parse(images.choose(asked.python_version))
+        if not asked.python_version:
+            message = "The model does not say which Python version it was logged with."
+            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
+            raise InvalidVersion(message, remedy=remedy)
+        return cls(
+            context=context,
+            created=version.created,
+            requirements=serving.requirements,
+            indexes=configured.joined(asked.indexes),
+            python=asked.python_version,
+            base=base,
+            model_folder=folder,
+            client_folder=client_folder,
+            command=tuple(client) or _served(serving.server),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +168,10 @@ def layer_store(settings: Settings, registries: Registries) -> LayerStore:
 def planned(
     settings: Settings,
     registries: Registries,
-    version: ModelVersion,
-    context: Path,
-    *,
-    paths: Sequence[str],
+    source: Source,
     platforms: Sequence[Platform],
+    *,
+    former: Former = lambda _platform, _requirements: None,
     keep: bool = True,
 ) -> Planned:
     """Return the recipe of a version's images.
@@ -93,35 +179,36 @@ def planned(
     Args:
         settings: what the environment says.
         registries: those of the base image and of the kept locks.
-        version: the version.
-        context: the folder its artifacts are in; what describes the model and its wheels is enough.
-        paths: of its artifacts.
+        source: what the version asks for.
         platforms: what for.
+        former: returns the lock of the image that stands, where that was made from the same files and requirements.
         keep: whether what is found out is kept in the registry.
 
     Raises:
         InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
         BuilderError: a server is away, or refuses.
     """
-    source = _Source.of(settings, version, context, paths)
     store = layer_store(settings, registries)
-    with source.client() as client:
+    with IndexClient(source.indexes) as client:
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
-            base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
+            with stage("base"):
+                base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
             resolver = Resolver(
                 store=store,
                 requirements=source.requirements,
                 indexes=source.indexes,
                 client=client,
-                model=context / source.model_folder,
+                model=source.context / source.model_folder,
                 python=source.python,
-                as_of=version.created if settings.resolve_as_of == "registered" else None,
+                as_of=source.created if settings.resolve_as_of == "registered" else None,
+                former=lambda platform: former(platform, source.digest),
             )
             interpreter = _interpreter(base, facts, source.python)
             try:
-                lock = resolver.lock(platform, facts.glibc, keep=keep)
+                with stage("lock"):
+                    lock = resolver.lock(platform, facts.glibc, keep=keep)
             except NoWheel as error:
                 return error, found, platform
             _check_libraries(base, facts, lock)
@@ -136,66 +223,15 @@ def planned(
         client_folder=source.client_folder,
         command=source.command,
         indexes=source.requirements.indexes,
+        requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
-        context=context.absolute().as_uri(),
+        context=source.context.absolute().as_uri(),
     )
     return Planned(
         recipe=recipe,
         bases={platform: base for _, base, platform in results if platform in parts},
         impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """What a version's artifacts ask for."""
-
-    requirements: Requirements
-    indexes: Indexes
-    python: str
-    base: Reference
-    model_folder: str
-    client_folder: str
-    command: tuple[str, ...]
-
-    @classmethod
-    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> _Source:
-        inputs = Inputs.of(version)
-        folder = find_model_folder(paths, inputs)
-        inputs = inputs.model_copy(update={"model_folder": folder})
-        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
-        client_folder = inputs.client_folder if client else ""
-        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
-        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
-        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
-        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
-        if not asked.required and not named:
-            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
-            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
-            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
-            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
-            raise InvalidVersion(message, remedy=remedy)
-        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
-        base = Reference.parse(images.choose(asked.python_version))
-        if not asked.python_version:
-            message = "The model does not say which Python version it was logged with."
-            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
-            raise InvalidVersion(message, remedy=remedy)
-        return cls(
-            requirements=serving.requirements,
-            indexes=configured.joined(asked.indexes),
-            python=asked.python_version,
-            base=base,
-            model_folder=folder,
-            client_folder=client_folder,
-            command=tuple(client) or _served(serving.server),
-        )
-
-    @contextmanager
-    def client(self) -> Iterator[IndexClient]:
-        """Give what asks the indexes."""
-        with IndexClient(self.indexes) as client:
-            yield client
 
 
 @contextmanager
@@ -225,7 +261,9 @@ def known_layers(
     own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
     with wheel_layers(settings, layer_store(settings, registries), recipe) as layers:
         known = layers.known(group for part in recipe.platforms for group in part.groups)
-    missing = {part.platform: [group for group in part.groups if group not in known] for part in recipe.platforms}
+    missing = {
+        part.platform: [group for group in part.groups if group.source not in known] for part in recipe.platforms
+    }
     return {
         part.platform: Layers(
             known=len(part.groups) - len(missing[part.platform]),
@@ -235,6 +273,39 @@ def known_layers(
         )
         for part in recipe.platforms
     }
+
+
+def former_lock(
+    registry: Registry, existing: Published, reference: Reference, platform: Platform, requirements: Digest
+) -> Lock | None:
+    """Return the lock that an image was made of, which is kept beside it; None where there is none that can be read.
+
+    Args:
+        registry: where the image is.
+        existing: what stands under the reference.
+        reference: the tag.
+        platform: which of its images.
+        requirements: what it has to be a lock of.
+
+    Raises:
+        BuilderError: it cannot be told; see `Registry`.
+    """
+    image = existing.platforms.get(platform)
+    found = registry.manifest(reference.repository.digest(image.digest)) if image else None
+    if found is None:
+        return None
+    try:
+        notes = strings(from_bytes(found.content).get("annotations"), "annotations")
+        digest = notes.get(LOCK_DIGEST)
+        if digest is None or notes.get(REQUIREMENTS_DIGEST) != str(requirements):
+            return None
+        if not registry.has_blob(reference.repository, digest_of(digest)):
+            return None
+        text = Descriptor(media_type=LOCK_TYPE, digest=digest_of(digest), size=0)
+        return Lock.from_text(registry.blob_bytes(reference.repository, text, MOST_JSON_BYTES))
+    except (Malformed, InvalidVersion) as error:
+        _log.warning("the lock of the standing image cannot be read", reference=str(reference), why=str(error))
+        return None
 
 
 def base_with_facts(

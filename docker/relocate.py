@@ -7,7 +7,8 @@ standard library are copied below ROOT, the loader and the shared libraries besi
 header is changed (patchelf) to name that loader and that folder. No wrapper: a Kaniko image has no shell to run one.
 
     python relocate.py python ROOT      copies the interpreter to ROOT/python and its libraries to ROOT/lib
-    python relocate.py libraries ROOT   copies the libraries that ROOT/venv's compiled modules need
+    python relocate.py libraries ROOT   copies the libraries that ROOT/venv's compiled modules and programs need, and
+                                        makes the programs use the loader below ROOT
     python relocate.py certificates ROOT  copies the system's CA certificates to ROOT/ssl/certs
     ROOT/venv/bin/python relocate.py check ROOT   imports every compiled module; fails if a file outside ROOT is mapped
 
@@ -121,6 +122,21 @@ def relocate_python(root: Path) -> None:
     )
 
 
+def relocate_programs(root: Path) -> None:
+    """Make the compiled programs of ROOT/venv (uv is one) use the loader and the libraries below ROOT."""
+    loader = system_loader()
+    for path in sorted((root / "venv" / "bin").iterdir()):
+        if path.is_file() and not path.is_symlink() and is_elf(path):
+            if not output("patchelf", "--print-needed", path):
+                continue  # it is linked statically
+            copy_libraries(loader, [path], root)
+            own_loader = root / "lib" / Path(output("patchelf", "--print-interpreter", path)).name
+            subprocess.run(
+                ["patchelf", "--set-interpreter", own_loader, "--force-rpath", "--set-rpath", root / "lib", path],
+                check=True,
+            )
+
+
 def needed_by_name(loader: str, name: str) -> dict[str, Path]:
     """Return where the system's loader finds a library, and nothing where it does not."""
     try:
@@ -181,6 +197,7 @@ def main() -> None:
         relocate_python(root)
     elif what == "libraries":
         copy_libraries(system_loader(), compiled(root / "venv", root / "python"), root)
+        relocate_programs(root)
     elif what == "certificates":
         copy_certificates(root)
     elif what == "check":

@@ -1,4 +1,4 @@
-"""`make demo`: two models registered, published and run, with real servers and nothing prepared.
+"""`make demo`: three versions registered, published and run, with real servers and nothing prepared.
 
 Where the registry, the base image and the engine come from differs between machines (scripts/demo_tools.py);
 everything after that is the same everywhere.
@@ -36,6 +36,7 @@ CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 # In the builder's log, a line of the engine's own output.
 STEP_OUTPUT = " engine="
 
+AMD64, ARM = "linux/amd64", "linux/arm/v7"
 FLOWERS = {"rows": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}
 READINGS = {"inputs": [{"bearing_celsius": 96, "vibration_mm_s": 2.8, "pressure_bar": 17}]}
 
@@ -185,56 +186,65 @@ def show_tags(demo: Demo, name: str, version: str) -> None:
 def tell(demo: Demo) -> None:
     """The story."""
     native, emulated = machine.native_platform(), demo.tools.emulated()
-    platforms = [native, *([emulated] if emulated else [])]
+    other = machine.other_platform()
+    target = AMD64 if AMD64 in {native, emulated} else native
+    if target != AMD64:
+        # Foundry takes linux/amd64, and nothing here could build or run that.
+        demo.environ["TARGET_TAG"] = "EXTERNAL_TARGET_DEMO"
     flower, pump = demo.folder / "flower", demo.folder / "pump"
     with contextlib.ExitStack() as stack:
         with demo.step("Start MLflow and a registry"):
             host = stack.enter_context(servers(demo))
         with demo.step("Get a base image"):
-            prepare_base(demo, host, platforms)
+            prepare_base(demo, host, [native, other, ARM])
         with demo.step("Get a builder"):
             builder = demo.tools.builder()
         with demo.step("Train and save two models"):
             save_flower_model(flower)
             save_pump_model(pump)
             CONSOLE.print(f"{flower}: scikit-learn\n{pump}: rules in plain Python")
-        with demo.step("Register them: one with its own Dockerfile.template, one without"):
+        with demo.step("Register them: scikit-learn with its own Dockerfile.template, and again without; the rules"):
             example, templates = HERE / "foundry_model", demo.folder / "templates"
             copy_templates(example / "templates", templates, demo.environ["BASE_IMAGE"])
             first = demo.run(
                 *(BUILDER, "register", "--name", "pltr_foundry_model", "--model", str(flower)),
                 *("--client", str(example / "client"), "--templates", str(templates)),
-                *("--entry-point", "app.py", "--platforms", native),
+                *("--entry-point", "app.py", "--platforms", target),
             )
             second = demo.run(
+                *(BUILDER, "register", "--name", "flowers", "--model", str(flower)),
+                *("--platforms", f"{native},{other}"),
+            )
+            third = demo.run(
                 *(BUILDER, "register", "--name", "pump_alarm", "--model", str(pump)),
                 *("--client", str(HERE / "pump_alarm" / "client"), "--entry-point", "serve.py"),
-                *("--platforms", ",".join(platforms)),
+                *("--platforms", f"{native},{other},{ARM}"),
             )
         with demo.step("Plan: see what would happen, and touch nothing"):
-            demo.run(*builder, "plan", "pltr_foundry_model", first)
-        with demo.step(f"Publish scikit-learn for {native}"):
+            demo.run(*builder, "plan", "flowers", second)
+        with demo.step("Publish what has a Dockerfile.template: an engine runs it"):
             which = {"MODEL_NAME": "pltr_foundry_model", "MODEL_VERSION": first}
-            flower_image = demo.run(*builder, "publish", shown=which)
-        with demo.step(f"Publish the rules for {' and '.join(platforms)}"):
-            if not emulated:
-                CONSOLE.print("This machine emulates no other platform, so there is one.")
-            pump_image = demo.run(*builder, "publish", "pump_alarm", second)
+            template_image = demo.run(*builder, "publish", shown=which)
+        with demo.step(f"Publish scikit-learn without one, for {native} and {other}: nothing is run or emulated"):
+            flower_image = demo.run(*builder, "publish", "flowers", second)
+        with demo.step(f"Publish the rules, for {ARM} too"):
+            pump_image = demo.run(*builder, "publish", "pump_alarm", third)
         with demo.step("Read it back with another tool"):
             command = demo.tools.read(pump_image)
             CONSOLE.print(f"$ {shlex.join(command)}", style="cyan", markup=False)
             show_index(subprocess.run(command, check=True, capture_output=True).stdout)
         with demo.step("Run the images, and ask for predictions"):
-            demo.predict(flower_image, native, FLOWERS)
-            for platform in platforms:
+            demo.predict(template_image, target, FLOWERS)
+            demo.predict(flower_image, native, {"inputs": FLOWERS["rows"]})
+            for platform in [native, emulated] if emulated else [native]:
                 demo.predict(pump_image, platform, READINGS)
         with demo.step("Publish again: nothing to do"):
-            again = demo.run(*builder, "publish", "pump_alarm", second)
+            again = demo.run(*builder, "publish", "pump_alarm", third)
             if again != pump_image:
                 sys.exit(f"the second publish gave {again}")
         with demo.step("What the data scientist sees in MLflow"):
             show_tags(demo, "pltr_foundry_model", first)
-            show_tags(demo, "pump_alarm", second)
+            show_tags(demo, "flowers", second)
 
 
 def main() -> None:

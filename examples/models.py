@@ -31,7 +31,7 @@ def save_pump_model(folder: Path) -> None:
         folder,
         loader_module="pump_alarm",
         code_paths=[str(example / "pump_alarm.py")],
-        data_path=str(example / "rules.yaml"),
+        data_path=str(example / "rules.toml"),
     )
     # MLflow adds itself to what it is told; this model's own server does without.
-    (folder / "requirements.txt").write_text(f"pyyaml=={version('pyyaml')}\n")
+    (folder / "requirements.txt").write_text("# nothing but Python: the client's own requirements are beside it\n")

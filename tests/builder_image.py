@@ -62,6 +62,12 @@ def ca_bundle() -> Path | None:
     return next((Path(path) for path in named if path and Path(path).is_file()), None)
 
 
+def pip_config() -> Path | None:
+    """Return this machine's pip.conf; None where it has none."""
+    named = (os.environ.get("PIP_CONFIG_FILE", ""), "/etc/pip.conf")
+    return next((Path(path) for path in named if path and Path(path).is_file()), None)
+
+
 def build_context(folder: Path) -> Path:
     """Copy what the Dockerfile needs into `folder`, with this machine's CA bundle and pip.conf, and return it."""
     for name in (*SENT, "templates"):
@@ -72,10 +78,8 @@ def build_context(folder: Path) -> Path:
             shutil.copy2(source, folder / name)
     if bundle := ca_bundle():
         shutil.copyfile(bundle, folder / "docker" / "ca-bundle.pem")
-    for path in (os.environ.get("PIP_CONFIG_FILE", ""), "/etc/pip.conf"):
-        if path and Path(path).is_file():
-            shutil.copyfile(path, folder / "docker" / "pip.conf")
-            break
+    if config := pip_config():
+        shutil.copyfile(config, folder / "docker" / "pip.conf")
     return folder
 
 

@@ -296,21 +296,3 @@ def test_kaniko_beside_a_credential_has_to_be_allowed(builder_image):
     assert "TRUST_DOCKERFILE_AUTHORS" in done.stderr
     allowed = docker("run", "--rm", *options, "--env=TRUST_DOCKERFILE_AUTHORS=true", builder_image, check=False)
     assert allowed.returncode == ExitCode.UNAVAILABLE
-
-
-WITHOUT_ENGINE = """
-import os, ssl, tempfile, mlflow
-from pathlib import Path
-from builder.build.kaniko import Kaniko
-Path("/kaniko/workspace/x").touch()
-tempfile.TemporaryFile().close()
-certificates = [path for path in Path(ssl.get_default_verify_paths().capath).iterdir() if path.suffix == ".0"]
-print(os.getuid(), Kaniko().available(), len(certificates) > 50)
-"""
-
-
-def test_without_an_engine_no_root_and_a_read_only_root(engineless_image):
-    options = ("--read-only", "--cap-drop=ALL", "--tmpfs=/kaniko/workspace:mode=1777", "--tmpfs=/kaniko/tmp:mode=1777")
-    done = docker("run", "--rm", *options, f"--entrypoint={PYTHON}", engineless_image, "-I", "-c", WITHOUT_ENGINE)
-    assert done.stdout == "65532 False True\n"
-    assert "Usage: builder" in docker("run", "--rm", *options, engineless_image, "--help").stdout

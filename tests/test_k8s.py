@@ -29,6 +29,9 @@ IMAGE = {
 KANIKO_OWNS = {"Dockerfile", "stages", "bases", "buildcontext", "deps", "layers", "secrets", "swap", "caches"}
 
 
+SWEEPS = ("cronjob.yaml", "cronjob-wheels.yaml")
+
+
 def documents(name):
     return [document for document in yaml.safe_load_all((FOLDER / name).read_text()) if document]
 
@@ -46,7 +49,7 @@ def job_specs():
     return {
         "job.yaml": documents("job.yaml")[0]["spec"],
         "job-single.yaml": documents("job-single.yaml")[0]["spec"],
-        "cronjob.yaml": documents("cronjob.yaml")[0]["spec"]["jobTemplate"]["spec"],
+        **{name: documents(name)[0]["spec"]["jobTemplate"]["spec"] for name in SWEEPS},
     }
 
 
@@ -72,7 +75,7 @@ def variables(kind):
     return {field.validation_alias for field in kind.model_fields.values() if field.validation_alias}
 
 
-every_job = pytest.mark.parametrize("name", ["job.yaml", "job-single.yaml", "cronjob.yaml"])
+every_job = pytest.mark.parametrize("name", ["job.yaml", "job-single.yaml", *SWEEPS])
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -153,8 +156,20 @@ def test_jobs_are_bounded(name):
         assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
 
 
-def test_a_sweep_never_overtakes_itself():
-    assert documents("cronjob.yaml")[0]["spec"]["concurrencyPolicy"] == "Forbid"
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_never_overtakes_itself(name):
+    assert documents(name)[0]["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_the_sweep_without_an_engine_may_do_nothing_that_an_engine_needs():
+    (sweep,) = containers(job_specs()["cronjob-wheels.yaml"])
+    context = sweep["securityContext"]
+    assert context["runAsNonRoot"] is True
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert environment(sweep)["BUILD_METHOD"] == "wheels"
+    assert "TRUST_DOCKERFILE_AUTHORS" not in environment(sweep)
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "job-single.yaml"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from builder.build.buildah import Buildah
-from builder.build.kaniko import Kaniko
 from builder.errors import InvalidSettings
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ def select_engine(settings: BuildSettings, engines: Sequence[Engine] | None = No
     Raises:
         InvalidSettings: the engine that was asked for is not here, or none is.
     """
-    candidates = (Kaniko(), Buildah()) if engines is None else engines
+    candidates = _engines() if engines is None else engines
     wanted = settings.build_engine
     for engine in candidates:
         if wanted in {"auto", engine.name} and engine.available():
@@ -38,3 +36,11 @@ def select_engine(settings: BuildSettings, engines: Sequence[Engine] | None = No
         raise InvalidSettings(message, remedy=ways_out)
     message = f"BUILD_ENGINE is {wanted}, and that is not here."
     raise InvalidSettings(message, remedy=f"{ways_out} BUILD_ENGINE=auto takes what is there.")
+
+
+def _engines() -> Sequence[Engine]:
+    # Most publishes have nothing to build, and import neither.
+    from builder.build.buildah import Buildah
+    from builder.build.kaniko import Kaniko
+
+    return Kaniko(), Buildah()

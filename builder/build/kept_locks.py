@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ class Resolver:
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11`.
         as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
+        former: returns the lock of the image that stands, where that was made from the same files; None for none.
     """
 
     store: LayerStore
@@ -45,6 +47,7 @@ class Resolver:
     model: Path
     python: str
     as_of: datetime | None
+    former: Callable[[Platform], Lock | None] = lambda _: None
 
     def lock(self, platform: Platform, glibc: tuple[int, int] | None, *, keep: bool = True) -> Lock:
         """Return the lock for a platform.
@@ -57,7 +60,7 @@ class Resolver:
         Raises:
             BuilderError: as `builder.build.lock.lock`, and what a registry's client raises.
         """
-        kept = self._kept(platform, glibc)
+        kept = self._kept(platform, glibc) or self._former(platform, glibc)
         if kept is not None:
             return kept.located(self.requirements, self.model)
         _log.info("resolving", platform=str(platform), requirements=len(self.requirements.required))
@@ -108,6 +111,16 @@ class Resolver:
                     return read
                 _log.warning("a kept lock is another one's, and is made again", tag=_tag(key))
         return None
+
+    def _former(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
+        """Return the lock that the standing image was made of, if it is one for this base image and time."""
+        if self.as_of is None:
+            return None
+        found = self.former(platform)
+        if found is None or (found.platform, found.python) != (platform, self.python) or found.as_of is None:
+            return None
+        fits = found.glibc == glibc or (found.glibc is not None and glibc is not None and found.glibc <= glibc)
+        return found if fits else None
 
     def _text(self, key: str) -> tuple[str, bytes | None]:
         return key, self.store.text(_tag(key), kind=LOCK_TYPE)

@@ -17,18 +17,20 @@ from builder.build.wheel import layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import TryAgain
+from builder.errors import ServiceUnavailable, TryAgain
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
 from builder.images.registry import RemoteBlob
 from builder.log import get_logger
 from builder.reference import Repository
+from builder.stages import stage
 
 _log = get_logger("wheels")
 _LOOKING = 16
 _MAKING = 6
 _SECONDS = 60.0
+MISSING = "missing"
 
 Result = TypeVar("Result")
 
@@ -90,13 +92,13 @@ class WheelLayers:
         """Return the tag that a group's layer is kept under."""
         return layer_key(group.source, python=self._python, bytecode=self._compiler)
 
-    def known(self, groups: Iterable[Group]) -> dict[Group, Layer]:
-        """Return the layers that the registry has; one request each, side by side."""
-        found = _together(lambda group: (group, self._store.layer(self.key(group), source=group.source)), groups)
-        return {group: layer for group, layer in found if layer is not None}
+    def known(self, groups: Iterable[Group]) -> dict[str, Layer]:
+        """Return the layers that the registry has, by their groups' sources; one request each, side by side."""
+        found = _together(lambda group: self._store.layer(self.key(group), source=group.source), groups)
+        return {source: layer for source, layer in found if layer is not None}
 
-    def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[Group, Layer]:
-        """Return the layer of each group; each is in the store, and in a repository, when this returns.
+    def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[str, Layer]:
+        """Return the layers of groups by their sources; each is in the store, and in a repository, when this returns.
 
         Args:
             groups: what is wanted.
@@ -107,10 +109,14 @@ class WheelLayers:
             WheelNotFound, WheelMismatch: an index does not have it any more.
             BuilderError: an index or the registry cannot be had.
         """
-        wanted = sorted(dict.fromkeys(groups), key=lambda group: -group.size)
-        looked = list(_together(lambda group: (group, self._taken(group, repository)), wanted))
-        layers = {group: layer for group, layer in looked if layer is not None}
-        missing = [group for group in wanted if group not in layers]
+        wanted: dict[str, Group] = {}
+        for group in sorted(groups, key=lambda group: -group.size):
+            # Of platforms that share a wheel, one resolver may know its size and another not.
+            wanted.setdefault(group.source, group)
+        with stage("lookups"):
+            looked = dict(_together(lambda group: self._taken(group, repository), wanted.values()))
+        layers = {source: layer for source, layer in looked.items() if layer is not None}
+        missing = [group for source, group in wanted.items() if source not in layers]
         self.traffic.known += len(layers)
         if missing:
             size = sum(group.size for group in missing)
@@ -119,13 +125,38 @@ class WheelLayers:
         if compiler and len(missing) > 1:
             # So many wheels are compiled at a time that each does with one process.
             compiler = replace(compiler, workers=1)
-        made = _together(lambda group: (group, self._made(group, repository, compiler)), missing, threads=_MAKING)
-        return {**layers, **dict(made)}
+        with stage("wheel layers"):
+            made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
+        return {**layers, **made}
 
-    def derived(self, group: Group) -> Layer:
-        """Return a group's layer as it has to be, made again from its wheels and compared with nothing."""
+    def verified(self, groups: Iterable[Group]) -> Iterator[tuple[Group, str]]:
+        """Make the layers of groups again, and hold what is kept against them; yield each group as it is done.
+
+        Yields:
+            The group, and what is wrong with the layer that is kept: empty for nothing, `missing` where there is none.
+
+        Raises:
+            BuilderError: as `placed`.
+        """
+        unique = {group.source: group for group in sorted(groups, key=lambda group: -group.size)}
+        for source, wrong in _together(self._wrong, unique.values(), threads=_MAKING):
+            yield unique[source], wrong
+
+    def _wrong(self, group: Group) -> str:
+        kept = self._store.layer(self.key(group), source=group.source)
+        if kept is None:
+            return MISSING
         with self._layer(group, self._compiler) as (layer, _):
-            return layer
+            if kept != layer:
+                return f"it holds {kept.digest}, and should hold {layer.digest}"
+        if not self._store.registry.has_blob(self._store.repository, kept.digest):
+            return MISSING
+        try:
+            for _ in self._store.registry.blob_stream(self._store.repository, kept.descriptor):
+                pass
+        except ServiceUnavailable as error:
+            return f"its content cannot be read as what it should be: {error.what}"
+        return ""
 
     def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
         """Return a layer that the registry has, placed in the repository; None where it has to be made."""
@@ -160,9 +191,10 @@ class WheelLayers:
 
     def _made(self, group: Group, repository: Repository | None, compiler: Compiler | None) -> Layer:
         with self._layer(group, compiler) as (layer, blob):
-            self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
-            self._count(sent=layer.size, made=1)
-            self._place(layer, repository, blob)
+            with stage("push"):
+                self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
+                self._count(sent=layer.size, made=1)
+                self._place(layer, repository, blob)
             return layer
 
     @contextlib.contextmanager
@@ -175,14 +207,15 @@ class WheelLayers:
             # So an environment is the same however its wheels are grouped.
             for wheel in reversed(group.wheels):
                 path = folder / wheel.filename[-200:]
-                self._client.download(wheel, path)
+                with stage("download"):
+                    self._client.download(wheel, path)
                 self._count(received=path.stat().st_size)
                 opened = open_wheel(path, filename=wheel.filename)
                 wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
             made = GroupLayer(wheels)
             target = folder / "layer.tar.gz"
             try:
-                with target.open("xb", buffering=0) as file:
+                with stage("making"), target.open("xb", buffering=0) as file:
                     for chunk in made:
                         file.write(chunk)
             except OSError as error:
@@ -211,8 +244,14 @@ def compiler_for(python: str) -> Compiler | None:
 
 
 def _together(
-    work: Callable[[Group], tuple[Group, Result]], groups: Iterable[Group], *, threads: int = _LOOKING
-) -> Iterator[tuple[Group, Result]]:
-    for result in side_by_side(work, list(dict.fromkeys(groups)), threads=threads, every=_SECONDS):
+    work: Callable[[Group], Result], groups: Iterable[Group], *, threads: int = _LOOKING
+) -> Iterator[tuple[str, Result]]:  # fmt: skip
+    """Yield what `work` returns for groups, each source once, with that source."""
+
+    def one(group: Group) -> tuple[str, Result]:
+        return group.source, work(group)
+
+    unique = {group.source: group for group in groups}
+    for result in side_by_side(one, list(unique.values()), threads=threads, every=_SECONDS):
         if result is not None:
             yield result

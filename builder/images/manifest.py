@@ -42,6 +42,7 @@ CONTENT_DIGEST = f"{PREFIX}content-digest"
 PLATFORMS = f"{PREFIX}platforms"
 ARTIFACTS_DIGEST = f"{PREFIX}artifacts-digest"
 LOCK_DIGEST = f"{PREFIX}lock-digest"
+REQUIREMENTS_DIGEST = f"{PREFIX}requirements-digest"
 METHOD = f"{PREFIX}method"
 
 

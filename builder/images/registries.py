@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import ssl
@@ -161,7 +162,9 @@ def _proxy(address: str, context: ssl.SSLContext) -> httpx.Proxy:
     return httpx.Proxy(url, ssl_context=context if url.scheme == "https" else None)
 
 
+@functools.lru_cache(maxsize=4)
 def _context(bundle: Path | None) -> ssl.SSLContext:
+    """Return what connections trust; to read the authorities takes 30 ms, so it is done once."""
     try:
         return ssl.create_default_context(cafile=str(bundle) if bundle else None)
     except (OSError, ssl.SSLError) as error:

@@ -5,33 +5,28 @@ from __future__ import annotations
 import json
 import os
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from waitress import serve
 
 MODEL = Path(__file__).parent.parent / "mymodel"
 sys.path.insert(0, str(MODEL / "code"))
 
 from pump_alarm import load  # noqa: E402 - it lies with the model
 
-model = load(MODEL / "data" / "rules.yaml")
+model = load(MODEL / "data" / "rules.toml")
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.answer({"rules": len(model.rules)})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.answer({"predictions": model.predict(body["inputs"])})
-
-    def answer(self, content):
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+def application(environ, start_response):
+    """Answer one request (WSGI, PEP 3333)."""
+    if environ["REQUEST_METHOD"] == "POST":
+        body = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+        content = {"predictions": model.predict(body["inputs"])}
+    else:
+        content = {"rules": len(model.rules)}
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(content).encode()]
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("", int(os.environ.get("PORT", "8080"))), Handler).serve_forever()
+    serve(application, host="0.0.0.0", port=int(os.environ.get("PORT", "8080")))  # noqa: S104 - a container's own network

@@ -1,0 +1,96 @@
+"""What is imported when: whatever a command does not need makes everybody wait for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from builder.errors import ExitCode
+from scripts.launch import clean_environ
+from tests.versions import register, seed_layout
+
+# Packages that only a build, a terminal or MLflow needs.
+HEAVY = {"boto3", "fastapi", "installer", "jinja2", "jwt", "mlflow", "packaging", "pip", "requests", "uv", "yaml"}
+# Ours that only a build needs.
+BUILDS = {
+    "builder.build.buildah",
+    "builder.build.index",
+    "builder.build.kaniko",
+    "builder.build.lock",
+    "builder.build.requirements",
+    "builder.build.wheel_layer",
+}
+# `import httpx` brings rich and pygments, for a command of its own; see docs/decisions/0024-start-up.md.
+
+
+def modules(code: str, environ: dict[str, str] | None = None) -> set[str]:
+    """Return the modules that a fresh interpreter holds when it has run some code."""
+    report = "import json, sys\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    argv = [sys.executable, "-c", f"{code}\n{report}"]
+    path = os.pathsep.join(filter(None, sys.path))
+    ran = subprocess.run(
+        argv, check=True, capture_output=True, text=True, env=clean_environ(PYTHONPATH=path, **(environ or {}))
+    )
+    return set(json.loads(ran.stderr.splitlines()[-1]))
+
+
+def packages(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def test_help_needs_click_alone():
+    new = modules("from builder.__main__ import run\nassert run(['--help'], {}) == 0") - modules("")
+    assert packages(new) - set(sys.stdlib_module_names) == {"builder", "click"}
+    assert {name for name in new if name.startswith("builder")} == {
+        "builder", "builder.__main__", "builder.cli", "builder.errors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", ["builder.publish", "builder.survey", "builder.sweep", "builder.download"])
+def test_no_heavy_package_is_imported_before_it_is_used(ours):
+    new = modules(f"import builder.show, builder.settings, {ours}") - modules("")
+    assert packages(new) & HEAVY == set()
+    assert new & BUILDS == set()
+
+
+@pytest.fixture
+def published(mlflow_server, registry):
+    """The environment of a version that is published already."""
+    version = register(mlflow_server.uri, seed_layout("", "FROM scratch\nCOPY $model_folder /app\nUSER 10001\n"))
+    environ = {
+        "MLFLOW_TRACKING_URI": mlflow_server.uri,
+        "REGISTRY_URL": f"{registry.host}/startup",
+        "MODEL_NAME": version.name,
+        "MODEL_VERSION": version.version,
+    }
+    subprocess.run(
+        [sys.executable, "-m", "builder", "publish"], check=True, capture_output=True, env=clean_environ(**environ)
+    )
+    return environ
+
+
+def test_a_publish_with_nothing_to_do_imports_no_builder_of_anything(published):
+    code = "import os\nfrom builder.__main__ import run\nassert run(['publish'], os.environ) == 0"
+    new = modules(code, published)
+    assert "mlflow" in new
+    assert (packages(new) - packages(modules("import mlflow"))) & HEAVY == set()
+    assert new & BUILDS == set()
+
+
+def test_a_process_that_ends_searches_no_garbage():
+    code = """\
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000))
+sys.argv = ["builder", "no-such-command"]
+from builder.__main__ import main
+main()
+"""
+    path = os.pathsep.join(filter(None, sys.path))
+    argv = [sys.executable, "-c", code]
+    ran = subprocess.run(argv, check=False, capture_output=True, text=True, env=clean_environ(PYTHONPATH=path))
+    assert ran.returncode == ExitCode.USAGE
+    assert ran.stdout == "True True\n"
