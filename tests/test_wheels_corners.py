@@ -98,7 +98,8 @@ def test_a_private_index_with_a_credential_and_an_authority(small, small_environ
         # Where no lock is kept the index is asked, and not believed.
         del environ["SSL_CERT_FILE"]
         environ["WHEEL_LAYERS"] = f"{registry.host}/{model.name}-empty"
-        refused = run(environ, "fetch", "--rebuild")
+        environ["MODEL_NAME"] = small("private-lib\n").name
+        refused = run(environ, "fetch")
         assert refused.returncode == 78, refused.stderr
         assert "SSL_CERT_FILE" in refused.stderr
 

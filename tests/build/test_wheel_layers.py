@@ -16,6 +16,7 @@ from builder.build.wheel_layers import WheelLayers
 from builder.errors import BuilderError, PermissionRefused
 from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
+from builder.images.registry import RemoteBlob
 from builder.reference import Repository
 from tests.build.package_index import running
 from tests.build.wheels import INFO, NAME, PYTHON, compiler, make, put, unpacked
@@ -69,7 +70,7 @@ def test_what_is_missing_is_made_and_what_is_known_is_not_downloaded(index, stor
     groups = groups_of(index)
     target = Repository(store.repository.host, f"{store.repository.path}-image")
     made, traffic = place(index, store, tmp_path, groups, target, bytecode=True)
-    assert list(made) == groups or set(made) == set(groups)
+    assert set(made) == {group.source for group in groups}
     assert (traffic.known, traffic.made) == (0, 3)
     assert traffic.sent == sum(layer.size for layer in made.values())
     assert all(store.registry.has_blob(target, layer.digest) for layer in made.values())
@@ -92,12 +93,20 @@ def test_layers_with_and_without_bytecode_do_not_meet(index, store, tmp_path):
     assert not {layer.digest for layer in plain.values()} & {layer.digest for layer in compiled.values()}
 
 
-def test_what_is_derived_again_is_what_is_kept(index, store, tmp_path):
+def test_what_is_derived_again_is_held_against_what_is_kept(index, store, tmp_path):
     groups = groups_of(index)
     client, layers = make_layers(index, store, tmp_path, bytecode=True)
     with client, layers:
-        kept = layers.placed(groups, None)
-        assert {group: layers.derived(group) for group in groups} == kept
+        assert {wrong for _, wrong in layers.verified(groups)} == {"missing"}
+        made = layers.placed(groups, None)
+        assert [(group in groups, wrong) for group, wrong in layers.verified(groups)] == [(True, "")] * 3
+        # A true layer, of another wheel, under this one's name.
+        other = made[groups[1].source]
+        blob = RemoteBlob(registry=store.registry, repository=store.repository, descriptor=other.descriptor)
+        store.keep(layers.key(groups[0]), other, blob, source=groups[0].source, title="forged")
+        wrong = dict(layers.verified(groups))
+        assert str(other.digest) in wrong[groups[0]]
+        assert (wrong[groups[1]], wrong[groups[2]]) == ("", "")
 
 
 def test_the_same_file_of_two_wheels_is_the_same_one_however_they_are_grouped(index, store, tmp_path):
@@ -107,8 +116,8 @@ def test_the_same_file_of_two_wheels_is_the_same_one_however_they_are_grouped(in
     groups = [Group((one,)), Group((other,)), Group((one, other))]
     made, _ = place(index, store, tmp_path, groups, bytecode=True)
     content = {
-        group: unpacked(store.registry.blob_bytes(store.repository, layer.descriptor, 1 << 20))
-        for group, layer in made.items()
+        group: unpacked(store.registry.blob_bytes(store.repository, made[group.source].descriptor, 1 << 20))
+        for group in groups
     }
     # Of two layers, what the upper one has is seen.
     stacked = content[groups[0]] | content[groups[1]]
@@ -120,7 +129,7 @@ def test_the_same_file_of_two_wheels_is_the_same_one_however_they_are_grouped(in
 def test_only_the_lost_layer_is_made_again(index, store, tmp_path):
     groups = groups_of(index)
     made, _ = place(index, store, tmp_path, groups)
-    lost = made[groups[1]]
+    lost = made[groups[1].source]
     path = f"/v2/{store.repository.path}/blobs/{lost.digest}"
     assert store.registry._transport.send("DELETE", path, until=float("inf"), scopes=frozenset()).status == 202
     before = len(downloads(index))
