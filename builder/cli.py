@@ -279,17 +279,20 @@ def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: boo
 @click.option(
     "--requirements",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A requirements file, in place of the tagged versions; for TARGET_PLATFORMS.",
+    help="A requirements file, in place of the tagged versions.",
 )
 @click.option("--python", default="", metavar="X.Y", help="The Python that the requirements are for, such as 3.11.")
-@click.option("--verify", is_flag=True, help="Make nothing: make known layers again, and compare.")
+@click.option("--platforms", help="Platforms, separated by commas, in place of TARGET_PLATFORMS.")
+@click.option("--verify", is_flag=True, help="Keep nothing: make again what is kept, and compare.")
 @_pass
-def warm(invocation: Invocation, requirements: Path | None, python: str, *, verify: bool) -> int:
+def warm(
+    invocation: Invocation, requirements: Path | None, python: str, platforms: str | None, *, verify: bool
+) -> int:  # fmt: skip
     """Make wheel layers and locks ahead of time.
 
     Those of every version that carries the target tag, unless --requirements names a file. A publish then finds them in
-    WHEEL_LAYERS, and downloads and makes nothing. With --verify each layer that is known is made again from its wheels,
-    and what the registry holds is compared: 65 where something differs.
+    WHEEL_LAYERS, and downloads and makes nothing. With --verify what they find there is made again from wheels and base
+    images, and compared: exit code 65 where something differs, 73 where a layer cannot be made again.
     """
     from builder import show
     from builder import warm as story
@@ -298,12 +301,15 @@ def warm(invocation: Invocation, requirements: Path | None, python: str, *, veri
     if bool(requirements) != bool(python) or (python and not re.fullmatch(r"3\.[0-9]{1,2}", python)):
         message = "--requirements and --python go together: --requirements requirements.txt --python 3.11."
         raise click.UsageError(message)
-    settings = invocation.settings(Settings)
+    settings = invocation.settings(Settings, TARGET_PLATFORMS=platforms)
     if requirements:
         results = [story.warm_requirements(settings, requirements, python=python, verify=verify)]
     else:
         results = list(story.warm(settings, verify=verify))
     show.warmed(results)
+    states = dict(Counter(result.state for result in results))
+    wrong = "; ".join(f"{result.name}: {result.detail}" for result in results if result.exit_code)
+    invocation.leave_message({"state": "failed" if wrong else "warmed", "environments": states, "error": wrong})
     return max((result.exit_code for result in results), default=0)
 
 

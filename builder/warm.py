@@ -12,22 +12,30 @@ from typing import Literal
 
 from builder import wheels
 from builder.build.unsatisfied import NoWheel
-from builder.build.wheel_layers import MISSING
-from builder.errors import BuilderError, ExitCode, UsageError
+from builder.errors import BuilderError, ExitCode, InvalidVersion, UsageError, VersionNotFound
 from builder.log import get_logger, masked
 from builder.models.context import sketch_context
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
-from builder.recipe import Recipe
 from builder.reference import Platform
 from builder.services import Services, connected
 from builder.settings import Settings
+from builder.verify import Check, Verification, Verified
 
 log = get_logger("warm")
 
 # `warm`: all is there now. `verified`: all that is there is what it should be. `different`: something is not.
-# `passed over`: it is not made of wheel layers.
-State = Literal["warm", "verified", "different", "passed over", "failed"]
+# `unproven`: a layer cannot be made again, so that nobody can tell. `passed over`: it is not made of wheel layers.
+# `gone`: it was deleted meanwhile.
+State = Literal["warm", "verified", "different", "unproven", "passed over", "gone", "failed"]
 _MOST_BYTES = 1 << 20
+_CORRECT = "Correct the file; what it names by -r, -c or a path has to stand in it."
+_EXCHANGED = (
+    "see who can write there, delete these tags and, where what a digest names is something else, that blob from the "
+    "registry's storage, and publish with --rebuild what was made of them"
+)
+_UNPROVEN = (
+    "configure the index that had these wheels or, if there is none, see who can write there, and delete the tags"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,7 @@ class Warmed:
         state: what became of it.
         known: layers that were there.
         made: layers that were made now.
+        checks: what was verified, thing by thing.
         detail: what is to be said of it, on one line.
         exit_code: of the error, 0 where there was none.
     """
@@ -47,6 +56,7 @@ class Warmed:
     state: State
     known: int = 0
     made: int = 0
+    checks: tuple[Check, ...] = ()
     detail: str = ""
     exit_code: int = 0
 
@@ -62,15 +72,17 @@ def warm(settings: Settings, *, verify: bool = False) -> Iterator[Warmed]:
         BuilderError: the listing failed. What fails of one version is yielded, not raised.
     """
     with connected(settings) as services:
+        warming = _Warming(settings, services, verify=verify)
         for version in natural_order(services.catalog.tagged(settings.target_tag)):
-            yield _guarded(str(version), partial(_version, settings, services, version, verify=verify))
+            yield _guarded(str(version), partial(warming.version, version))
 
 
 def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bool = False) -> Warmed:
     """Make the wheel layers and locks of a requirements file, for TARGET_PLATFORMS.
 
-    It counts as a model that is registered now: versions with the same requirements that are registered later on the
-    same day (UTC) find its lock, and all versions its layers.
+    It counts as a model that is registered now and brings no client: MLflow's part is replaced as for a publish. Every
+    version finds the layers. The lock is found by versions that are registered later on the same day (UTC), if they ask
+    for the same: the same lines, MLflow pinned among them as MLflow logs it, the same Python, base image and indexes.
 
     Args:
         settings: what the environment says.
@@ -80,6 +92,7 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
 
     Raises:
         UsageError: the file cannot be read.
+        InvalidVersion: a line of it cannot be used; each is named. It must not name further files.
         BuilderError: as for a publish.
     """
     try:
@@ -99,64 +112,78 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
         (folder / "requirements.txt").write_bytes(content)
         (folder / "python_env.yaml").write_text(f"python: {python}\n")
         paths = [f"model/{path.name}" for path in folder.iterdir()]
-        source = wheels.Source.of(settings, version, folder.parent, paths)
-        return _environment(settings, services, str(file), source, settings.target_platforms, verify=verify)
+        try:
+            source = wheels.Source.of(settings, version, folder.parent, paths)
+        except InvalidVersion as error:
+            message = f"The requirements file {str(file)!r} cannot be used. {error.what}"
+            raise InvalidVersion(message, remedy=_CORRECT) from error
+        return _Warming(settings, services, verify=verify).environment(str(file), source, settings.target_platforms)
 
 
-def _version(settings: Settings, services: Services, version: ModelVersion, *, verify: bool) -> Warmed:
-    artifacts = services.catalog.artifacts(version)
-    paths = [artifact.path for artifact in artifacts]
-    if wheels.chosen_method(settings, version, paths) != "wheels":
-        return Warmed(name=str(version), state="passed over", detail="an engine builds it")
-    platforms = wanted_platforms(version, settings.target_platforms)
-    with tempfile.TemporaryDirectory(prefix="builder-warm-") as name:
-        folder = Path(name)
-        sketch_context(services.catalog, version, artifacts, folder)
-        source = wheels.Source.of(settings, version, folder, paths)
-        return _environment(settings, services, str(version), source, platforms, verify=verify)
+class _Warming:
+    """One run over some environments."""
+
+    def __init__(self, settings: Settings, services: Services, *, verify: bool) -> None:
+        self._settings = settings
+        self._services = services
+        self._verification = Verification(settings, services.registries) if verify else None
+
+    def version(self, version: ModelVersion) -> Warmed:
+        """Make, or verify, what a version's images are made of."""
+        artifacts = self._services.catalog.artifacts(version)
+        paths = [artifact.path for artifact in artifacts]
+        if wheels.chosen_method(self._settings, version, paths) != "wheels":
+            return Warmed(name=str(version), state="passed over", detail="an engine builds it")
+        platforms = wanted_platforms(version, self._settings.target_platforms)
+        with tempfile.TemporaryDirectory(prefix="builder-warm-") as name:
+            sketch_context(self._services.catalog, version, artifacts, Path(name))
+            source = wheels.Source.of(self._settings, version, Path(name), paths)
+            return self.environment(str(version), source, platforms)
+
+    def environment(self, name: str, source: wheels.Source, platforms: Sequence[Platform]) -> Warmed:
+        """Make, or verify, an environment."""
+        doing = "verifying" if self._verification else "warming"
+        log.info(doing, of=name, platforms=[str(platform) for platform in platforms])
+        if self._verification:
+            return _told(name, self._verification.environment(source, platforms))
+        registries = self._services.registries
+        planned = wheels.planned(self._settings, registries, source, platforms)
+        store = wheels.layer_store(self._settings, registries)
+        with wheels.wheel_layers(self._settings, store, planned.recipe) as layers:
+            layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
+            traffic = layers.traffic
+        without = _without(planned.impossible)
+        return Warmed(name=name, state="warm", known=traffic.known, made=traffic.made, detail=without)
 
 
-def _environment(
-    settings: Settings,
-    services: Services,
-    name: str,
-    source: wheels.Source,
-    platforms: Sequence[Platform],
-    *,
-    verify: bool,
-) -> Warmed:
-    log.info("verifying" if verify else "warming", of=name, platforms=[str(platform) for platform in platforms])
-    planned = wheels.planned(settings, services.registries, source, platforms, keep=not verify)
-    without = _told(planned.impossible)
-    if verify:
-        return _verified(settings, services, name, planned.recipe, without)
-    store = wheels.layer_store(settings, services.registries)
-    with wheels.wheel_layers(settings, store, planned.recipe) as layers:
-        layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
-        traffic = layers.traffic
-    return Warmed(name=name, state="warm", known=traffic.known, made=traffic.made, detail=without)
+def _told(name: str, verified: Verified) -> Warmed:
+    """Return what the checks of an environment come to."""
+    checks = verified.checks
+    wrong = [check for check in checks if check.verdict.state == "different"]
+    underivable = [check for check in checks if check.verdict.state == "not derivable"]
+    layers = [check for check in checks if check.what == "layer"]
+    missing = sum(check.verdict.state == "missing" for check in layers)
+    state: State = "verified"
+    code = ExitCode.OK
+    said = [str(check) for check in (*wrong, *underivable)]
+    if wrong:
+        state, code = "different", ExitCode.DATA
+        said.append(_EXCHANGED)
+    elif any(check in layers for check in underivable):
+        state, code = "unproven", ExitCode.CANNOT_CREATE
+        said.append(_UNPROVEN)
+    said += [f"{missing} layers are not there yet"] if missing else []
+    return Warmed(
+        name=name,
+        state=state,
+        known=sum(check.verdict.state == "same" for check in layers),
+        checks=checks,
+        detail="; ".join(filter(None, [*said, _without(verified.impossible)])),
+        exit_code=code,
+    )
 
 
-def _verified(settings: Settings, services: Services, name: str, recipe: Recipe, without: str) -> Warmed:
-    store = wheels.layer_store(settings, services.registries)
-    right, missing, different = 0, 0, []
-    with wheels.wheel_layers(settings, store, recipe) as layers:
-        for group, wrong in layers.verified(group for part in recipe.platforms for group in part.groups):
-            right += not wrong
-            missing += wrong == MISSING
-            if wrong not in {"", MISSING}:
-                tag = f"{store.repository}:{layers.key(group)}"
-                log.error("a kept layer is not what it should be", tag=tag, wheel=group.title, why=wrong)
-                different.append(f"{tag}: {wrong}")
-    if different:
-        remedy = "see who can write there, delete these tags, and publish with --rebuild what was made of them"
-        detail = f"{'; '.join(different)}; {remedy}"
-        return Warmed(name=name, state="different", known=right, detail=detail, exit_code=ExitCode.DATA)
-    said = "; ".join(filter(None, [f"{missing} layers are not there yet" if missing else "", without]))
-    return Warmed(name=name, state="verified", known=right, detail=said)
-
-
-def _told(impossible: dict[Platform, NoWheel]) -> str:
+def _without(impossible: dict[Platform, NoWheel]) -> str:
     return "; ".join(error.what for error in impossible.values())
 
 
@@ -164,6 +191,9 @@ def _guarded(name: str, work: Callable[[], Warmed]) -> Warmed:
     """Return what became of an environment, its failure included: one must not keep the others from being done."""
     try:
         return work()
+    except VersionNotFound as error:
+        log.info("gone", of=name, detail=error.what)
+        return Warmed(name=name, state="gone", detail=error.one_line())
     except BuilderError as error:
         log.error("failed", of=name, error=masked(error.one_line()))
         return Warmed(name=name, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)

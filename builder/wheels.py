@@ -40,12 +40,16 @@ from builder.settings import Settings
 from builder.stages import stage
 
 _log = get_logger("wheels")
-_FACTS = "application/vnd.modelimage.base.v1+json"
+FACTS = "application/vnd.modelimage.base.v1+json"
 _SECONDS = 60.0
 PORT = 8080
 
 # Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
 Former = Callable[[Platform, Digest], Lock | None]
+
+
+def _no_former(_platform: Platform, _requirements: Digest) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +175,7 @@ def planned(
     source: Source,
     platforms: Sequence[Platform],
     *,
-    former: Former = lambda _platform, _requirements: None,
+    former: Former = _no_former,
     keep: bool = True,
 ) -> Planned:
     """Return the recipe of a version's images.
@@ -190,21 +194,12 @@ def planned(
     """
     store = layer_store(settings, registries)
     with IndexClient(source.indexes) as client:
+        resolver = resolver_of(settings, store, source, client, former=former)
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
             with stage("base"):
                 base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
-            resolver = Resolver(
-                store=store,
-                requirements=source.requirements,
-                indexes=source.indexes,
-                client=client,
-                model=source.context / source.model_folder,
-                python=source.python,
-                as_of=source.created if settings.resolve_as_of == "registered" else None,
-                former=lambda platform: former(platform, source.digest),
-            )
             interpreter = _interpreter(base, facts, source.python)
             try:
                 with stage("lock"):
@@ -231,6 +226,30 @@ def planned(
         recipe=recipe,
         bases={platform: base for _, base, platform in results if platform in parts},
         impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
+    )
+
+
+def resolver_of(
+    settings: Settings, store: LayerStore, source: Source, client: IndexClient, *, former: Former = _no_former
+) -> Resolver:  # fmt: skip
+    """Return what gives the locks of a source.
+
+    Args:
+        settings: RESOLVE_AS_OF is used.
+        store: where locks are kept.
+        source: what a version asks for.
+        client: asks the source's indexes.
+        former: as for `planned`.
+    """
+    return Resolver(
+        store=store,
+        requirements=source.requirements,
+        indexes=source.indexes,
+        client=client,
+        model=source.context / source.model_folder,
+        python=source.python,
+        as_of=source.created if settings.resolve_as_of == "registered" else None,
+        former=lambda platform: former(platform, source.digest),
     )
 
 
@@ -318,12 +337,9 @@ def base_with_facts(
         BuilderError: it cannot be told.
     """
     registry = registries.for_host(reference.repository.host)
-    base = base_image(registry, reference, platform)
-    if base is None:
-        message = f"There is no base image {reference}."
-        raise InvalidVersion(message, remedy="Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is.")
-    key = f"base-{base.manifest.hex}"
-    kept = store.text(key, kind=_FACTS)
+    base = existing_base(registry, reference, platform)
+    key = facts_key(base)
+    kept = store.text(key, kind=FACTS)
     if kept is not None:
         try:
             return base, BaseFacts.from_json(kept)
@@ -332,8 +348,27 @@ def base_with_facts(
     _log.info("reading the base image", base=str(reference), platform=str(platform))
     facts = inspect_base(registry, base)
     if keep:
-        store.keep_text(key, facts.to_json(), kind=_FACTS, title=f"{one_name(reference)}.json")
+        store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{one_name(reference)}.json")
     return base, facts
+
+
+def existing_base(registry: Registry, reference: Reference, platform: Platform) -> BaseImage:
+    """Return a base image.
+
+    Raises:
+        InvalidVersion: there is no such image, or none for the platform.
+        BuilderError: it cannot be told.
+    """
+    base = base_image(registry, reference, platform)
+    if base is None:
+        message = f"There is no base image {reference}."
+        raise InvalidVersion(message, remedy="Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is.")
+    return base
+
+
+def facts_key(base: BaseImage) -> str:
+    """Return the tag that the facts of a base image are kept under, as a text of the kind `FACTS`."""
+    return f"base-{base.manifest.hex}"
 
 
 def one_name(reference: Reference) -> str:

@@ -60,33 +60,49 @@ class Resolver:
         Raises:
             BuilderError: as `builder.build.lock.lock`, and what a registry's client raises.
         """
-        kept = self._kept(platform, glibc) or self._former(platform, glibc)
+        kept = self.kept(platform, glibc) or self._former(platform, glibc)
         if kept is not None:
             return kept.located(self.requirements, self.model)
+        made = self._resolved(platform, glibc, self.as_of)
+        if keep and made.as_of is not None:
+            tag = self.tag(platform, glibc, made.as_of)
+            self.store.keep_text(tag, made.to_text().encode(), kind=LOCK_TYPE, title=LOCK_FILE)
+        return made
+
+    def _resolved(self, platform: Platform, glibc: tuple[int, int] | None, as_of: datetime | None) -> Lock:
         _log.info("resolving", platform=str(platform), requirements=len(self.requirements.required))
-        made = lock(
+        return lock(
             self.requirements,
             platform=platform,
             indexes=self.indexes,
             model=self.model,
             python=self.python,
-            as_of=self.as_of,
+            as_of=as_of,
             glibc=glibc,
             client=self.client,
         )
-        if keep and made.as_of is not None:
-            key = lock_key(
-                self.requirements,
-                platform=platform,
-                python=self.python,
-                glibc=glibc,
-                indexes=self.indexes.identity,
-                as_of=made.as_of,
-            )
-            self.store.keep_text(_tag(key), made.to_text().encode(), kind=LOCK_TYPE, title=LOCK_FILE)
-        return made
 
-    def _kept(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
+    def again(self, kept: Lock) -> Lock:
+        """Return what is resolved now in place of a kept lock: the same, as long as the indexes lose nothing.
+
+        Raises:
+            BuilderError: as `builder.build.lock.lock`.
+        """
+        return self._resolved(kept.platform, kept.glibc, kept.as_of)
+
+    def tag(self, platform: Platform, glibc: tuple[int, int] | None, as_of: datetime) -> str:
+        """Return the tag that a lock of that moment is kept under."""
+        key = lock_key(
+            self.requirements,
+            platform=platform,
+            python=self.python,
+            glibc=glibc,
+            indexes=self.indexes.identity,
+            as_of=as_of,
+        )
+        return _tag(key)
+
+    def kept(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
         """Return the lock that is kept for the day or, where there is none, for the moment; asked for at once."""
         keys = lock_keys(
             self.requirements,

@@ -9,15 +9,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from builder.build.bytecode import Compiler
 from builder.build.index import IndexClient
-from builder.build.wheel import layer_key, open_wheel
+from builder.build.wheel import InvalidWheel, layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import ServiceUnavailable, TryAgain
+from builder.errors import BuildFailed, ServiceUnavailable, TryAgain
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
@@ -30,7 +30,6 @@ _log = get_logger("wheels")
 _LOOKING = 16
 _MAKING = 6
 _SECONDS = 60.0
-MISSING = "missing"
 
 Result = TypeVar("Result")
 
@@ -50,6 +49,20 @@ class Traffic:
     made: int = 0
     received: int = 0
     sent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is kept, held against what it should be.
+
+    Attributes:
+        state: `missing` is what is not kept, or has lost its content; `not derivable` what nobody can make again, such
+            as the layer of a wheel that no index has.
+        detail: how it differs, or why it cannot be told; empty elsewhere.
+    """
+
+    state: Literal["same", "different", "missing", "not derivable"]
+    detail: str = ""
 
 
 class WheelLayers:
@@ -121,42 +134,53 @@ class WheelLayers:
         if missing:
             size = sum(group.size for group in missing)
             _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
-        compiler = self._compiler
-        if compiler and len(missing) > 1:
-            # So many wheels are compiled at a time that each does with one process.
-            compiler = replace(compiler, workers=1)
+        compiler = self._one_each(len(missing))
         with stage("wheel layers"):
             made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
         return {**layers, **made}
 
-    def verified(self, groups: Iterable[Group]) -> Iterator[tuple[Group, str]]:
+    def verified(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Verdict]]:
         """Make the layers of groups again, and hold what is kept against them; yield each group as it is done.
 
-        Yields:
-            The group, and what is wrong with the layer that is kept: empty for nothing, `missing` where there is none.
+        Nothing is written to the registry. Where no layer is kept, nothing is downloaded.
 
         Raises:
-            BuilderError: as `placed`.
+            BuilderError: an index or the registry cannot be had.
         """
         unique = {group.source: group for group in sorted(groups, key=lambda group: -group.size)}
-        for source, wrong in _together(self._wrong, unique.values(), threads=_MAKING):
-            yield unique[source], wrong
+        compiler = self._one_each(len(unique))
+        for source, verdict in _together(
+            lambda group: self._verdict(group, compiler), unique.values(), threads=_MAKING
+        ):
+            yield unique[source], verdict
 
-    def _wrong(self, group: Group) -> str:
+    def _verdict(self, group: Group, compiler: Compiler | None) -> Verdict:
+        registry, repository = self._store.registry, self._store.repository
         kept = self._store.layer(self.key(group), source=group.source)
-        if kept is None:
-            return MISSING
-        with self._layer(group, self._compiler) as (layer, _):
-            if kept != layer:
-                return f"it holds {kept.digest}, and should hold {layer.digest}"
-        if not self._store.registry.has_blob(self._store.repository, kept.digest):
-            return MISSING
+        if kept is None or not registry.has_blob(repository, kept.digest):
+            return Verdict(state="missing")
         try:
-            for _ in self._store.registry.blob_stream(self._store.repository, kept.descriptor):
+            with self._layer(group, compiler) as (right, _):
+                pass
+        except (BuildFailed, InvalidWheel) as error:
+            # An index that is away is no verdict; one that has never heard of the wheel is.
+            return Verdict(state="not derivable", detail=error.what)
+        if kept != right:
+            return Verdict(state="different", detail=_differences(kept, right))
+        try:
+            for _ in registry.blob_stream(repository, kept.descriptor):
                 pass
         except ServiceUnavailable as error:
-            return f"its content cannot be read as what it should be: {error.what}"
-        return ""
+            # A registry that is away raises here once more.
+            if not registry.has_blob(repository, kept.digest):
+                return Verdict(state="missing")
+            detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
+            return Verdict(state="different", detail=detail)
+        return Verdict(state="same")
+
+    def _one_each(self, count: int) -> Compiler | None:
+        """Return the compiler, with one process for each of so many wheels that are compiled at a time."""
+        return replace(self._compiler, workers=1) if self._compiler and count > 1 else self._compiler
 
     def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
         """Return a layer that the registry has, placed in the repository; None where it has to be made."""
@@ -241,6 +265,14 @@ def compiler_for(python: str) -> Compiler | None:
         runs_on = platform.python_version()
         _log.info("no bytecode: this program runs on another Python than the model", python=python, runs_on=runs_on)
     return found
+
+
+def _differences(kept: Layer, right: Layer) -> str:
+    what = {"digest": "digest", "size": "size", "diff id": "diff_id", "uncompressed size": "uncompressed"}
+    pairs = [
+        (name, getattr(kept, field), getattr(right, field)) for name, field in (what | {"type": "media_type"}).items()
+    ]
+    return ", ".join(f"its {name} is {is_} and should be {should}" for name, is_, should in pairs if is_ != should)
 
 
 def _together(
