@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from benchmarks.environments import PLATFORMS, Version
@@ -51,7 +50,7 @@ def publish(turn: Round, job: str, version: Version, namespace: str, platforms: 
             "PYTHONPATH": str(CHECKOUT),
             **settings,
         }
-        step = turn.step(folder, sys.executable, "-m", "builder", "publish", version.name, version.version, **environ)
+        step = turn.step(folder, turn.site.python, "-m", "builder", "publish", version.name, version.version, **environ)
 
         def work() -> Cost:
             return perform([step], turn.registry, turn.site.mlflow)

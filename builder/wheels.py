@@ -206,6 +206,7 @@ def planned(
                     lock = resolver.lock(platform, facts.glibc, keep=keep)
             except NoWheel as error:
                 return error, found, platform
+            _check_libraries(base, facts, lock)
             part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)
             return part, found, platform
 
@@ -396,6 +397,23 @@ def _interpreter(base: BaseImage, facts: BaseFacts, python: str) -> str:
         message = f"The base image {base.reference} has something at /opt/model, where the environment goes."
         raise InvalidVersion(message, remedy="Take another base image, or ship a Dockerfile.template.")
     return found
+
+
+def _check_libraries(base: BaseImage, facts: BaseFacts, lock: Lock) -> None:
+    """Refuse wheels that need a library of the system which the base does not have: nothing else would say so.
+
+    LightGBM's wheels for Linux do not bring GNU's OpenMP, and are the only ones of MLflow's flavors that do not
+    (https://github.com/microsoft/LightGBM/blob/master/python-package/README.rst).
+
+    Raises:
+        InvalidVersion: the base has no libgomp.so.1, and LightGBM is among the wheels.
+    """
+    if facts.openmp is False and any(wheel.name == "lightgbm" for wheel in lock.wheels):
+        message = f"lightgbm needs the library libgomp.so.1, which the base image {base.reference} does not have for "
+        message += f"{base.platform}."
+        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image that has it: python:3.11 rather "
+        remedy += "than python:3.11-slim, or one with Debian's package libgomp1."
+        raise InvalidVersion(message, remedy=remedy)
 
 
 def _served(server: tuple[str, str]) -> tuple[str, ...]:

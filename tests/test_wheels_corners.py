@@ -16,10 +16,11 @@ from builder.errors import InvalidSettings
 from builder.publish import publish
 from builder.settings import Settings
 from scripts.launch import clean_environ
-from tests.build.package_index import make_wheel
+from tests.build.package_index import make_wheel, running
+from tests.servers.certificates import for_loopback, self_signed
 from tests.servers.forwarding import forwarding
 from tests.servers.small import CLIENT, push_base
-from tests.test_wheels_method import ROOT, succeeded
+from tests.test_wheels_method import ROOT, run, succeeded
 from tests.versions import MLMODEL
 
 
@@ -75,6 +76,32 @@ def test_a_wheel_logged_with_the_model_travels_through_the_phases(small, small_e
     reference = succeeded({**environ, "BUILDER_WORKSPACE": str(moved)}, "push")
     files = files_of(crane, reference, tmp_path)
     assert "opt/model/lib/python3.11/site-packages/of_the_model/__init__.py" in files
+
+
+def test_a_private_index_with_a_credential_and_an_authority(small, small_environ, crane, tmp_path, registry):
+    authority = self_signed(tmp_path / "ca", "Private authority of an index")
+    certificate = for_loopback(tmp_path, authority)
+    with running(certificate=certificate, credential=("reader", "s3cret-of-the-index")) as index:
+        index.add("private-lib", "1.0", files={"private_lib/__init__.py": b""})
+        model = small("private-lib\n")
+        environ = small_environ(model, UV_DEFAULT_INDEX=index.with_credential, SSL_CERT_FILE=str(authority.path))
+        fetched = run(environ, "fetch")
+        assert fetched.returncode == 0, fetched.stderr
+        handed_over = [path.read_bytes() for path in Path(environ["BUILDER_WORKSPACE"]).rglob("*") if path.is_file()]
+        pushed = run(environ, "push")
+        assert pushed.returncode == 0, pushed.stderr
+        # The registry as well: manifests, configs, locks, facts.
+        kept = [path.read_bytes() for path in registry.storage.rglob("data") if path.stat().st_size < 100_000]
+        for text in (*handed_over, *kept, fetched.stderr.encode(), pushed.stderr.encode()):
+            assert b"s3cret-of-the-index" not in text
+        assert "PASS" in crane("validate", "--remote", pushed.stdout.strip())
+        # Where no lock is kept the index is asked, and not believed.
+        del environ["SSL_CERT_FILE"]
+        environ["WHEEL_LAYERS"] = f"{registry.host}/{model.name}-empty"
+        environ["MODEL_NAME"] = small("private-lib\n").name
+        refused = run(environ, "fetch")
+        assert refused.returncode == 78, refused.stderr
+        assert "SSL_CERT_FILE" in refused.stderr
 
 
 def test_what_a_base_says_of_its_containers_stays(small, small_settings, registry, crane):

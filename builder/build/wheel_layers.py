@@ -227,7 +227,9 @@ class WheelLayers:
         with tempfile.TemporaryDirectory(dir=self._temporary.name) as name:
             folder = Path(name)
             wheels = []
-            for wheel in group.wheels:
+            # Backwards: in a layer the first of two files in one place is kept, of two layers the last one's counts. So
+            # an environment is the same however its wheels are grouped.
+            for wheel in reversed(group.wheels):
                 path = folder / wheel.filename[-200:]
                 with stage("download"):
                     self._client.download(wheel, path)

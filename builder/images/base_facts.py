@@ -26,7 +26,7 @@ from builder.images.registry import Registry
 from builder.images.rootfs import File, Folder, RootFs
 from builder.images.untar import REGULAR, Archive, Entry, inflated
 
-_VERSION = 1
+_VERSION = 2
 _ZSTD, _PLAIN = f"{OCI_LAYER}+zstd", OCI_LAYER
 # What a base's layers may hold, not compressed: all together, and each beside a hundred times what it is compressed.
 _MOST_BYTES, _MOST_EACH, _MOST_RATIO = 32 << 30, 256 << 20, 100
@@ -42,6 +42,7 @@ _LIBC = re.compile(r"(?:.*/)?libc(?:\.so\.6|-2\.\d+\.so)")
 _RELEASE = re.compile(rb"release version (\d{1,3})\.(\d{1,3})")
 _MOST_LIBC = 16 << 20
 _LIBRARIES = ("/lib64", "/lib", "/usr/lib64", "/usr/lib")
+_OPENMP = "libgomp.so.1"
 _MUSL = re.compile(r"ld-musl-[A-Za-z0-9_-]+\.so\.1")
 # Where the model's environment goes.
 _MODEL = "/opt/model"
@@ -57,12 +58,14 @@ class BaseFacts:
         glibc: major and minor version; the lowest where there are several, None where there is none.
         musl: whether musl's dynamic loader is there.
         occupied: whether something stands at /opt/model, or in the way to it: an /opt that is no directory.
+        openmp: whether GNU's OpenMP runtime, libgomp.so.1, is where programs look for it; None where that is not known.
     """
 
     interpreters: Mapping[str, str]
     glibc: tuple[int, int] | None
     musl: bool
     occupied: bool
+    openmp: bool | None = None
 
     def to_json(self) -> bytes:
         """Return the facts as JSON, the same bytes for the same facts."""
@@ -73,6 +76,7 @@ class BaseFacts:
                 "glibc": list(self.glibc) if self.glibc else None,
                 "musl": self.musl,
                 "occupied": self.occupied,
+                "openmp": self.openmp,
             }
         )
 
@@ -84,7 +88,7 @@ class BaseFacts:
             Malformed: it did not write this.
         """
         value = from_bytes(content)
-        keys = {"version", "interpreters", "glibc", "musl", "occupied"}
+        keys = {"version", "interpreters", "glibc", "musl", "occupied", "openmp"}
         if set(value) != keys or type(value["version"]) is not int or value["version"] != _VERSION:
             refuse("it does not hold the facts of a base image, or those of another version")
         interpreters = strings(mapping(value["interpreters"], "interpreters"), "interpreters")
@@ -95,11 +99,14 @@ class BaseFacts:
             refuse("glibc is not a version")
         if not isinstance(value["musl"], bool) or not isinstance(value["occupied"], bool):
             refuse("musl or occupied is not true or false")
+        if not isinstance(value["openmp"], bool | None):
+            refuse("openmp is not true, false or null")
         return cls(
             interpreters=interpreters,
             glibc=(glibc[0], glibc[1]) if glibc else None,
             musl=value["musl"],
             occupied=value["occupied"],
+            openmp=value["openmp"],
         )
 
 
@@ -186,6 +193,7 @@ def _facts(rootfs: RootFs, base: BaseImage) -> BaseFacts:
         glibc=min((found for each in libraries if (found := _glibc(rootfs, each))), default=None),
         musl=any(_MUSL.fullmatch(name) for each in libraries for name in _names(rootfs, each)),
         occupied=model is not None or not isinstance(opt, Folder | None),
+        openmp=any(_OPENMP in _names(rootfs, each) for each in (*libraries, *_more_libraries(base))),
     )
 
 
@@ -194,6 +202,12 @@ def _libraries(rootfs: RootFs) -> Iterator[str]:
     for path in _LIBRARIES:
         yield path
         yield from (f"{path}/{name}" for name in _names(rootfs, path) if "-linux-" in name)
+
+
+def _more_libraries(base: BaseImage) -> Iterator[str]:
+    """Yield the directories where programs look for libraries that are not the system's."""
+    yield from ("/usr/local/lib", "/usr/local/lib64")
+    yield from (each for each in base.environ.get("LD_LIBRARY_PATH", "").split(":") if each.startswith("/"))
 
 
 def _glibc(rootfs: RootFs, folder: str) -> tuple[int, int] | None:

@@ -16,9 +16,10 @@ from builder.build.wheel_layers import WheelLayers
 from builder.errors import BuilderError, PermissionRefused
 from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
+from builder.images.registry import RemoteBlob
 from builder.reference import Repository
 from tests.build.package_index import running
-from tests.build.wheels import INFO, NAME, PYTHON, compiler, make, put
+from tests.build.wheels import INFO, NAME, PYTHON, compiler, make, put, unpacked
 from tests.build.wheels import central as central_entry
 from tests.build.wheels import local as local_header
 
@@ -92,14 +93,38 @@ def test_layers_with_and_without_bytecode_do_not_meet(index, store, tmp_path):
     assert not {layer.digest for layer in plain.values()} & {layer.digest for layer in compiled.values()}
 
 
-def test_what_is_derived_again_is_what_is_kept(index, store, tmp_path):
+def test_what_is_derived_again_is_held_against_what_is_kept(index, store, tmp_path):
     groups = groups_of(index)
     client, layers = make_layers(index, store, tmp_path, bytecode=True)
     with client, layers:
         assert {verdict.state for _, verdict in layers.verified(groups)} == {"missing"}
         assert downloads(index) == []
-        layers.placed(groups, None)
+        made = layers.placed(groups, None)
         assert {group: verdict.state for group, verdict in layers.verified(groups)} == dict.fromkeys(groups, "same")
+        # A true layer, of another wheel, under this one's name.
+        other = made[groups[1].source]
+        blob = RemoteBlob(registry=store.registry, repository=store.repository, descriptor=other.descriptor)
+        store.keep(layers.key(groups[0]), other, blob, source=groups[0].source, title="forged")
+        verdicts = dict(layers.verified(groups))
+        assert str(other.digest) in verdicts[groups[0]].detail
+        assert [verdicts[group].state for group in groups] == ["different", "same", "same"]
+
+
+def test_the_same_file_of_two_wheels_is_the_same_one_however_they_are_grouped(index, store, tmp_path):
+    for name in ("twin-a", "twin-b"):
+        index.add(name, "1.0", files={"twin/__init__.py": f"WHO = {name!r}\n".encode()})
+    one, other = locked(index, "twin-a"), locked(index, "twin-b")
+    groups = [Group((one,)), Group((other,)), Group((one, other))]
+    made, _ = place(index, store, tmp_path, groups, bytecode=True)
+    content = {
+        group: unpacked(store.registry.blob_bytes(store.repository, made[group.source].descriptor, 1 << 20))
+        for group in groups
+    }
+    # Of two layers, what the upper one has is seen.
+    stacked = content[groups[0]] | content[groups[1]]
+    assert {path: found[1] for path, found in stacked.items() if "/twin/" in path} == {
+        path: found[1] for path, found in content[groups[2]].items() if "/twin/" in path
+    }
 
 
 def test_only_the_lost_layer_is_made_again(index, store, tmp_path):

@@ -165,7 +165,7 @@ def test_the_base_image_of_three_platforms(base_image: str, client: Registry) ->
         assert [str(each) for each in image.diff_ids] == image.config["rootfs"]["diff_ids"]
         facts = inspect_base(client, image)
         assert facts == BaseFacts(
-            interpreters={"3.11": "/usr/bin/python3.11"}, glibc=(2, 36), musl=False, occupied=False
+            interpreters={"3.11": "/usr/bin/python3.11"}, glibc=(2, 36), musl=False, occupied=False, openmp=False
         )
         assert BaseFacts.from_json(facts.to_json()) == facts
     assert read_base(client, reference.repository.tag("no-such-tag"), AMD64) is None
@@ -605,6 +605,27 @@ def test_pieces_of_any_size_make_the_same_archive(step: int) -> None:
     assert found == [("a" * 150, b"1" * 700, ""), ("b", b"", ""), ("c", b"", ""), ("d", b"", "e" * 200)]
 
 
+# -- OpenMP
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "usr/lib/x86_64-linux-gnu/libgomp.so.1",
+        "usr/lib64/libgomp.so.1",
+        "usr/local/lib/libgomp.so.1",
+        "opt/own/lib/libgomp.so.1",
+    ],
+)
+def test_openmp_is_found_where_programs_look_for_it(push: Push, path: str) -> None:
+    assert push(layer(file(path, b"\x7fELF")), env=("LD_LIBRARY_PATH=/nowhere:/opt/own/lib",)).facts().openmp is True
+
+
+@pytest.mark.parametrize("path", ["usr/share/libgomp.so.1", "opt/own/lib/libgomp.so.1", "usr/lib/libgomp.so"])
+def test_openmp_elsewhere_is_not_found(push: Push, path: str) -> None:
+    assert push(layer(file(path, b"\x7fELF"))).facts().openmp is False
+
+
 # -- zstd
 
 
@@ -639,7 +660,7 @@ def test_the_same_facts_are_the_same_bytes() -> None:
 
 
 WRONG: dict[str, list[Any]] = {
-    "version": [0, 2, True, "1", None],
+    "version": [0, 1, True, "1", None],
     "interpreters": [
         None,
         [],
@@ -655,6 +676,7 @@ WRONG: dict[str, list[Any]] = {
     "glibc": [[], [2], [2, 3, 4], [2, "3"], [2, True], [2, -1], [2.0, 3], "2.36", {}],
     "musl": [None, 0, "true"],
     "occupied": [None, 1, []],
+    "openmp": [0, "true", []],
 }
 
 

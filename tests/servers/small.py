@@ -51,6 +51,7 @@ def packages() -> Iterator[PackageIndex]:
         modules = {f"much_code/{name}.py": (_STDLIB / f"{name}.py").read_bytes() for name in _MODULES}
         index.add("much-code", "1.0", files=modules)
         index.add("only-amd64", "1.0", tag="cp311-cp311-manylinux_2_17_x86_64")
+        index.add("lightgbm", "4.6.0")
         index.add("needs-old", "1.0", requires=["small-lib<1"])
         for number in range(120):
             name = f"tiny-{number:03}"
@@ -59,21 +60,22 @@ def packages() -> Iterator[PackageIndex]:
         yield index
 
 
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """Return a layer's archive of files that everybody may execute."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as layer:
+        for path, content in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode = len(content), 0o755
+            layer.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 def rootfs(*, python: str = "3.11", musl: bool = False, occupied: bool = False) -> bytes:
     """Return the archive of a file system that has what a base image must have, and nothing that runs."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-
-        def add(path: str, content: bytes, mode: int = 0o644) -> None:
-            entry = tarfile.TarInfo(path)
-            entry.size, entry.mode = len(content), mode
-            archive.addfile(entry, io.BytesIO(content))
-
-        add(f"usr/local/bin/python{python}", b"\x7fELF", 0o755)
-        add("lib/ld-musl-x86_64.so.1" if musl else "lib/x86_64-linux-gnu/libc.so.6", _GLIBC, 0o755)
-        if occupied:
-            add("opt/model/here", b"")
-    return buffer.getvalue()
+    library = "lib/ld-musl-x86_64.so.1" if musl else "lib/x86_64-linux-gnu/libc.so.6"
+    files = {f"usr/local/bin/python{python}": b"\x7fELF", library: _GLIBC}
+    return archive(files | ({"opt/model/here": b""} if occupied else {}))
 
 
 def push_base(

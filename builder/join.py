@@ -1,0 +1,165 @@
+"""From layouts and recipes to one tag: each platform's image pushed, all of them joined, the tag moved last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from builder.errors import TryAgain, VersionNotFound, one_line
+from builder.images import manifest as manifests
+from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, from_bytes
+from builder.images.layout import LayoutImage, open_layout
+from builder.images.profile import check, profile_for
+from builder.images.push import move_tag, push_image
+from builder.log import get_logger
+from builder.models.context import listing_digest
+from builder.models.version import ModelVersion
+from builder.plan import Plan, PlatformPlan
+from builder.reference import Digest, Platform, Reference, Repository
+from builder.services import Services
+from builder.settings import Settings
+from builder.stages import stage
+from builder.survey import existing_image
+from builder.workspace import Workspace
+
+log = get_logger("join")
+
+
+def push_and_tag(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Digest:
+    """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version.
+
+    Args:
+        settings: what the environment says.
+        services: the registry, and MLflow, which is asked whether the version is still there.
+        workspace: holds layouts, and the recipe.
+        plan: what is to be pushed where; nothing else is believed.
+
+    Returns:
+        The digest that the tag names now.
+
+    Raises:
+        BuilderError: what failed, the build phase's own failure included.
+    """
+    by_engine = plan.made_by("dockerfile")
+    if by_engine:
+        workspace.result().check()
+    registry = services.registries.for_host(plan.reference.repository.host)
+    kept = _kept(services, plan)
+    built = [_finished(workspace, plan, step) for step in by_engine]
+    _check_profile(plan, [image for _, image, _ in built])
+    for layout, image, mount_from in built:
+        log.info("pushing", platform=str(image.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
+        push_image(registry, plan.reference.repository, layout, image, mount_from=mount_from)
+    images = [image for _, image, _ in built]
+    if plan.made_by("wheels"):
+        images += _push_assembled(settings, services, workspace, plan)
+    descriptors = [*kept.values(), *(image.descriptor for image in images)]
+    if len(descriptors) == 1:
+        (image,) = images
+        content, media_type = image.manifest, OCI_MANIFEST
+    else:
+        notes = [image.annotations for image in images] + ([plan.observed_annotations] if kept else [])
+        bases = {(note.get(manifests.BASE_NAME, ""), note.get(manifests.BASE_DIGEST, "")) for note in notes}
+        content = manifests.index(descriptors, annotations=_annotations(plan) | _base_note(bases))
+        media_type = OCI_INDEX
+    with stage("tag"):
+        same_version(services, plan)
+        return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+
+
+def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
+    """Return the annotations of the base that all images of an index stand on; none where they differ."""
+    if len(bases) != 1 or ("", "") in bases:
+        return {}
+    ((name, digest),) = bases
+    return {manifests.BASE_NAME: name, manifests.BASE_DIGEST: digest}
+
+
+def _finished(
+    workspace: Workspace, plan: Plan, step: PlatformPlan
+) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
+    """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
+    layout = open_layout(workspace.layout(step.platform), step.platform)
+    notes = _annotations(plan)
+    mount_from: tuple[Repository, ...] = ()
+    if step.base is not None and layout.diff_ids[: len(step.base.diff_ids)] == step.base.diff_ids:
+        # Said only of an image that begins with the base's layers: the base may have moved since the plan.
+        notes[manifests.BASE_NAME], notes[manifests.BASE_DIGEST] = step.base.name, str(step.base.digest)
+        mount_from = (Reference.parse(step.base.name).repository,)
+    image = manifests.finished_image(layout, labels=notes, annotations=notes, created=plan.version.created)
+    return layout, image, mount_from
+
+
+def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
+    """Refuse images that break the target's rules, and a plan of which no image could keep them."""
+    check(
+        profile_for(plan.target),
+        reference=plan.reference,
+        platforms=[step.platform for step in plan.platforms],
+        images=[(image.platform, from_bytes(image.config), image.layers) for image in images],
+    )
+
+
+def _push_assembled(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> list[manifests.Image]:
+    """Push the images that are made of wheel layers; nothing names them yet."""
+    with stage("imports"):
+        from builder.assemble import push_images
+        from builder.recipe import Recipe
+
+    def notes(step: PlatformPlan) -> dict[str, str]:
+        base = step.base
+        named = {manifests.BASE_NAME: base.name, manifests.BASE_DIGEST: str(base.digest)} if base else {}
+        return _annotations(plan) | named
+
+    recipe = Recipe.from_json(workspace.recipe())
+    return push_images(
+        settings,
+        services.registries,
+        plan,
+        recipe,
+        workspace.context,
+        notes=notes,
+        check=lambda image: _check_profile(plan, [image]),
+    )
+
+
+def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:
+    """Return the images that stay as they are in the registry, as it has them now.
+
+    Raises:
+        TryAgain: the tag is not what the plan saw.
+    """
+    keep = {step.platform: step.kept for step in plan.platforms if step.action == "keep"}
+    if not keep:
+        return {}
+    existing = existing_image(services, plan.reference)
+    images = existing.platforms if existing else {}
+    if any(platform not in images or images[platform].digest != digest for platform, digest in keep.items()):
+        message = f"{plan.reference} was moved by somebody else while this version was being published."
+        raise TryAgain(message, remedy="Publish it again: it starts from what is there then.")
+    return {platform: images[platform] for platform in keep}
+
+
+def _annotations(plan: Plan) -> dict[str, str]:
+    """Return what an image says of where it comes from; no tracking URI, registry or user is among it."""
+    return {
+        manifests.CREATED: manifests.timestamp(plan.version.created),
+        manifests.TITLE: one_line(plan.version.name, 300),
+        manifests.VERSION: plan.version.version,
+        manifests.SOURCE_ID: plan.source_id,
+        manifests.CONTENT_DIGEST: str(plan.content_digest),
+        manifests.ARTIFACTS_DIGEST: str(listing_digest(plan.artifacts)),
+        manifests.PLATFORMS: ",".join(sorted(str(step.platform) for step in plan.platforms)),
+    }
+
+
+def same_version(services: Services, plan: Plan) -> ModelVersion:
+    """Return the plan's version as MLflow has it now.
+
+    Raises:
+        VersionNotFound: it was deleted, and perhaps another has its number.
+    """
+    now = services.catalog.find(plan.version.name, plan.version.version)
+    if now.created_ms != plan.version.created_ms:
+        message = f"{plan.version} was deleted and registered again while it was being published."
+        raise VersionNotFound(message, remedy="Publish it again.")
+    return now
