@@ -12,7 +12,7 @@ from typing import Literal
 
 from builder import wheels
 from builder.build.unsatisfied import NoWheel
-from builder.errors import BuilderError, ExitCode, InvalidVersion, UsageError, VersionNotFound
+from builder.errors import BuilderError, ExitCode, InvalidVersion, UsageError
 from builder.log import get_logger, masked
 from builder.models.context import sketch_context
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
@@ -25,8 +25,7 @@ log = get_logger("warm")
 
 # `warm`: all is there now. `verified`: all that is there is what it should be. `different`: something is not.
 # `unproven`: a layer cannot be made again, so that nobody can tell. `passed over`: it is not made of wheel layers.
-# `gone`: it was deleted meanwhile.
-State = Literal["warm", "verified", "different", "unproven", "passed over", "gone", "failed"]
+State = Literal["warm", "verified", "different", "unproven", "passed over", "failed"]
 _MOST_BYTES = 1 << 20
 _CORRECT = "Correct the file; what it names by -r, -c or a path has to stand in it."
 _EXCHANGED = (
@@ -191,9 +190,6 @@ def _guarded(name: str, work: Callable[[], Warmed]) -> Warmed:
     """Return what became of an environment, its failure included: one must not keep the others from being done."""
     try:
         return work()
-    except VersionNotFound as error:
-        log.info("gone", of=name, detail=error.what)
-        return Warmed(name=name, state="gone", detail=error.one_line())
     except BuilderError as error:
         log.error("failed", of=name, error=masked(error.one_line()))
         return Warmed(name=name, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)

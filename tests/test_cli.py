@@ -49,7 +49,7 @@ def failure(done):
     return json.loads(done.stderr.strip().splitlines()[-1])
 
 
-COMMANDS = ("publish", "plan", "fetch", "build", "push", "sweep", "download", "register")
+COMMANDS = ("publish", "plan", "fetch", "build", "push", "sweep", "warm", "download", "register")
 
 
 def test_help_goes_to_stdout_and_lists_every_command():
@@ -67,7 +67,17 @@ def test_every_command_has_help(command):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["publis"], ["publish", "--frobnicate"], ["publish", "a", "1", "b"], ["download"], ["register"]]
+    "arguments",
+    [
+        [],
+        ["publis"],
+        ["publish", "--frobnicate"],
+        ["publish", "a", "1", "b"],
+        ["download"],
+        ["register"],
+        ["warm", "--python=3.11"],
+        ["warm", "--requirements=x", "--python=3"],
+    ],
 )
 def test_a_wrong_command_line_is_usage(arguments):
     done = bare(*arguments)
@@ -76,7 +86,7 @@ def test_a_wrong_command_line_is_usage(arguments):
     assert "builder" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["publish"], ["plan"], ["fetch"], ["push"], ["sweep"]])
+@pytest.mark.parametrize("command", [["publish"], ["plan"], ["fetch"], ["push"], ["sweep"], ["warm"]])
 def test_missing_settings_are_said_at_once(command):
     done = bare(*command)
     assert done.returncode == ExitCode.CONFIG
@@ -235,3 +245,23 @@ def test_a_closed_stdout_is_no_defect(builder, mlflow_server, base_image):
         said = process.stderr.read()
     assert "Traceback" not in said
     assert process.returncode == ExitCode.TEMPORARY
+
+
+def test_warm_says_what_it_did_and_prints_nothing(builder, small, small_environ, tmp_path):
+    model = small()
+    model.set_tag(f"EXTERNAL_TARGET_{model.name}", "true")
+    message = tmp_path / "termination-log"
+    message.touch()
+    environ = small_environ(model, TARGET_TAG=f"EXTERNAL_TARGET_{model.name}", TERMINATION_LOG=str(message))
+    done = builder("warm", "--platforms=linux/amd64,linux/arm64", **environ)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert (last["event"], last["known"], last["made"]) == ("warm", 0, 2)
+    assert json.loads(message.read_text()) == {"state": "warmed", "environments": {"warm": 1}, "error": ""}
+
+    file = tmp_path / "common.txt"
+    file.write_text("small-app==1.0\n-e .\n")
+    done = builder("warm", "--requirements", str(file), "--python", "3.11", **environ)
+    assert (done.returncode, done.stdout) == (ExitCode.DATA, "")
+    assert "common.txt" in failure(done)["what"]
+    assert "line 2" in failure(done)["what"]
