@@ -208,7 +208,7 @@ def machine_words() -> str:
         version_of("buildah", "--version").split(" (")[0],
         " ".join(version_of("docker-registry", "--version").split()[::2]),
     ]
-    kernel = f"{platform.machine()}, {platform.system()} {platform.release()}"
+    kernel = f"{platform.machine()}, {platform.system()} {platform.release().partition("-")[0]}"
     return (
         f"Machine: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {kernel}; {', '.join(filter(None, versions))}."
     )

@@ -28,8 +28,9 @@ from builder.plan import Plan, PlatformPlan
 from builder.recipe import MODEL_LAYERS, PlatformRecipe, Recipe
 from builder.reference import Digest, Reference, Repository
 from builder.settings import Settings
+from builder.source import PORT
 from builder.stages import stage
-from builder.wheels import PORT, layer_store, wheel_layers
+from builder.wheels import layer_store, wheel_layers
 
 _log = get_logger("assemble")
 _THREADS = 4

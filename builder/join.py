@@ -79,7 +79,7 @@ def _finished(
 ) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
     """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
     layout = open_layout(workspace.layout(step.platform), step.platform)
-    notes = _annotations(plan)
+    notes = {**_annotations(plan), manifests.METHOD: step.method}
     mount_from: tuple[Repository, ...] = ()
     if step.base is not None and layout.diff_ids[: len(step.base.diff_ids)] == step.base.diff_ids:
         # Said only of an image that begins with the base's layers: the base may have moved since the plan.

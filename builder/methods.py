@@ -21,6 +21,7 @@ from builder.reference import Digest, Platform, Reference
 from builder.rendering import rendered
 from builder.services import Services
 from builder.settings import Settings
+from builder.source import Source, chosen_method
 
 log = get_logger("methods")
 
@@ -56,11 +57,11 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     """
     paths = [artifact.path for artifact in plan.artifacts]
     recipe = None
-    if wheels.chosen_method(settings, plan.version, paths) == "wheels":
+    if chosen_method(settings, plan.version, paths) == "wheels":
         planned = wheels.planned(
             settings,
             services.registries,
-            wheels.Source.of(settings, plan.version, context, paths),
+            Source.of(settings, plan.version, context, paths),
             plan.builds,
             former=_former_locks(services, plan),
             keep=keep,

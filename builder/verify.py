@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from builder import wheels
+from builder import bases, wheels
 from builder.build.index import IndexClient
 from builder.build.kept_locks import Resolver
 from builder.build.locked import Lock
@@ -25,6 +25,7 @@ from builder.log import get_logger
 from builder.recipe import Recipe
 from builder.reference import Platform, Reference
 from builder.settings import Settings
+from builder.source import Source
 
 _log = get_logger("verify")
 _MOST_NAMED = 5
@@ -78,7 +79,7 @@ class Verification:
         self._store = wheels.layer_store(settings, registries)
         self._seen: dict[str, Check] = {}
 
-    def environment(self, source: wheels.Source, platforms: Sequence[Platform]) -> Verified:
+    def environment(self, source: Source, platforms: Sequence[Platform]) -> Verified:
         """Return what is kept for an environment, checked.
 
         Where the facts of a base image are wrong, there is nothing else to check: locks are made for a base image.
@@ -101,15 +102,15 @@ class Verification:
 
     def _base(self, reference: Reference, platform: Platform) -> Check:
         registry = self._registries.for_host(reference.repository.host)
-        base = wheels.existing_base(registry, reference, platform)
-        key = wheels.facts_key(base)
+        base = bases.existing_base(registry, reference, platform)
+        key = bases.facts_key(base)
         if key not in self._seen:
-            kept = self._store.text(key, kind=wheels.FACTS)
+            kept = self._store.text(key, kind=bases.FACTS)
             verdict = Verdict(state="missing") if kept is None else _held_against(kept, registry, base)
             self._note(key, "base image", f"{reference}, {platform}", verdict)
         return self._seen[key]
 
-    def _locks(self, source: wheels.Source, recipe: Recipe) -> list[Check]:
+    def _locks(self, source: Source, recipe: Recipe) -> list[Check]:
         checks = []
         with IndexClient(source.indexes) as client:
             resolver = wheels.resolver_of(self._settings, self._store, source, client)

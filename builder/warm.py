@@ -19,6 +19,7 @@ from builder.models.version import ModelVersion, natural_order, wanted_platforms
 from builder.reference import Platform
 from builder.services import Services, connected
 from builder.settings import Settings
+from builder.source import Source, chosen_method
 from builder.verify import Check, Verification, Verified
 
 log = get_logger("warm")
@@ -112,7 +113,7 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
         (folder / "python_env.yaml").write_text(f"python: {python}\n")
         paths = [f"model/{path.name}" for path in folder.iterdir()]
         try:
-            source = wheels.Source.of(settings, version, folder.parent, paths)
+            source = Source.of(settings, version, folder.parent, paths)
         except InvalidVersion as error:
             message = f"The requirements file {str(file)!r} cannot be used. {error.what}"
             raise InvalidVersion(message, remedy=_CORRECT) from error
@@ -131,15 +132,15 @@ class _Warming:
         """Make, or verify, what a version's images are made of."""
         artifacts = self._services.catalog.artifacts(version)
         paths = [artifact.path for artifact in artifacts]
-        if wheels.chosen_method(self._settings, version, paths) != "wheels":
+        if chosen_method(self._settings, version, paths) != "wheels":
             return Warmed(name=str(version), state="passed over", detail="an engine builds it")
         platforms = wanted_platforms(version, self._settings.target_platforms)
         with tempfile.TemporaryDirectory(prefix="builder-warm-") as name:
             sketch_context(self._services.catalog, version, artifacts, Path(name))
-            source = wheels.Source.of(self._settings, version, Path(name), paths)
+            source = Source.of(self._settings, version, Path(name), paths)
             return self.environment(str(version), source, platforms)
 
-    def environment(self, name: str, source: wheels.Source, platforms: Sequence[Platform]) -> Warmed:
+    def environment(self, name: str, source: Source, platforms: Sequence[Platform]) -> Warmed:
         """Make, or verify, an environment."""
         doing = "verifying" if self._verification else "warming"
         log.info(doing, of=name, platforms=[str(platform) for platform in platforms])

@@ -5,44 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Self
 
-from builder.build.environment import REQUIREMENTS
+from builder.bases import base_with_facts, check_libraries, interpreter_of
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
 from builder.build.kept_locks import LOCK_TYPE, Resolver
 from builder.build.locked import Lock
-from builder.build.requirements import Requirements
-from builder.build.serving import for_serving
-from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
 from builder.build.unsatisfied import NoWheel
 from builder.build.wheel_layers import WheelLayers, compiler_for
 from builder.crew import side_by_side
 from builder.errors import InvalidVersion
-from builder.images.base import BaseImage, base_image
-from builder.images.base_facts import BaseFacts, inspect_base
 from builder.images.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
 from builder.images.layer_store import LayerStore
 from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.images.registries import Registries
 from builder.images.registry import Registry
 from builder.log import get_logger
-from builder.models.artifacts import find_model_folder
 from builder.models.catalog import Artifact
-from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
-from builder.plan import Base, Layers, Method
-from builder.recipe import MOST_BASE_LAYERS, PlatformRecipe, Recipe
-from builder.reference import Digest, Platform, Reference, repository_component
+from builder.plan import Base, Layers
+from builder.recipe import PlatformRecipe, Recipe
+from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
+from builder.source import Source
 from builder.stages import stage
 
 _log = get_logger("wheels")
-FACTS = "application/vnd.modelimage.base.v1+json"
 _SECONDS = 60.0
-PORT = 8080
 
 # Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
 Former = Callable[[Platform, Digest], Lock | None]
@@ -50,85 +39,6 @@ Former = Callable[[Platform, Digest], Lock | None]
 
 def _no_former(_platform: Platform, _requirements: Digest) -> None:
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """What a version's artifacts ask for.
-
-    Attributes:
-        context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
-        created: when the version was registered.
-        requirements: what is to be installed.
-        indexes: who is asked for it.
-        python: the model's Python, `3.11`.
-        base: the base image.
-        model_folder: of the context.
-        client_folder: of the context; empty where no client is in the image.
-        command: what a container runs.
-    """
-
-    context: Path
-    created: datetime
-    requirements: Requirements
-    indexes: Indexes
-    python: str
-    base: Reference
-    model_folder: str
-    client_folder: str
-    command: tuple[str, ...]
-
-    @property
-    def digest(self) -> Digest:
-        """A digest of the requirements."""
-        return Digest.of(self.requirements.to_text().encode())
-
-    @classmethod
-    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
-        """Return what a version asks for.
-
-        Args:
-            settings: what the environment says.
-            version: the version.
-            context: the folder its artifacts are in.
-            paths: of its artifacts.
-
-        Raises:
-            InvalidVersion: the requirements cannot be used, or there are none; the base image is not allowed.
-            InvalidSettings: the indexes cannot be used.
-        """
-        inputs = Inputs.of(version)
-        folder = find_model_folder(paths, inputs)
-        inputs = inputs.model_copy(update={"model_folder": folder})
-        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
-        client_folder = inputs.client_folder if client else ""
-        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
-        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
-        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
-        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
-        if not asked.required and not named:
-            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
-            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
-            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
-            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
-            raise InvalidVersion(message, remedy=remedy)
-        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
-        base = Reference.parse(images.choose(asked.python_version))
-        if not asked.python_version:
-            message = "The model does not say which Python version it was logged with."
-            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
-            raise InvalidVersion(message, remedy=remedy)
-        return cls(
-            context=context,
-            created=version.created,
-            requirements=serving.requirements,
-            indexes=configured.joined(asked.indexes),
-            python=asked.python_version,
-            base=base,
-            model_folder=folder,
-            client_folder=client_folder,
-            command=tuple(client) or _served(serving.server),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,23 +54,6 @@ class Planned:
     recipe: Recipe
     bases: dict[Platform, Base]
     impossible: dict[Platform, NoWheel]
-
-
-def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str]) -> Method:
-    """Return how a version's image is made: by its template where it ships one, unless BUILD_METHOD says otherwise.
-
-    Args:
-        settings: BUILD_METHOD is used.
-        version: the version.
-        paths: of its artifacts.
-    """
-    folder = Inputs.of(version).templates_folder
-    templates = {f"{folder}/{name}" for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)} & set(paths)
-    if settings.build_method == "auto":
-        return "dockerfile" if templates else "wheels"
-    if settings.build_method == "wheels" and templates:
-        _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
-    return settings.build_method
 
 
 def layer_store(settings: Settings, registries: Registries) -> LayerStore:
@@ -200,13 +93,13 @@ def planned(
             with stage("base"):
                 base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
-            interpreter = _interpreter(base, facts, source.python)
+            interpreter = interpreter_of(base, facts, source.python)
             try:
                 with stage("lock"):
                     lock = resolver.lock(platform, facts.glibc, keep=keep)
             except NoWheel as error:
                 return error, found, platform
-            _check_libraries(base, facts, lock)
+            check_libraries(base, facts, lock)
             part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)
             return part, found, platform
 
@@ -325,99 +218,3 @@ def former_lock(
     except (Malformed, InvalidVersion) as error:
         _log.warning("the lock of the standing image cannot be read", reference=str(reference), why=str(error))
         return None
-
-
-def base_with_facts(
-    registries: Registries, store: LayerStore, reference: Reference, platform: Platform, *, keep: bool = True
-) -> tuple[BaseImage, BaseFacts]:  # fmt: skip
-    """Return a base image and what is in it; the latter is found out once for each image and kept.
-
-    Raises:
-        InvalidVersion: there is no such image, or none for the platform.
-        BuilderError: it cannot be told.
-    """
-    registry = registries.for_host(reference.repository.host)
-    base = existing_base(registry, reference, platform)
-    key = facts_key(base)
-    kept = store.text(key, kind=FACTS)
-    if kept is not None:
-        try:
-            return base, BaseFacts.from_json(kept)
-        except Malformed as error:
-            _log.warning("kept facts of a base image are none, and are found out again", tag=key, why=str(error))
-    _log.info("reading the base image", base=str(reference), platform=str(platform))
-    facts = inspect_base(registry, base)
-    if keep:
-        store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{one_name(reference)}.json")
-    return base, facts
-
-
-def existing_base(registry: Registry, reference: Reference, platform: Platform) -> BaseImage:
-    """Return a base image.
-
-    Raises:
-        InvalidVersion: there is no such image, or none for the platform.
-        BuilderError: it cannot be told.
-    """
-    base = base_image(registry, reference, platform)
-    if base is None:
-        message = f"There is no base image {reference}."
-        raise InvalidVersion(message, remedy="Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is.")
-    return base
-
-
-def facts_key(base: BaseImage) -> str:
-    """Return the tag that the facts of a base image are kept under, as a text of the kind `FACTS`."""
-    return f"base-{base.manifest.hex}"
-
-
-def one_name(reference: Reference) -> str:
-    """Return a name for the last component of a reference."""
-    return reference.repository.path.rpartition("/")[2]
-
-
-def _interpreter(base: BaseImage, facts: BaseFacts, python: str) -> str:
-    """Return the base's interpreter of a minor version.
-
-    Raises:
-        InvalidVersion: it has none, too many layers, or a C library that the wheels are not for.
-    """
-    if len(base.layers) > MOST_BASE_LAYERS:
-        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
-        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
-    found = facts.interpreters.get(python)
-    if found is None:
-        there = ", ".join(sorted(facts.interpreters)) or "none"
-        message = f"The base image {base.reference} has no Python {python} for {base.platform}; it has {there}."
-        raise InvalidVersion(message, remedy="Set BASE_IMAGE to an image with the model's Python.")
-    if facts.musl:
-        message = f"The base image {base.reference} is built on musl, and the wheels are for glibc."
-        raise InvalidVersion(message, remedy="Take a base image with glibc (Debian, Ubuntu, Red Hat), not Alpine.")
-    if facts.occupied:
-        message = f"The base image {base.reference} has something at /opt/model, where the environment goes."
-        raise InvalidVersion(message, remedy="Take another base image, or ship a Dockerfile.template.")
-    return found
-
-
-def _check_libraries(base: BaseImage, facts: BaseFacts, lock: Lock) -> None:
-    """Refuse wheels that need a library of the system which the base does not have: nothing else would say so.
-
-    LightGBM's wheels for Linux do not bring GNU's OpenMP, and are the only ones of MLflow's flavors that do not
-    (https://github.com/microsoft/LightGBM/blob/master/python-package/README.rst).
-
-    Raises:
-        InvalidVersion: the base has no libgomp.so.1, and LightGBM is among the wheels.
-    """
-    if facts.openmp is False and any(wheel.name == "lightgbm" for wheel in lock.wheels):
-        message = f"lightgbm needs the library libgomp.so.1, which the base image {base.reference} does not have for "
-        message += f"{base.platform}."
-        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image that has it: python:3.11 rather "
-        remedy += "than python:3.11-slim, or one with Debian's package libgomp1."
-        raise InvalidVersion(message, remedy=remedy)
-
-
-def _served(server: tuple[str, str]) -> tuple[str, ...]:
-    everywhere = "0.0.0.0"  # noqa: S104  # a container's own network
-    if server[0] == "gunicorn":
-        return ("python", "-m", *server, "--bind", f"{everywhere}:{PORT}")
-    return ("python", "-m", *server, "--host", everywhere, "--port", str(PORT))

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from builder.bases import FACTS
 from builder.build.kept_locks import LOCK_TYPE
 from builder.build.locked import Lock
 from builder.errors import ExitCode, InvalidVersion, UsageError
@@ -21,7 +22,6 @@ from builder.images.registry import RemoteBlob
 from builder.publish import publish
 from builder.reference import Digest
 from builder.warm import warm, warm_requirements
-from builder.wheels import FACTS
 from tests.build.package_index import running
 from tests.servers.small import REQUIREMENTS
 

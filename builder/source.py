@@ -1,0 +1,129 @@
+"""What a version without a Dockerfile asks for: requirements, a base image, a command; and whether it is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from builder.build.environment import REQUIREMENTS
+from builder.build.indexes import Indexes
+from builder.build.requirements import Requirements
+from builder.build.serving import for_serving
+from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
+from builder.errors import InvalidVersion
+from builder.log import get_logger
+from builder.models.artifacts import find_model_folder
+from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.network import network
+from builder.plan import Method
+from builder.reference import Digest, Reference, repository_component
+from builder.settings import Settings
+
+_log = get_logger("wheels")
+PORT = 8080
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a version's artifacts ask for.
+
+    Attributes:
+        context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
+        created: when the version was registered.
+        requirements: what is to be installed.
+        indexes: who is asked for it.
+        python: the model's Python, `3.11`.
+        base: the base image.
+        model_folder: of the context.
+        client_folder: of the context; empty where no client is in the image.
+        command: what a container runs.
+    """
+
+    context: Path
+    created: datetime
+    requirements: Requirements
+    indexes: Indexes
+    python: str
+    base: Reference
+    model_folder: str
+    client_folder: str
+    command: tuple[str, ...]
+
+    @property
+    def digest(self) -> Digest:
+        """A digest of the requirements."""
+        return Digest.of(self.requirements.to_text().encode())
+
+    @classmethod
+    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
+        """Return what a version asks for.
+
+        Args:
+            settings: what the environment says.
+            version: the version.
+            context: the folder its artifacts are in.
+            paths: of its artifacts.
+
+        Raises:
+            InvalidVersion: the requirements cannot be used, or there are none; the base image is not allowed.
+            InvalidSettings: the indexes cannot be used.
+        """
+        inputs = Inputs.of(version)
+        folder = find_model_folder(paths, inputs)
+        inputs = inputs.model_copy(update={"model_folder": folder})
+        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
+        client_folder = inputs.client_folder if client else ""
+        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
+        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
+        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
+        if not asked.required and not named:
+            message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
+            message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
+            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
+            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
+            raise InvalidVersion(message, remedy=remedy)
+        images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
+        base = Reference.parse(images.choose(asked.python_version))
+        if not asked.python_version:
+            message = "The model does not say which Python version it was logged with."
+            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
+            raise InvalidVersion(message, remedy=remedy)
+        return cls(
+            context=context,
+            created=version.created,
+            requirements=serving.requirements,
+            indexes=configured.joined(asked.indexes),
+            python=asked.python_version,
+            base=base,
+            model_folder=folder,
+            client_folder=client_folder,
+            command=tuple(client) or _served(serving.server),
+        )
+
+
+def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str]) -> Method:
+    """Return how a version's image is made: by its template where it ships one, unless BUILD_METHOD says otherwise.
+
+    Args:
+        settings: BUILD_METHOD is used.
+        version: the version.
+        paths: of its artifacts.
+    """
+    folder = Inputs.of(version).templates_folder
+    templates = {f"{folder}/{name}" for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)} & set(paths)
+    if settings.build_method == "auto":
+        return "dockerfile" if templates else "wheels"
+    if settings.build_method == "wheels" and templates:
+        _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
+    return settings.build_method
+
+
+def _served(server: tuple[str, str]) -> tuple[str, ...]:
+    everywhere = "0.0.0.0"  # noqa: S104  # a container's own network
+    if server[0] == "gunicorn":
+        return ("python", "-m", *server, "--bind", f"{everywhere}:{PORT}")
+    return ("python", "-m", *server, "--host", everywhere, "--port", str(PORT))
