@@ -151,7 +151,7 @@ def text_of_a_lock():
 
 def test_the_lock_that_is_spoilt_below_is_one(resolver, store, text_of_a_lock):
     store.keep_text(f"lock-{keys(resolver())[0]}", text_of_a_lock, kind=LOCK_TYPE, title=LOCK_FILE)
-    assert resolver()._kept(AMD64, GLIBC).to_text().encode() == text_of_a_lock
+    assert resolver().kept(AMD64, GLIBC).to_text().encode() == text_of_a_lock
 
 
 def keys(resolver, platform=AMD64):
@@ -195,7 +195,7 @@ def test_garbage_is_no_lock(resolver, store, text_of_a_lock, spoil, caplog):
     assert spoilt != text_of_a_lock
     for key in keys(resolver()):
         store.keep_text(f"lock-{key}", spoilt, kind=LOCK_TYPE, title=LOCK_FILE)
-    assert resolver()._kept(AMD64, GLIBC) is None
+    assert resolver().kept(AMD64, GLIBC) is None
     assert "made again" in caplog.text
 
 
