@@ -287,6 +287,15 @@ def test_foundry_without_its_platform_is_refused_before_anything_is_made(small, 
     assert publish(small_settings(model, TARGET_TAG="EXTERNAL_TARGET_ELSEWHERE")).changed
 
 
+def test_a_template_that_is_not_used_is_not_used_for_a_platform_without_a_wheel_either(small, small_settings):
+    files = {"templates/Dockerfile.template": "FROM somebody/else:1\nRUN echo the author's own\n"}
+    model = small("only-amd64==1.0\n", files=files, tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    plan = preview(small_settings(model, BUILD_METHOD="wheels"))
+    assert [step.method for step in plan.platforms] == ["wheels", "dockerfile"]
+    assert "only-amd64" in plan.dockerfile or "requirements.txt" in plan.dockerfile
+    assert "author's own" not in plan.dockerfile
+
+
 # -- what models hold
 
 NASTY = {
