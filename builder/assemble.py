@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from builder.build.kept_locks import LOCK_FILE, LOCK_TYPE
 from builder.build.venv_layer import venv_layer
 from builder.build.wheel_files import ENVIRONMENT
+from builder.crew import in_background
 from builder.errors import InvalidVersion, TryAgain, UsageError
 from builder.images.assembly import Addition, Runtime, assembled
 from builder.images.base import BaseImage, base_image
@@ -69,19 +70,15 @@ def push_images(
     recipe = recipe.within(context)
     parts = [recipe.for_platform(step.platform) for step in steps]
     target = _Target(registries, plan.reference.repository, layer_store(settings, registries))
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="push") as pool:
-        try:
-            files = [pool.submit(target.files, *each) for each in _entries(context, recipe)]
-            bases = [_base(registries, step) for step in steps]
-            placing = [pool.submit(target.base, base) for base in bases]
-            wheels = _wheel_layers(settings, target, recipe, parts)
-            for future in placing:
-                future.result()
-            own = [addition for future in files for addition in future.result()]
-        except BaseException:
-            # After a failure, or when the process is asked to end, uploads end within a chunk.
-            target.stop.set()
-            raise
+    bases = [_base(registries, step) for step in steps]
+    tasks: list[Callable[[], list[Addition]]] = [
+        *(partial(target.files, *each) for each in _entries(context, recipe)),
+        *(partial(target.base, base) for base in bases),
+    ]
+    # After a failure uploads end within a chunk, or with the answer that they wait for.
+    with in_background(tasks, threads=_THREADS, stop=target.stop) as results:
+        wheels = _wheel_layers(settings, target, recipe, parts)
+        own = [addition for result in results() for addition in result]
     images = []
     with stage("manifests"):
         for step, part, base in zip(steps, parts, bases, strict=True):
@@ -127,8 +124,12 @@ class _Target:
         """Push a blob unless it is there; return the bytes that were sent."""
         return self.registry.push_blob(self.repository, Stoppable(blob, self.stop), mount_from)
 
-    def base(self, base: BaseImage) -> None:
-        """Put a base's layers into the repository; those of another registry are kept beside the wheel layers."""
+    def base(self, base: BaseImage) -> list[Addition]:
+        """Put a base's layers into the repository; those of another registry are kept beside the wheel layers.
+
+        Returns:
+            Nothing that would be added to the base.
+        """
         home = base.reference.repository
         source = self.registries.for_host(home.host)
         for layer in base.layers:
@@ -140,6 +141,7 @@ class _Target:
                 self.registry.push_blob(self.store.repository, Stoppable(blob, self.stop))
                 kept = RemoteBlob(registry=self.registry, repository=self.store.repository, descriptor=layer)
                 self.push(kept, (self.store.repository,))
+        return []
 
     def files(self, entries: Sequence[FileEntry], history: str) -> list[Addition]:
         """Push the layer of some files, and return it; none for no files."""

@@ -57,7 +57,8 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     """
     paths = [artifact.path for artifact in plan.artifacts]
     recipe = None
-    if chosen_method(settings, plan.version, paths) == "wheels":
+    method = chosen_method(settings, plan.version, paths)
+    if method == "wheels":
         planned = wheels.planned(
             settings,
             services.registries,
@@ -78,7 +79,8 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
         )
     if not plan.made_by("dockerfile"):
         return Made(plan=plan, recipe=recipe)
-    dockerfile = rendered(settings, plan.version, context, paths).dockerfile
+    # A platform without a wheel belongs to the others: it is not made by a template that they are not made by.
+    dockerfile = rendered(settings, plan.version, context, paths, own=method == "dockerfile").dockerfile
     text = dockerfile.decode("utf-8", "replace")
     name = Dockerfile.parse(text).final_base()
     bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}

@@ -13,7 +13,12 @@ from builder.settings import CatalogSettings
 
 
 def rendered(
-    settings: CatalogSettings, version: ModelVersion, context: Path, paths: Iterable[str] | None = None
+    settings: CatalogSettings,
+    version: ModelVersion,
+    context: Path,
+    paths: Iterable[str] | None = None,
+    *,
+    own: bool = True,
 ) -> Rendered:
     """Return the Dockerfile and the script of a version.
 
@@ -22,6 +27,7 @@ def rendered(
         version: the model version.
         context: the folder its artifacts are in.
         paths: their paths; None to look into the folder.
+        own: whether the version's own Dockerfile is taken, where it has one.
 
     Raises:
         InvalidVersion: the templates cannot be rendered, or there are none and no requirements either.
@@ -37,4 +43,5 @@ def rendered(
         base_images=BaseImages(
             default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
         ),
+        own=own,
     )

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from builder.crew import side_by_side
+from builder.crew import in_background, side_by_side
 from builder.errors import Terminated
 
 
@@ -48,3 +48,49 @@ def test_those_who_wait_hear_of_it():
     assert next(results) is None
     release.set()
     assert [result for result in results if result is not None] == [True]
+
+
+def test_tasks_in_the_background_give_their_results_in_order():
+    stop = threading.Event()
+    first = threading.Event()
+
+    def slow():
+        assert first.wait(30)
+        return "slow"
+
+    def quick():
+        first.set()
+        return "quick"
+
+    with in_background([slow, quick], threads=2, stop=stop) as results:
+        assert results() == ["slow", "quick"]
+    assert not stop.is_set()
+
+
+def test_what_fails_beside_tasks_stops_them_and_waits_for_them():
+    stop, ended = threading.Event(), []
+
+    def task():
+        stop.wait(30)
+        ended.append(stop.is_set())
+
+    with pytest.raises(ValueError), in_background([task, task], threads=1, stop=stop):
+        raise ValueError
+    assert ended in ([], [True])
+    assert stop.is_set()
+
+
+def test_the_error_of_a_task_is_raised_where_its_result_is_wanted():
+    stop = threading.Event()
+    with pytest.raises(ZeroDivisionError), in_background([lambda: 1 // 0], threads=1, stop=stop) as results:
+        results()
+    assert stop.is_set()
+
+
+def test_a_request_to_end_does_not_wait_for_tasks():
+    stop, release = threading.Event(), threading.Event()
+    with pytest.raises(Terminated), in_background([lambda: release.wait(30)], threads=1, stop=stop):
+        raise Terminated
+    assert stop.is_set()
+    assert not release.is_set()
+    release.set()

@@ -85,6 +85,8 @@ def test_a_private_index_with_a_credential_and_an_authority(small, small_environ
         index.add("private-lib", "1.0", files={"private_lib/__init__.py": b""})
         model = small("private-lib\n")
         environ = small_environ(model, UV_DEFAULT_INDEX=index.with_credential, SSL_CERT_FILE=str(authority.path))
+        # A machine's own pip.conf may name another bundle, and would win.
+        environ |= {"PIP_CONFIG_FILE": "", "PIP_CERT": ""}
         fetched = run(environ, "fetch")
         assert fetched.returncode == 0, fetched.stderr
         handed_over = [path.read_bytes() for path in Path(environ["BUILDER_WORKSPACE"]).rglob("*") if path.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -199,6 +200,34 @@ def test_killed_anywhere_and_run_again(small, small_environ, small_settings, reg
         assert "PASS" in crane("validate", "--remote", str(again.reference))
 
 
+def test_asked_to_end_while_the_registry_keeps_an_upload_waiting(small, small_environ, registry):
+    model = small(files={"mymodel/large.bin": os.urandom(600_000)})
+    fetched, held, release = threading.Event(), threading.Event(), threading.Event()
+
+    def rule(asked):
+        if fetched.is_set() and asked.method == "PUT":
+            held.set()
+            release.wait(60)
+
+    with forwarding(registry.host, rule) as proxy:
+        environ = small_environ(model, REGISTRY_URL=f"{proxy.host}/{model.name}")
+        succeeded(environ, "fetch")
+        fetched.set()
+        environ = {**clean_environ(), "PYTHONPATH": str(ROOT), **environ}
+        with subprocess.Popen(
+            [sys.executable, "-m", "builder", "push"], env=environ, stderr=subprocess.DEVNULL
+        ) as push:
+            try:
+                assert held.wait(60)
+                push.send_signal(signal.SIGTERM)
+                # A Pod's containers are killed after 30 seconds, and nothing would be recorded.
+                assert push.wait(15) == 75
+            finally:
+                release.set()
+    assert model.outcome()["state"] == "failed"
+    assert model.outcome()["error"].startswith("Terminated")
+
+
 def test_two_publishers_of_one_wheel_at_the_same_moment(small, small_settings, registry, tmp_path, crane):
     models = [small(), small(files={"mymodel/weights.txt": "42\n"})]
     both = threading.Barrier(2, timeout=30)
@@ -287,6 +316,15 @@ def test_foundry_without_its_platform_is_refused_before_anything_is_made(small, 
     assert len(packages.requests) == asked
     assert "breaks a rule of Foundry" in model.outcome()["error"]
     assert publish(small_settings(model, TARGET_TAG="EXTERNAL_TARGET_ELSEWHERE")).changed
+
+
+def test_a_template_that_is_not_used_is_not_used_for_a_platform_without_a_wheel_either(small, small_settings):
+    files = {"templates/Dockerfile.template": "FROM somebody/else:1\nRUN echo the author's own\n"}
+    model = small("only-amd64==1.0\n", files=files, tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
+    plan = preview(small_settings(model, BUILD_METHOD="wheels"))
+    assert [step.method for step in plan.platforms] == ["wheels", "dockerfile"]
+    assert "only-amd64" in plan.dockerfile or "requirements.txt" in plan.dockerfile
+    assert "author's own" not in plan.dockerfile
 
 
 # -- large environments

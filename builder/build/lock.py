@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import parse_wheel_filename
 
 from builder.build import lock_pip, lock_uv
@@ -18,7 +19,8 @@ from builder.build.process import run
 from builder.build.requirements import Requirements
 from builder.build.resolver import Question, Tool
 from builder.build.tags import minor_version, wheel_tags
-from builder.build.unsatisfied import NoWheel, Unsatisfiable
+from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
+from builder.build.wheel import open_wheel
 from builder.errors import BuildFailed, InvalidVersion
 from builder.log import get_logger
 
@@ -66,13 +68,16 @@ def lock(
     Raises:
         NoWheel: a package has no wheel for this platform; an engine may build it.
         Unsatisfiable: the requirements contradict each other, or what the indexes have.
-        InvalidVersion: the platform has no wheels, the model's Python is not known, or hashes do not fit.
+        InvalidVersion: the platform has no wheels, the model's Python is not known, or hashes do not fit; or one of the
+            model's wheels asks for what is at an address.
         ServiceUnavailable, PermissionRefused, InvalidSettings, TryAgain, BuildFailed: it could not be resolved.
     """
     python = python or requirements.python_version
     if not python:
         message = "No file of the model says which Python it was logged with."
         raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does by itself.")
+    for wheel in requirements.local:
+        _check_required(open_wheel(model / wheel.path, filename=wheel.filename).metadata.requires, wheel.filename)
     joined = indexes.joined(requirements.indexes)
     question = Question(
         requirements=requirements, model=model, platform=platform, python=python, glibc=glibc, as_of=as_of
@@ -119,6 +124,7 @@ class _Locking:
             wheels = self._by_uv(question)
         else:
             wheels = self._by_pip(question)
+        _check_origins(wheels, question.requirements)
         _check_tags(wheels, question)
         _check_hashes(wheels, question.requirements)
         timeless = {wheel.name for wheel in wheels if wheel.origin == "index" and not wheel.uploaded}
@@ -165,6 +171,35 @@ class _Locking:
             return lock_pip.resolve(replace(question, as_of=None), self._tool, self._client)
         # pip refuses an index without times, so that each of these has one.
         return tuple(wheel.model_copy(update={"uploaded": question.as_of}) for wheel in wheels)
+
+
+def _check_required(lines: Iterable[str], filename: str) -> None:
+    """Raise InvalidVersion where a wheel of the model requires what is at an address.
+
+    A resolver would go to any address, a file of this machine and a repository among them, and pip would even run the
+    source that is there.
+    """
+    for line in lines:
+        try:
+            address = Requirement(line).url is not None
+        except InvalidRequirement:
+            address = "@" in line
+        if address:
+            raise names_an_address(line, filename)
+
+
+def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements) -> None:
+    """Raise InvalidVersion for a wheel of an address or a file that the model's requirements do not name.
+
+    The wheel of an address, whose metadata only the resolver has seen, may have named it.
+    """
+    addresses = {one.url for one in requirements.required if one.url}
+    local = {one.sha256 for one in requirements.local}
+    for wheel in wheels:
+        if (wheel.origin == "address" and wheel.url not in addresses) or (
+            wheel.origin == "model" and wheel.sha256 not in local
+        ):
+            raise names_an_address(wheel.filename)
 
 
 def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 from builder.build.index import IndexClient
 from builder.build.indexes import FIRST_INDEX, Indexes
 from builder.build.locked import LockedWheel, Origin
+from builder.build.pip_for_target import ADDRESS
 from builder.build.resolver import Question, Tool, failure, interpreter, private_folder, run_tool
 from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
-from builder.build.unsatisfied import NoWheel, Unsatisfiable
+from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.errors import BuildFailed, one_line
 
 _NOT_FOUND = re.compile(
@@ -38,6 +39,7 @@ _NOISE = re.compile(
     r"\s*(?:Looking in|Collecting|Obtaining|Downloading|Using cached|WARNING|INFO|adding trusted|To fix this|[0-9]\.|$)"
     r"|.*ResolutionImpossible"
 )
+_ADDRESS = re.compile(rf"{ADDRESS}: (.+)")
 _SEVERAL = 2
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies|No matching distribution found")
 
@@ -57,6 +59,7 @@ def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[Locked
     Raises:
         NoTimes: an index gives no upload times, and the question has a time.
         NoWheel: a package has no wheel for the platform.
+        InvalidVersion: a package requires what is at an address.
         Unsatisfiable: the requirements contradict each other or what there is.
         ServiceUnavailable, PermissionRefused, InvalidSettings, TryAgain, BuildFailed: it could not resolve.
     """
@@ -111,6 +114,8 @@ def _error(question: Question, code: int, said: str, client: IndexClient) -> Exc
     told = " ".join(line.removeprefix("ERROR:").strip() for line in said.splitlines() if not _NOISE.match(line)).strip()
     if (found := _UNFIT.search(said)) and found[1].endswith(".whl"):
         return NoWheel(parse_wheel_filename(found[1])[0], question.platform)
+    if found := _ADDRESS.search(said):
+        return names_an_address(found[1])
     if found := _NOT_FOUND.search(said):
         try:
             wanted = Requirement(found[1])

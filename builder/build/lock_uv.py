@@ -166,16 +166,16 @@ def _wheels(path: Path, question: Question) -> Iterator[LockedWheel]:
     try:
         document = tomllib.loads(path.read_text())
         for package in document.get("packages", []):
-            yield _wheel(package, question)
+            yield _wheel(package, question, path.parent)
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         message = f"What uv resolved cannot be read: {one_line(str(error), 200)}."
         raise BuildFailed(message, remedy="Use the release of uv that this program was made for.") from error
 
 
-def _wheel(package: dict[str, Any], question: Question) -> LockedWheel:
+def _wheel(package: dict[str, Any], question: Question, folder: Path) -> LockedWheel:
     archive = package.get("archive")
     file = archive or package["wheels"][0]
-    url = Path(file["path"]).as_uri() if "path" in file else file["url"]
+    url = (folder / file["path"]).as_uri() if "path" in file else file["url"]
     filename = file.get("name") or unquote(urlsplit(url).path.rpartition("/")[2])
     origin: Origin = "index"
     if archive:

@@ -106,8 +106,13 @@ class BaseImages:
 
 
 def render(
-    context: Path, variables: Mapping[str, str], *, templates_folder: str, base_images: BaseImages
-) -> Rendered:  # fmt: skip
+    context: Path,
+    variables: Mapping[str, str],
+    *,
+    templates_folder: str,
+    base_images: BaseImages,
+    own: bool = True,
+) -> Rendered:
     """Return a version's Dockerfile and script.
 
     The templates are looked for in `context / templates_folder`. Links are not followed there.
@@ -117,6 +122,7 @@ def render(
         variables: the value of each name in `VARIABLES`; empty where the version has none.
         templates_folder: path of the templates, relative to the context.
         base_images: the choice for templates that leave the base to us.
+        own: whether the version's own Dockerfile is taken, where it has one.
 
     Raises:
         InvalidVersion: a value cannot stand in a Dockerfile, a template is too large, wrong, or names what is not
@@ -129,6 +135,8 @@ def render(
     plain, jinja, script = (
         read_beneath(context, path, LARGEST_TEMPLATE) for path in (plain_path, jinja_path, script_path)
     )
+    if not own:
+        plain = jinja = None
     if script is None:
         script_path, script = f"built-in {SCRIPT_TEMPLATE}", _built_in(SCRIPT_TEMPLATE)
     script = _substituted(script, variables, script_path)

@@ -42,3 +42,15 @@ class Unsatisfiable(InvalidVersion):
         remedy = "Correct them and register the model again. RESOLVE_AS_OF=now takes packages newer than it, too."
         super().__init__(message, remedy=remedy)
         self.platform = platform
+
+
+def names_an_address(required: str, wheel: str = "A wheel") -> InvalidVersion:
+    """Return the error for a wheel that requires what is at an address, and not what an index has.
+
+    Args:
+        required: what it requires.
+        wheel: which one.
+    """
+    message = f"{wheel} requires {one_line(required, 200)!r}, which is at an address, and only indexes are asked."
+    remedy = "Name it in the model's requirements.txt, and build the wheel again with the package's name alone."
+    return InvalidVersion(message, remedy=remedy)

@@ -89,7 +89,8 @@ class WheelLayers:
         self._client = client
         self._python = python
         self._compiler = compiler
-        self._temporary = tempfile.TemporaryDirectory(prefix="wheels-", dir=folder)
+        # Where the process is asked to end, threads still write there.
+        self._temporary = tempfile.TemporaryDirectory(prefix="wheels-", dir=folder, ignore_cleanup_errors=True)
         self._lock = threading.Lock()
         self.traffic = Traffic()
 

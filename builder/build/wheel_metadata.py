@@ -43,6 +43,7 @@ class Metadata:
         purelib: whether the archive's root goes to purelib.
         record: what RECORD says of each file.
         scripts: the scripts of its entry points.
+        requires: what it requires, one line of PEP 508 each, as it is written.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Metadata:
     purelib: bool
     record: Mapping[str, RecordEntry]
     scripts: tuple[Script, ...]
+    requires: tuple[str, ...] = ()
 
 
 def read_metadata(archive: Archive, filename: str) -> Metadata:
@@ -80,7 +82,7 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
     wheel = parse_metadata_file(text("WHEEL", _SMALL))
     if str(wheel["Wheel-Version"]).strip().partition(".")[0] != "1":
         refuse(f"its format is version {wheel['Wheel-Version']}; only 1.x is known")
-    _check_identity(text("METADATA", _LARGE), name, version)
+    requires = _requires(text("METADATA", _LARGE), name, version)
     scripts: tuple[Script, ...] = ()
     if f"{dist_info}/entry_points.txt" in members:
         scripts = _scripts(text("entry_points.txt", _SMALL))
@@ -91,6 +93,7 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
         purelib=str(wheel["Root-Is-Purelib"]).strip().lower() == "true",
         record=_record(text("RECORD", _LARGE), archive.members, dist_info),
         scripts=scripts,
+        requires=requires,
     )
 
 
@@ -140,7 +143,8 @@ def _dist_info(names: Iterable[str], name: str, version: Version) -> str:
     return directory
 
 
-def _check_identity(metadata: str, name: str, version: Version) -> None:
+def _requires(metadata: str, name: str, version: Version) -> tuple[str, ...]:
+    """Return what METADATA says that a distribution requires, if it is that of the distribution."""
     headers = HeaderParser().parsestr(metadata)
     try:
         same = canonicalize_name(str(headers["Name"])) == name and Version(str(headers["Version"])) == version
@@ -148,6 +152,7 @@ def _check_identity(metadata: str, name: str, version: Version) -> None:
         same = False
     if not same:
         refuse(f"its METADATA names {headers['Name']} {headers['Version']}")
+    return tuple(str(line) for line in headers.get_all("Requires-Dist", []))
 
 
 def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str, RecordEntry]:

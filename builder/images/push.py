@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
+from builder.crew import in_background
 from builder.errors import TryAgain
 from builder.images.blob import Blob, BytesBlob
 from builder.images.descriptor import Descriptor
@@ -54,15 +55,9 @@ def push_image(
             if progress:
                 progress(blob.digest, sent)
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="push") as pool:
-        pushes = [pool.submit(push, blob) for blob in layout.blobs()]
-        try:
-            done, _ = wait(pushes, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:
-            # After a failure, or when the process is asked to end, the others end within a chunk.
-            stop.set()
+    # After a failure the others end within a chunk, or with the answer that they wait for.
+    with in_background([partial(push, blob) for blob in layout.blobs()], threads=_THREADS, stop=stop) as results:
+        results()
     registry.push_blob(repository, BytesBlob(image.config))
     registry.put_manifest(repository, image.manifest, image.descriptor.media_type, image.descriptor.digest)
     return image.descriptor

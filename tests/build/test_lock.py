@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import tomllib
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -363,6 +364,69 @@ def test_a_model_s_wheel_for_another_platform(index, tmp_path, platform):
     with pytest.raises(NoWheel) as caught:
         locked(requirements, indexes=asked(index), model=tmp_path, platform=platform)
     assert caught.value.package == "ours"
+
+
+# What a wheel that is the model's own, or its author's, asks for by an address.
+
+
+def model_of(folder, *lines, **wheels):
+    (folder / "model").mkdir()
+    for name, requires in wheels.items():
+        filename, content = make_wheel(name, "1.0", requires=requires)
+        (folder / "model" / filename).write_bytes(content)
+        lines = (*lines, f"./{filename}")
+    (folder / "model/requirements.txt").write_text("\n".join(lines))
+    return Requirements.read(folder, "model")
+
+
+def source_that_writes(folder, marker):
+    """Return the archive of a package whose build writes a file: pip runs it to learn what the package requires."""
+    source = folder / "evil-1.0"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    (source / "backend.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    archive = folder / "evil-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(source, source.name)
+    return archive
+
+
+@BOTH
+@pytest.mark.parametrize("form", ["evil @ {}", "evil @ {} ; python_version > '3'", "evil@{}"])
+def test_what_a_model_s_wheel_requires_is_not_built(index, tmp_path, platform, form):
+    archive = source_that_writes(tmp_path, tmp_path / "built")
+    requirements = model_of(tmp_path, front=[form.format(archive.as_uri())])
+    with pytest.raises(InvalidVersion, match=r"front-1\.0-py3-none-any\.whl requires.*evil.*address") as caught:
+        locked(requirements, indexes=asked(index), model=tmp_path / "model", platform=platform)
+    assert "requirements.txt" in caught.value.remedy
+    assert not (tmp_path / "built").exists()
+
+
+@BOTH
+def test_no_address_is_asked_because_a_model_s_wheel_names_it(index, tmp_path, platform):
+    before = list(index.requests)
+    requirements = model_of(tmp_path, front=[f"tool @ {index.url}/files/tool/tool-1.0-py3-none-any.whl"])
+    with pytest.raises(InvalidVersion, match="address"):
+        locked(requirements, indexes=asked(index), model=tmp_path / "model", platform=platform)
+    assert index.requests == before
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["wheel", "source"])
+def test_what_the_wheel_of_an_address_names_is_neither_taken_nor_built(index, tmp_path, platform, kind):
+    name, content = make_wheel("behind", "1.0")
+    (tmp_path / name).write_bytes(content)
+    place = tmp_path / name if kind == "wheel" else source_that_writes(tmp_path, tmp_path / "built")
+    required = "behind" if kind == "wheel" else "evil"
+    index.add("front", "1.0", requires=[f"{required} @ {place.as_uri()}"])
+    (front,) = Requirements.of("front").required
+    address = f"{index.url}/files/front/front-1.0-py3-none-any.whl"
+    requirements = Requirements.of("lib").with_changes(required=(replace(front, url=address),))
+    with pytest.raises((InvalidVersion, BuildFailed), match=r"address|disabled"):
+        locked(requirements, indexes=asked(index), model=tmp_path, platform=platform)
+    assert not (tmp_path / "built").exists()
 
 
 @BOTH
