@@ -11,6 +11,7 @@ from builder.build.locked import Lock
 from builder.build.wheel_groups import Group, grouped
 from builder.errors import UsageError
 from builder.images.assembly import MOST_LAYERS
+from builder.images.layer_store import Text
 from builder.plan import AsDigest, AsPlatform
 from builder.reference import Platform
 
@@ -53,6 +54,7 @@ class Recipe(BaseModel):
         indexes: package indexes that the model names beside the configured ones.
         requirements: digest of what is installed, as the locks were made from it.
         platforms: those that are made so.
+        unkept: what was found out, and the registry did not take from the credential of fetch, which may only pull.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +66,7 @@ class Recipe(BaseModel):
     indexes: tuple[str, ...] = ()
     requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
+    unkept: tuple[Text, ...] = ()
 
     def for_platform(self, platform: Platform) -> PlatformRecipe:
         """Return one platform's part.

@@ -224,6 +224,7 @@ def planned(
         indexes=source.requirements.indexes,
         requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
+        unkept=tuple(sorted(store.refused, key=lambda text: text.key)),
     )
     return Planned(
         recipe=recipe,

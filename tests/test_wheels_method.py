@@ -291,6 +291,18 @@ def test_the_phases_hand_over_through_the_workspace_alone(small, small_environ, 
     assert model.outcome()["image"] == reference
 
 
+def test_push_keeps_what_fetch_found_out_and_may_not_keep(small, small_environ, registry, crane):
+    model = small()
+    refused = 403, {"Content-Type": "application/json"}, b'{"errors": [{"code": "DENIED", "message": "read-only"}]}'
+    with forwarding(registry.host, lambda asked: None if asked.method in {"GET", "HEAD"} else refused) as proxy:
+        environ = small_environ(model, REGISTRY_URL=f"{proxy.host}/{model.name}")
+        succeeded(environ, "fetch")
+        proxy.rule = lambda _asked: None
+        succeeded(environ, "push")
+    tags = crane("ls", f"{registry.host}/{model.name}/wheel-layers").split()
+    assert {"base", "lock"} < {tag.partition("-")[0] for tag in tags}
+
+
 def test_a_platform_is_added(small, small_settings, crane):
     model = small()
     first = publish(small_settings(model))
