@@ -13,8 +13,9 @@ from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
 from builder.publish import publish
-from builder.reference import Digest
+from builder.reference import Digest, Repository
 from builder.warm import warm, warm_requirements
+from tests.servers.forwarding import forwarding
 from tests.servers.small import REQUIREMENTS
 
 
@@ -114,6 +115,23 @@ def test_content_that_was_exchanged_is_found(tagged, registry, crane):
     finally:
         path.write_bytes(content)  # other tests share the registry
     assert (wrong.state, wrong.exit_code) == ("different", ExitCode.DATA)
+
+
+def test_a_registry_that_is_away_is_no_layer_that_was_exchanged(tagged, registry, crane):
+    _, settings = tagged()
+    list(warm(settings))
+    manifest = json.loads(crane("manifest", f"{settings.wheel_layer_repository}:{keys(crane, settings)[0]}"))
+    layer = manifest["layers"][0]["digest"]
+
+    def rule(asked):
+        return (503, {"Retry-After": "0"}, b"") if asked.method == "GET" and asked.path.endswith(layer) else None
+
+    with forwarding(registry.host, rule) as proxy:
+        there = settings.registry_url.path
+        away = settings.model_copy(update={"registry_url": Repository.parse_prefix(f"{proxy.host}/{there}")})
+        (result,) = warm(away, verify=True)
+    assert (result.state, result.exit_code) == ("failed", ExitCode.UNAVAILABLE)
+    assert "delete" not in result.detail
 
 
 def test_what_is_not_there_yet_is_not_wrong(tagged):

@@ -17,7 +17,7 @@ from builder.build.wheel import layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import ServiceUnavailable, TryAgain
+from builder.errors import BuildFailed, ServiceUnavailable, TryAgain
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
@@ -185,6 +185,9 @@ class WheelLayers:
             for _ in self._store.registry.blob_stream(self._store.repository, kept.descriptor):
                 pass
         except ServiceUnavailable as error:
+            if not isinstance(error.__cause__, BuildFailed):
+                # The registry is away, which is nothing that the layer could help.
+                raise
             return f"its content cannot be read as what it should be: {error.what}"
         return ""
 
