@@ -20,7 +20,7 @@ from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseIm
 from builder.build.unsatisfied import NoWheel
 from builder.build.wheel_layers import WheelLayers, compiler_for
 from builder.crew import side_by_side
-from builder.errors import InvalidVersion
+from builder.errors import InvalidSettings, InvalidVersion
 from builder.images.base import BaseImage, base_image
 from builder.images.base_facts import BaseFacts, inspect_base
 from builder.images.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
@@ -59,6 +59,7 @@ class Source:
         indexes: who is asked for it.
         python: the model's Python, `3.11`.
         base: the base image.
+        own_base: whether the version names it itself.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
         command: what a container runs.
@@ -70,6 +71,7 @@ class Source:
     indexes: Indexes
     python: str
     base: Reference
+    own_base: bool
     model_folder: str
     client_folder: str
     command: tuple[str, ...]
@@ -121,6 +123,7 @@ class Source:
             indexes=configured.joined(asked.indexes),
             python=asked.python_version,
             base=base,
+            own_base=bool(inputs.base_image),
             model_folder=folder,
             client_folder=client_folder,
             command=tuple(client) or _served(serving.server),
@@ -193,7 +196,7 @@ def planned(
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
             with stage("base"):
-                base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
+                base, facts = base_with_facts(registries, store, source, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
             resolver = Resolver(
                 store=store,
@@ -308,19 +311,25 @@ def former_lock(
 
 
 def base_with_facts(
-    registries: Registries, store: LayerStore, reference: Reference, platform: Platform, *, keep: bool = True
+    registries: Registries, store: LayerStore, source: Source, platform: Platform, *, keep: bool = True
 ) -> tuple[BaseImage, BaseFacts]:  # fmt: skip
     """Return a base image and what is in it; the latter is found out once for each image and kept.
 
     Raises:
         InvalidVersion: there is no such image, or none for the platform.
+        InvalidSettings: there is no such image, and the version does not name it.
         BuilderError: it cannot be told.
     """
+    reference = source.base
     registry = registries.for_host(reference.repository.host)
     base = base_image(registry, reference, platform)
     if base is None:
         message = f"There is no base image {reference}."
-        raise InvalidVersion(message, remedy="Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is.")
+        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is."
+        if source.own_base:
+            raise InvalidVersion(message, remedy=remedy)
+        # Nothing that the version could help, and that must not count as an attempt at it.
+        raise InvalidSettings(message, remedy=remedy)
     key = f"base-{base.manifest.hex}"
     kept = store.text(key, kind=_FACTS)
     if kept is not None:
