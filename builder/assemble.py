@@ -107,6 +107,8 @@ def push_images(
             attach(target.registry, target.repository, image.descriptor, lock, kind=LOCK_TYPE, title=LOCK_FILE)
             _log.info("assembled", platform=str(step.platform), layers=len(image.layers), size=image.size)
             images.append(image)
+        for text in recipe.unkept:
+            target.store.keep_text(text.key, text.content.encode(), kind=text.kind, title=text.title)
     return images
 
 

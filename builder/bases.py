@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from builder.build.locked import Lock
-from builder.errors import InvalidVersion
+from builder.errors import InvalidSettings, InvalidVersion
 from builder.images.base import BaseImage, base_image
 from builder.images.base_facts import BaseFacts, inspect_base
 from builder.images.descriptor import Malformed
@@ -13,22 +13,24 @@ from builder.images.registry import Registry
 from builder.log import get_logger
 from builder.recipe import MOST_BASE_LAYERS
 from builder.reference import Platform, Reference
+from builder.source import Source
 
 _log = get_logger("wheels")
 FACTS = "application/vnd.modelimage.base.v1+json"
 
 
 def base_with_facts(
-    registries: Registries, store: LayerStore, reference: Reference, platform: Platform, *, keep: bool = True
-) -> tuple[BaseImage, BaseFacts]:  # fmt: skip
+    registries: Registries, store: LayerStore, source: Source, platform: Platform, *, keep: bool = True
+) -> tuple[BaseImage, BaseFacts]:
     """Return a base image and what is in it; the latter is found out once for each image and kept.
 
     Raises:
-        InvalidVersion: there is no such image, or none for the platform.
+        InvalidVersion, InvalidSettings: as `existing_base`.
         BuilderError: it cannot be told.
     """
+    reference = source.base
     registry = registries.for_host(reference.repository.host)
-    base = existing_base(registry, reference, platform)
+    base = existing_base(registry, source, platform)
     key = facts_key(base)
     kept = store.text(key, kind=FACTS)
     if kept is not None:
@@ -43,17 +45,22 @@ def base_with_facts(
     return base, facts
 
 
-def existing_base(registry: Registry, reference: Reference, platform: Platform) -> BaseImage:
-    """Return a base image.
+def existing_base(registry: Registry, source: Source, platform: Platform) -> BaseImage:
+    """Return a version's base image.
 
     Raises:
         InvalidVersion: there is no such image, or none for the platform.
+        InvalidSettings: there is no such image, and the version does not name it.
         BuilderError: it cannot be told.
     """
-    base = base_image(registry, reference, platform)
+    base = base_image(registry, source.base, platform)
     if base is None:
-        message = f"There is no base image {reference}."
-        raise InvalidVersion(message, remedy="Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is.")
+        message = f"There is no base image {source.base}."
+        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is."
+        if source.own_base:
+            raise InvalidVersion(message, remedy=remedy)
+        # Nothing that the version could help, and that must not count as an attempt at it.
+        raise InvalidSettings(message, remedy=remedy)
     return base
 
 

@@ -13,6 +13,7 @@ from builder.build.locked import Lock, LockedWheel
 from builder.build.wheel_groups import Group, grouped
 from builder.errors import UsageError
 from builder.images.assembly import MOST_LAYERS
+from builder.images.layer_store import Text
 from builder.plan import AsDigest, AsPlatform
 from builder.reference import Platform
 
@@ -58,6 +59,7 @@ class Recipe(BaseModel):
         requirements: digest of what is installed, as the locks were made from it.
         platforms: those that are made so.
         context: where the context was, a `file:` URL: wheels that were logged with the model lie below it.
+        unkept: what was found out, and the registry did not take from the credential of fetch, which may only pull.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +72,7 @@ class Recipe(BaseModel):
     requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
     context: str
+    unkept: tuple[Text, ...] = ()
 
     def within(self, context: Path) -> Recipe:
         """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""

@@ -37,6 +37,7 @@ class Source:
         indexes: who is asked for it.
         python: the model's Python, `3.11`.
         base: the base image.
+        own_base: whether the version names it itself.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
         command: what a container runs.
@@ -48,6 +49,7 @@ class Source:
     indexes: Indexes
     python: str
     base: Reference
+    own_base: bool
     model_folder: str
     client_folder: str
     command: tuple[str, ...]
@@ -99,6 +101,7 @@ class Source:
             indexes=configured.joined(asked.indexes),
             python=asked.python_version,
             base=base,
+            own_base=bool(inputs.base_image),
             model_folder=folder,
             client_folder=client_folder,
             command=tuple(client) or _served(serving.server),

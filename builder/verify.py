@@ -92,22 +92,22 @@ class Verification:
             InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
             BuilderError: a server is away, or refuses.
         """
-        bases = [self._base(source.base, platform) for platform in platforms]
-        if any(check.verdict.state == "different" for check in bases):
-            return Verified(checks=tuple(bases))
+        found = [self._base(source, platform) for platform in platforms]
+        if any(check.verdict.state == "different" for check in found):
+            return Verified(checks=tuple(found))
         planned = wheels.planned(self._settings, self._registries, source, platforms, keep=False)
         locks = self._locks(source, planned.recipe)
         layers = self._layers(planned.recipe)
-        return Verified(checks=(*bases, *locks, *layers), impossible=planned.impossible)
+        return Verified(checks=(*found, *locks, *layers), impossible=planned.impossible)
 
-    def _base(self, reference: Reference, platform: Platform) -> Check:
-        registry = self._registries.for_host(reference.repository.host)
-        base = bases.existing_base(registry, reference, platform)
+    def _base(self, source: Source, platform: Platform) -> Check:
+        registry = self._registries.for_host(source.base.repository.host)
+        base = bases.existing_base(registry, source, platform)
         key = bases.facts_key(base)
         if key not in self._seen:
             kept = self._store.text(key, kind=bases.FACTS)
             verdict = Verdict(state="missing") if kept is None else _held_against(kept, registry, base)
-            self._note(key, "base image", f"{reference}, {platform}", verdict)
+            self._note(key, "base image", f"{source.base}, {platform}", verdict)
         return self._seen[key]
 
     def _locks(self, source: Source, recipe: Recipe) -> list[Check]:

@@ -91,7 +91,7 @@ def planned(
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
             with stage("base"):
-                base, facts = base_with_facts(registries, store, source.base, platform, keep=keep)
+                base, facts = base_with_facts(registries, store, source, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
             interpreter = interpreter_of(base, facts, source.python)
             try:
@@ -114,6 +114,7 @@ def planned(
         requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
         context=source.context.absolute().as_uri(),
+        unkept=tuple(sorted(store.refused, key=lambda text: text.key)),
     )
     return Planned(
         recipe=recipe,

@@ -20,9 +20,10 @@ from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
 from builder.images.registry import RemoteBlob
 from builder.publish import publish
-from builder.reference import Digest
+from builder.reference import Digest, Repository
 from builder.warm import warm, warm_requirements
 from tests.build.package_index import running
+from tests.servers.forwarding import forwarding
 from tests.servers.small import REQUIREMENTS
 
 
@@ -227,6 +228,23 @@ def test_a_layer_of_a_wheel_that_no_index_has_hides_no_other(tagged, packages):
     assert (result.state, result.known, result.exit_code) == ("unproven", 2, ExitCode.CANNOT_CREATE)
     assert sorted(states(result, "layer")) == ["not derivable", "same", "same"]
     assert "withdrawn-1.0-py3-none-any.whl" in result.detail
+
+
+def test_a_registry_that_is_away_is_no_layer_that_was_exchanged(tagged, registry, crane):
+    _, settings = tagged()
+    list(warm(settings))
+    manifest = json.loads(crane("manifest", f"{settings.wheel_layer_repository}:{keys(crane, settings)[0]}"))
+    layer = manifest["layers"][0]["digest"]
+
+    def rule(asked):
+        return (503, {"Retry-After": "0"}, b"") if asked.method == "GET" and asked.path.endswith(layer) else None
+
+    with forwarding(registry.host, rule) as proxy:
+        there = settings.registry_url.path
+        away = settings.model_copy(update={"registry_url": Repository.parse_prefix(f"{proxy.host}/{there}")})
+        (result,) = warm(away, verify=True)
+    assert (result.state, result.exit_code) == ("failed", ExitCode.UNAVAILABLE)
+    assert "delete" not in result.detail
 
 
 def test_facts_of_a_base_image_that_were_exchanged_are_found(tagged, crane, store):

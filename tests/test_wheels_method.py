@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from builder.errors import InvalidVersion
+from builder.errors import InvalidSettings, InvalidVersion
 from builder.publish import publish
 from builder.survey import preview
 from scripts.launch import clean_environ
@@ -291,6 +291,28 @@ def test_the_phases_hand_over_through_the_workspace_alone(small, small_environ, 
     assert {path.split("/")[1] for _, path, _ in packages.requests[asked:]} == {"files"}
     assert "PASS" in crane("validate", "--remote", reference)
     assert model.outcome()["image"] == reference
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the settings", "of the version"])
+def test_whose_fault_a_base_image_is_that_is_not_there(small, small_settings, registry, own):
+    absent = f"{registry.host}/base/absent:1"
+    model = small(tags={"MODEL_BASE_IMAGE": absent} if own else {})
+    changes = {"ALLOWED_BASE_IMAGES": absent} if own else {"BASE_IMAGE": absent}
+    with pytest.raises(InvalidVersion if own else InvalidSettings, match="There is no base image"):
+        publish(small_settings(model, **changes))
+    assert model.outcome()["attempts"] == ("1" if own else "0")
+
+
+def test_push_keeps_what_fetch_found_out_and_may_not_keep(small, small_environ, registry, crane):
+    model = small()
+    refused = 403, {"Content-Type": "application/json"}, b'{"errors": [{"code": "DENIED", "message": "read-only"}]}'
+    with forwarding(registry.host, lambda asked: None if asked.method in {"GET", "HEAD"} else refused) as proxy:
+        environ = small_environ(model, REGISTRY_URL=f"{proxy.host}/{model.name}")
+        succeeded(environ, "fetch")
+        proxy.rule = lambda _asked: None
+        succeeded(environ, "push")
+    tags = crane("ls", f"{registry.host}/{model.name}/wheel-layers").split()
+    assert {"base", "lock"} < {tag.partition("-")[0] for tag in tags}
 
 
 def test_a_platform_is_added(small, small_settings, crane):

@@ -207,7 +207,7 @@ def _on_disk(wheel: LockedWheel) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"The wheel {wheel.filename} cannot be written: {error.strerror or error}."
-        raise TryAgain(message, remedy="Free space, or name a larger disk by BUILDER_WORKSPACE.") from error
+        raise TryAgain(message, remedy="Free space in the temporary folder, or name a larger one in TMPDIR.") from error
 
 
 def _continues(answer: httpx.Response, begun: int) -> bool:

@@ -29,6 +29,9 @@ from builder.stages import stage
 _log = get_logger("wheels")
 _LOOKING = 16
 _MAKING = 6
+# Bytes of the wheels that layers are made from at a time, unless one is larger; what is in the temporary folder is
+# about twice that. An environment of torch for GPUs has ten wheels of 200 to 900 MB.
+_MOST_BYTES = 1 << 30
 _SECONDS = 60.0
 
 Result = TypeVar("Result")
@@ -65,6 +68,31 @@ class Verdict:
     detail: str = ""
 
 
+class Room:
+    """Room that threads share: those for whom there is none wait until others give theirs back.
+
+    Args:
+        most: how much there is. Who wants more than that gets it alone.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._used = most, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Take room for as long as the context lasts."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._most)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
+
+
 class WheelLayers:
     """The layers of wheels, kept in a registry. A context manager that removes its temporary files.
 
@@ -73,7 +101,7 @@ class WheelLayers:
         client: asks package indexes.
         python: the model's Python, `3.11`.
         compiler: makes the bytecode; None for layers without.
-        folder: where wheels and layers stand while a layer is made; it must hold the largest of them twice.
+        folder: where wheels and layers stand while they are made: twice 1 GiB, or twice the largest wheel.
     """
 
     def __init__(
@@ -92,6 +120,7 @@ class WheelLayers:
         # Where the process is asked to end, threads still write there.
         self._temporary = tempfile.TemporaryDirectory(prefix="wheels-", dir=folder, ignore_cleanup_errors=True)
         self._lock = threading.Lock()
+        self._room = Room(_MOST_BYTES)
         self.traffic = Traffic()
 
     def __enter__(self) -> Self:
@@ -172,9 +201,9 @@ class WheelLayers:
             for _ in registry.blob_stream(repository, kept.descriptor):
                 pass
         except ServiceUnavailable as error:
-            # A registry that is away raises here once more.
-            if not registry.has_blob(repository, kept.digest):
-                return Verdict(state="missing")
+            if not isinstance(error.__cause__, BuildFailed):
+                # The registry is away, which is nothing that the layer could help.
+                raise
             detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
             return Verdict(state="different", detail=detail)
         return Verdict(state="same")
@@ -225,7 +254,10 @@ class WheelLayers:
     @contextlib.contextmanager
     def _layer(self, group: Group, compiler: Compiler | None) -> Iterator[tuple[Layer, Blob]]:
         """Give a group's layer, made from its wheels."""
-        with tempfile.TemporaryDirectory(dir=self._temporary.name) as name:
+        with (
+            self._room.taken(group.size),
+            tempfile.TemporaryDirectory(dir=self._temporary.name, ignore_cleanup_errors=True) as name,
+        ):
             folder = Path(name)
             wheels = []
             # Backwards: in a layer the first of two files in one place is kept, of two layers the last one's counts. So
@@ -245,7 +277,9 @@ class WheelLayers:
                         file.write(chunk)
             except OSError as error:
                 message = f"The layer of {group.title[:200]} cannot be written: {error.strerror}."
-                raise TryAgain(message, remedy="Free space in TMPDIR, or name a larger BUILDER_WORKSPACE.") from error
+                raise TryAgain(
+                    message, remedy="Free space in the temporary folder, or name a larger one in TMPDIR."
+                ) from error
             for path in folder.glob("*.whl"):
                 path.unlink()
             if made.without_bytecode:

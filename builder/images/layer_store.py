@@ -8,7 +8,7 @@ into every image; docs/how-it-works.md says who may.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from builder.errors import BuilderError
 from builder.images.blob import Blob, BytesBlob
@@ -43,6 +43,23 @@ EMPTY = BytesBlob(b"{}")
 EMPTY_CONFIG = Descriptor.of(EMPTY.content, "application/vnd.oci.empty.v1+json")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A text that is kept, or that is to be.
+
+    Attributes:
+        key: its tag.
+        kind: its media type.
+        title: its name for people who look into the registry.
+        content: the text.
+    """
+
+    key: str
+    kind: str
+    title: str
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class LayerStore:
     """A repository of kept layers and texts. May be used by several threads.
@@ -50,10 +67,12 @@ class LayerStore:
     Attributes:
         registry: where it is.
         repository: the repository.
+        refused: texts that the registry did not take, as from somebody who may only read.
     """
 
     registry: Registry
     repository: Repository
+    refused: list[Text] = field(default_factory=list, compare=False, repr=False)
 
     def layer(self, key: str, *, source: str) -> Layer | None:
         """Return the layer kept under a key; None where there is none, or something that is no such layer.
@@ -139,6 +158,8 @@ class LayerStore:
     def keep_text(self, key: str, content: bytes, *, kind: str, title: str) -> None:
         """Keep a text under a key, if the registry takes it: it can be made again, so that a refusal is only logged.
 
+        What is refused is in `refused`, for somebody who may write.
+
         Args:
             key: the tag.
             content: the text, at most 4 MiB.
@@ -151,7 +172,8 @@ class LayerStore:
             manifest = artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title})
             self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
         except BuilderError as error:
-            _log.warning("the registry does not keep a text, so that it is made each time", tag=key, error=error.what)
+            self.refused.append(Text(key=key, kind=kind, title=title, content=content.decode()))
+            _log.warning("the registry does not keep a text", tag=key, error=error.what)
 
 
 def artifact(

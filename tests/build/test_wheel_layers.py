@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from builder.build.index import IndexClient
 from builder.build.indexes import Indexes, IndexUrl
 from builder.build.locked import LockedWheel
 from builder.build.wheel_groups import Group
-from builder.build.wheel_layers import WheelLayers
+from builder.build.wheel_layers import Room, WheelLayers
 from builder.errors import BuilderError, PermissionRefused
 from builder.images.layer_store import LayerStore
 from builder.images.registries import Registries
@@ -232,3 +234,24 @@ def test_a_disk_without_room_says_so(index, store):
         assert caught.value.exit_code == 75
         assert "TMPDIR" in caught.value.remedy
     assert not Path(original).exists()
+
+
+def test_what_is_in_the_works_is_bounded_and_what_is_larger_is_alone():
+    room, lock, used, most, alone = Room(10), threading.Lock(), [], [], []
+
+    def work(size):
+        with room.taken(size):
+            with lock:
+                used.append(size)
+                most.append(sum(used))
+            threading.Event().wait(0.01)
+            with lock:
+                if size > 10:
+                    alone.append(list(used))
+                used.remove(size)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, [25, 9, 8, 1, 1, 1, 5, 5, 0, 0, 25, 3, 3, 3, 3]))
+    assert alone == [[25], [25]]
+    assert max(total for total in most if total != 25) <= 10
+    assert max(most) == 25
