@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
+import httpx
+
 from builder.build.bytecode import Compiler
 from builder.build.index import IndexClient
 from builder.build.wheel import InvalidWheel, layer_key, open_wheel
@@ -201,7 +203,7 @@ class WheelLayers:
             for _ in registry.blob_stream(repository, kept.descriptor):
                 pass
         except ServiceUnavailable as error:
-            if not isinstance(error.__cause__, BuildFailed):
+            if not _is_of_the_content(error):
                 # The registry is away, which is nothing that the layer could help.
                 raise
             detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
@@ -291,6 +293,16 @@ class WheelLayers:
             self.traffic.sent += sent
             self.traffic.received += received
             self.traffic.made += made
+
+
+def _is_of_the_content(error: BaseException) -> bool:
+    """Return whether a blob was read and was wrong, or ended too early each time, and the registry was not away."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, BuildFailed | httpx.RemoteProtocolError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def compiler_for(python: str) -> Compiler | None:
