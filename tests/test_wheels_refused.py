@@ -9,7 +9,7 @@ import tarfile
 import pytest
 
 from builder.build.unsatisfied import NoWheel, Unsatisfiable
-from builder.errors import InvalidVersion
+from builder.errors import ExitCode, InvalidSettings, InvalidVersion
 from builder.publish import publish
 from tests.build.package_index import make_wheel
 from tests.servers.small import archive, push_base, rootfs
@@ -146,9 +146,11 @@ def test_a_base_that_cannot_be_used_is_named(small, small_settings, registry, pa
         options = {"layers": tuple(rootfs(python=f"3.{11 + number}") for number in range(options["layers"]))}
     if options is not None:
         push_base(registry.host, f"bases/{model.name}:1", **options)
-    with pytest.raises(InvalidVersion, match=said) as caught:
+    # An image that is not there is the setting's fault, and no attempt at the version.
+    code = ExitCode.CONFIG if options is None else ExitCode.DATA
+    with pytest.raises((InvalidVersion, InvalidSettings), match=said) as caught:
         publish(small_settings(model, BASE_IMAGE=base))
-    assert caught.value.exit_code == 65
+    assert caught.value.exit_code == code
     assert base.rpartition(":")[0] in str(caught.value)
     assert caught.value.remedy
     # Nobody was asked for packages that would have no place.
