@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
@@ -23,6 +24,8 @@ _log = get_logger("lock")
 LOCK_TYPE = "application/vnd.modelimage.lock.v1+toml"
 LOCK_FILE = "pylock.toml"
 _SECONDS = 60.0
+
+Name = TypeVar("Name", str, tuple[str, ...])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,12 @@ class Resolver:
 
     def tag(self, platform: Platform, glibc: tuple[int, int] | None, as_of: datetime) -> str:
         """Return the tag that a lock of that moment is kept under."""
-        key = lock_key(
+        return _tag(self._named(lock_key, platform, glibc, as_of))
+
+    def _named(
+        self, names: Callable[..., Name], platform: Platform, glibc: tuple[int, int] | None, as_of: datetime | None
+    ) -> Name:  # fmt: skip
+        return names(
             self.requirements,
             platform=platform,
             python=self.python,
@@ -100,18 +108,10 @@ class Resolver:
             indexes=self.indexes.identity,
             as_of=as_of,
         )
-        return _tag(key)
 
     def kept(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
         """Return the lock that is kept for the day or, where there is none, for the moment; asked for at once."""
-        keys = lock_keys(
-            self.requirements,
-            platform=platform,
-            python=self.python,
-            glibc=glibc,
-            indexes=self.indexes.identity,
-            as_of=self.as_of,
-        )
+        keys = self._named(lock_keys, platform, glibc, self.as_of)
         texts = {}
         for found in side_by_side(self._text, keys, threads=len(keys), every=_SECONDS):
             if found and found[1] is not None:
