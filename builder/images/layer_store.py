@@ -167,13 +167,35 @@ class LayerStore:
             title: its name for people who look into the registry.
         """
         try:
-            self.registry.push_blob(self.repository, EMPTY)
-            self.registry.push_blob(self.repository, BytesBlob(content))
-            manifest = artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title})
+            manifest = pushed_text(self.registry, self.repository, content, kind=kind, title=title)
             self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
         except BuilderError as error:
             self.refused.append(Text(key=key, kind=kind, title=title, content=content.decode()))
             _log.warning("the registry does not keep a text", tag=key, error=error.what)
+
+
+def pushed_text(
+    registry: Registry,
+    repository: Repository,
+    content: bytes,
+    *,
+    kind: str,
+    title: str,
+    subject: Descriptor | None = None,
+) -> bytes:
+    """Push what the artifact of a text names, and return its manifest, which is the caller's to push.
+
+    Args:
+        registry: where to.
+        repository: the repository there.
+        content: the text, at most 4 MiB.
+        kind: its media type, and the artifact's type.
+        title: its name for people.
+        subject: the manifest it belongs to; None for none.
+    """
+    registry.push_blob(repository, EMPTY)
+    registry.push_blob(repository, BytesBlob(content))
+    return artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title}, subject=subject)
 
 
 def artifact(

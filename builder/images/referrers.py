@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from builder.errors import BuilderError
-from builder.images.blob import BytesBlob
 from builder.images.descriptor import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -13,7 +12,7 @@ from builder.images.descriptor import (
     sequence,
     to_bytes,
 )
-from builder.images.layer_store import EMPTY, artifact
+from builder.images.layer_store import pushed_text
 from builder.images.manifest import TITLE
 from builder.images.registry import Registry
 from builder.log import get_logger
@@ -42,11 +41,9 @@ def attach(
         The referrer's descriptor; None where the registry does not take it.
     """
     bare = Descriptor(media_type=subject.media_type, digest=subject.digest, size=subject.size)
-    manifest = artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title}, subject=bare)
-    entry = Descriptor.of(manifest, OCI_MANIFEST)
     try:
-        registry.push_blob(repository, EMPTY)
-        registry.push_blob(repository, BytesBlob(content))
+        manifest = pushed_text(registry, repository, content, kind=kind, title=title, subject=bare)
+        entry = Descriptor.of(manifest, OCI_MANIFEST)
         if not registry.put_referrer(repository, manifest, OCI_MANIFEST, entry.digest):
             _list(registry, repository, bare, {**entry.to_json(), "artifactType": kind, "annotations": {TITLE: title}})
     except BuilderError as error:
