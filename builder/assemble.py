@@ -19,7 +19,7 @@ from builder.images.blob import Blob, BytesBlob
 from builder.images.files_layer import FileEntry, FilesLayer, split
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
-from builder.images.manifest import LOCK_DIGEST, METHOD, REQUIREMENTS_DIGEST, Image
+from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image
 from builder.images.push import Stoppable
 from builder.images.referrers import attach
 from builder.images.registries import Registries
@@ -85,8 +85,7 @@ def push_images(
             venv, content = venv_layer(part.interpreter, recipe.python)
             target.push(content)
             lock = part.lock.to_text().encode()
-            labels = {**notes(step), METHOD: step.method}
-            labels |= {LOCK_DIGEST: str(Digest.of(lock)), REQUIREMENTS_DIGEST: str(recipe.requirements)}
+            labels = notes(step) | {LOCK_DIGEST: str(Digest.of(lock)), REQUIREMENTS_DIGEST: str(recipe.requirements)}
             image = assembled(
                 base,
                 [

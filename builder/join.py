@@ -13,7 +13,7 @@ from builder.images.push import move_tag, push_image
 from builder.log import get_logger
 from builder.models.context import listing_digest
 from builder.models.version import ModelVersion
-from builder.plan import Plan, PlatformPlan
+from builder.plan import Base, Plan, PlatformPlan
 from builder.reference import Digest, Platform, Reference, Repository
 from builder.services import Services
 from builder.settings import Settings
@@ -79,11 +79,11 @@ def _finished(
 ) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
     """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
     layout = open_layout(workspace.layout(step.platform), step.platform)
-    notes = {**_annotations(plan), manifests.METHOD: step.method}
+    notes = _annotations(plan, step)
     mount_from: tuple[Repository, ...] = ()
     if step.base is not None and layout.diff_ids[: len(step.base.diff_ids)] == step.base.diff_ids:
         # Said only of an image that begins with the base's layers: the base may have moved since the plan.
-        notes[manifests.BASE_NAME], notes[manifests.BASE_DIGEST] = step.base.name, str(step.base.digest)
+        notes |= _of_base(step.base)
         mount_from = (Reference.parse(step.base.name).repository,)
     image = manifests.finished_image(layout, labels=notes, annotations=notes, created=plan.version.created)
     return layout, image, mount_from
@@ -106,9 +106,7 @@ def _push_assembled(settings: Settings, services: Services, workspace: Workspace
         from builder.recipe import Recipe
 
     def notes(step: PlatformPlan) -> dict[str, str]:
-        base = step.base
-        named = {manifests.BASE_NAME: base.name, manifests.BASE_DIGEST: str(base.digest)} if base else {}
-        return _annotations(plan) | named
+        return _annotations(plan, step) | (_of_base(step.base) if step.base else {})
 
     recipe = Recipe.from_json(workspace.recipe())
     return push_images(
@@ -139,9 +137,19 @@ def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:
     return {platform: images[platform] for platform in keep}
 
 
-def _annotations(plan: Plan) -> dict[str, str]:
-    """Return what an image says of where it comes from; no tracking URI, registry or user is among it."""
-    return {
+def _of_base(base: Base) -> dict[str, str]:
+    return {manifests.BASE_NAME: base.name, manifests.BASE_DIGEST: str(base.digest)}
+
+
+def _annotations(plan: Plan, step: PlatformPlan | None = None) -> dict[str, str]:
+    """Return what an image says of where it comes from; no tracking URI, registry or user is among it.
+
+    Args:
+        plan: the plan.
+        step: of the plan, for one platform's image; None for the index.
+    """
+    method = {manifests.METHOD: step.method} if step else {}
+    return method | {
         manifests.CREATED: manifests.timestamp(plan.version.created),
         manifests.TITLE: one_line(plan.version.name, 300),
         manifests.VERSION: plan.version.version,

@@ -92,7 +92,7 @@ def _former_locks(services: Services, plan: Plan) -> wheels.Former:
     """Return what finds the locks of the image under the tag, if that was made from the files that there are now."""
     listed = str(listing_digest(plan.artifacts))
     if not plan.stands or plan.observed_annotations.get(ARTIFACTS_DIGEST) != listed:
-        return lambda _platform, _requirements: None
+        return wheels.no_former
     registry = services.registries.for_host(plan.reference.repository.host)
 
     def former(platform: Platform, requirements: Digest) -> Lock | None:

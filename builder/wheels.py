@@ -37,8 +37,9 @@ _SECONDS = 60.0
 Former = Callable[[Platform, Digest], Lock | None]
 
 
-def _no_former(_platform: Platform, _requirements: Digest) -> None:
-    return None
+def no_former(_platform: Platform, _requirements: Digest) -> None:
+    """Return None: no image stands whose lock could be taken."""
+    return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ def planned(
     source: Source,
     platforms: Sequence[Platform],
     *,
-    former: Former = _no_former,
+    former: Former = no_former,
     keep: bool = True,
 ) -> Planned:
     """Return the recipe of a version's images.
@@ -124,7 +125,7 @@ def planned(
 
 
 def resolver_of(
-    settings: Settings, store: LayerStore, source: Source, client: IndexClient, *, former: Former = _no_former
+    settings: Settings, store: LayerStore, source: Source, client: IndexClient, *, former: Former = no_former
 ) -> Resolver:  # fmt: skip
     """Return what gives the locks of a source.
 
