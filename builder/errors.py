@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum
+from typing import TypeVar
 
+Cause = TypeVar("Cause", bound=BaseException)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 # The password in `scheme://user:password@host`, and a user alone: either may be a token. A password may hold what it
 # should not, so it reaches to the last `@`, unless a digest follows that.
@@ -122,6 +124,16 @@ def one_line(text: str, limit: int = 1000) -> str:
     line = _URL_CREDENTIAL.sub(r"\g<scheme>", _CONTROL.sub(" ", text)).strip()
     line = re.sub(r" {2,}", " ", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def cause_of(error: BaseException, *kinds: type[Cause]) -> Cause | None:
+    """Return the first error of some kinds among an error and what it came from; None where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, kinds):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 class Defect(BuilderError):

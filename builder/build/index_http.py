@@ -15,7 +15,7 @@ import httpx
 
 from builder import __version__
 from builder.build.indexes import Indexes
-from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, one_line
+from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, cause_of, one_line
 from builder.images.hosts import proxy_for
 from builder.images.retry import Again, passes, retry_after
 
@@ -192,13 +192,11 @@ def check(url: str, answer: httpx.Response, what: str) -> None:
 
 
 def _failure(url: str, error: httpx.TransportError) -> Exception:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            why = one_line(cause.verify_message, 200)
-            message = f"The certificate of the package index at {host_of(url)} is not trusted: {why}."
-            return InvalidSettings(message, remedy="Name a bundle with the authority that signed it in SSL_CERT_FILE.")
-        cause = cause.__cause__ or cause.__context__
+    certificate = cause_of(error, ssl.SSLCertVerificationError)
+    if certificate:
+        why = one_line(certificate.verify_message, 200)
+        message = f"The certificate of the package index at {host_of(url)} is not trusted: {why}."
+        return InvalidSettings(message, remedy="Name a bundle with the authority that signed it in SSL_CERT_FILE.")
     return Later(away(url, one_line(str(error), 200) or type(error).__name__))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -19,7 +19,7 @@ from builder.build.wheel import InvalidWheel, layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import BuildFailed, ServiceUnavailable, TryAgain
+from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
@@ -139,7 +139,7 @@ class WheelLayers:
 
     def known(self, groups: Iterable[Group]) -> dict[str, Layer]:
         """Return the layers that the registry has, by their groups' sources; one request each, side by side."""
-        found = _together(lambda group: self._store.layer(self.key(group), source=group.source), groups)
+        found = _together(lambda group: self._store.layer(self.key(group), source=group.source), _unique(groups))
         return {source: layer for source, layer in found if layer is not None}
 
     def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[str, Layer]:
@@ -154,17 +154,14 @@ class WheelLayers:
             WheelNotFound, WheelMismatch: an index does not have it any more.
             BuilderError: an index or the registry cannot be had.
         """
-        wanted: dict[str, Group] = {}
-        for group in sorted(groups, key=lambda group: -group.size):
-            # Of platforms that share a wheel, one resolver may know its size and another not.
-            wanted.setdefault(group.source, group)
+        wanted = _unique(groups)
         with stage("lookups"):
-            looked = dict(_together(lambda group: self._taken(group, repository), wanted.values()))
+            looked = dict(_together(lambda group: self._taken(group, repository), wanted))
         layers = {source: layer for source, layer in looked.items() if layer is not None}
-        missing = [group for source, group in wanted.items() if source not in layers]
+        missing = {source: group for source, group in wanted.items() if source not in layers}
         self.traffic.known += len(layers)
         if missing:
-            size = sum(group.size for group in missing)
+            size = sum(group.size for group in missing.values())
             _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
         compiler = self._one_each(len(missing))
         with stage("wheel layers"):
@@ -179,11 +176,9 @@ class WheelLayers:
         Raises:
             BuilderError: an index or the registry cannot be had.
         """
-        unique = {group.source: group for group in sorted(groups, key=lambda group: -group.size)}
+        unique = _unique(groups)
         compiler = self._one_each(len(unique))
-        for source, verdict in _together(
-            lambda group: self._verdict(group, compiler), unique.values(), threads=_MAKING
-        ):
+        for source, verdict in _together(lambda group: self._verdict(group, compiler), unique, threads=_MAKING):
             yield unique[source], verdict
 
     def _verdict(self, group: Group, compiler: Compiler | None) -> Verdict:
@@ -203,8 +198,8 @@ class WheelLayers:
             for _ in registry.blob_stream(repository, kept.descriptor):
                 pass
         except ServiceUnavailable as error:
-            if not _is_of_the_content(error):
-                # The registry is away, which is nothing that the layer could help.
+            # Read and wrong, or ended too early each time. Else the registry is away, which no layer could help.
+            if not cause_of(error, BuildFailed, httpx.RemoteProtocolError):
                 raise
             detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
             return Verdict(state="different", detail=detail)
@@ -295,16 +290,6 @@ class WheelLayers:
             self.traffic.made += made
 
 
-def _is_of_the_content(error: BaseException) -> bool:
-    """Return whether a blob was read and was wrong, or ended too early each time, and the registry was not away."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, BuildFailed | httpx.RemoteProtocolError):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
 def compiler_for(python: str) -> Compiler | None:
     """Return what compiles for a model's Python here; None, and a line in the log, where nothing does."""
     found = Compiler.find(python)
@@ -322,15 +307,22 @@ def _differences(kept: Layer, right: Layer) -> str:
     return ", ".join(f"its {name} is {is_} and should be {should}" for name, is_, should in pairs if is_ != should)
 
 
+def _unique(groups: Iterable[Group]) -> dict[str, Group]:
+    """Return groups by their sources, the largest first: of platforms that share a wheel, one may not know its size."""
+    unique: dict[str, Group] = {}
+    for group in sorted(groups, key=lambda group: -group.size):
+        unique.setdefault(group.source, group)
+    return unique
+
+
 def _together(
-    work: Callable[[Group], Result], groups: Iterable[Group], *, threads: int = _LOOKING
+    work: Callable[[Group], Result], groups: Mapping[str, Group], *, threads: int = _LOOKING
 ) -> Iterator[tuple[str, Result]]:  # fmt: skip
-    """Yield what `work` returns for groups, each source once, with that source."""
+    """Yield what `work` returns for groups, with their sources."""
 
-    def one(group: Group) -> tuple[str, Result]:
-        return group.source, work(group)
+    def one(item: tuple[str, Group]) -> tuple[str, Result]:
+        return item[0], work(item[1])
 
-    unique = {group.source: group for group in groups}
-    for result in side_by_side(one, list(unique.values()), threads=threads, every=_SECONDS):
+    for result in side_by_side(one, list(groups.items()), threads=threads, every=_SECONDS):
         if result is not None:
             yield result

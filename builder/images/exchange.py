@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from builder.errors import InvalidSettings, ServiceUnavailable, one_line
+from builder.errors import InvalidSettings, ServiceUnavailable, cause_of, one_line
 from builder.images.answers import Answer, unexpected
 from builder.images.retry import Again, passes
 
@@ -144,20 +144,10 @@ def _in_time(name: str, until: float) -> None:
         raise ServiceUnavailable(message, remedy="See to the network, or try again later.")
 
 
-def cause_of(error: BaseException, kind: type[ssl.SSLError]) -> ssl.SSLError | None:
-    """Return the first error of a kind among what an error came from."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, kind):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
 def failure(name: str, error: httpx.TransportError) -> Exception:
     """Return what a request that had no answer raises."""
     certificate = cause_of(error, ssl.SSLCertVerificationError)
-    if isinstance(certificate, ssl.SSLCertVerificationError):
+    if certificate:
         message = f"The certificate of {name} is not trusted: {one_line(certificate.verify_message, 200)}."
         return InvalidSettings(
             message, remedy="Name a bundle with the authority that signed it in SSL_CERT_FILE, or mend the certificate."

@@ -11,13 +11,13 @@ from typing import TypeVar
 
 import httpx
 
-from builder.errors import InvalidSettings, ServiceUnavailable
+from builder.errors import InvalidSettings, ServiceUnavailable, cause_of
 from builder.images.answers import Answer, unexpected
 from builder.images.auth import Authorizer
 from builder.images.blob import Blob, BytesBlob, verified
 from builder.images.credentials import Credentials
 from builder.images.descriptor import MOST_JSON_BYTES
-from builder.images.exchange import Body, answer_of, cause_of, failure, request_to, sent, whole_answer
+from builder.images.exchange import Body, answer_of, failure, request_to, sent, whole_answer
 from builder.images.hosts import api_host, is_loopback, is_named
 from builder.images.retry import Patience, patiently
 
