@@ -6,8 +6,10 @@
 #
 # Behind a proxy that has a CA of its own, or with a private index: put the CA bundle at docker/ca-bundle.pem and a
 # pip.conf at docker/pip.conf. Git ignores both, the build stage alone uses them, and the image has neither.
-ARG KANIKO_IMAGE=ghcr.io/osscontainertools/kaniko:v1.28.3
-ARG PYTHON_IMAGE=docker.io/library/python:3.12-slim
+# By digest, of the index, since a tag is whatever its registry says today. `crane digest NAME:TAG` prints a new one; see
+# docs/decisions/0034-pinned-images.md.
+ARG KANIKO_IMAGE=ghcr.io/osscontainertools/kaniko:v1.28.3@sha256:779f463aaa3219151ceff518249aa043a60bcb09a17fab58b915f63c678ecde6
+ARG PYTHON_IMAGE=docker.io/library/python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
 
 FROM ${PYTHON_IMAGE} AS python
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore

@@ -1,0 +1,14 @@
+"""The builder image's own Dockerfile, without building it."""
+
+import re
+from pathlib import Path
+
+DOCKERFILE = (Path(__file__).parents[1] / "Dockerfile").read_text()
+
+
+def test_every_image_is_named_by_its_digest():
+    defaults = dict(re.findall(r"^ARG ([A-Z_]+_IMAGE)=(\S+)$", DOCKERFILE, re.MULTILINE))
+    used = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert set(used) == {f"${{{name}}}" for name in defaults}
+    for name, image in defaults.items():
+        assert re.fullmatch(r"[a-z0-9.-]+/[a-z0-9./-]+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}", image), name
