@@ -12,7 +12,7 @@ import pytest
 
 from builder.errors import BuildFailed
 from builder.images import files
-from builder.images.blob import BytesBlob, LayoutBlob, check, verified
+from builder.images.blob import LayoutBlob, check, verified
 from builder.images.layout import open_layout
 from builder.reference import Digest, Platform
 from scripts.base_image import base_image as make_base_image
@@ -360,5 +360,14 @@ def test_the_last_bytes_are_given_only_when_all_is_right(size: int, tmp_path: Pa
         assert len(b"".join(given)) < size
 
 
-def test_check_reads_to_the_end() -> None:
-    check(BytesBlob(b"content"))
+@pytest.mark.parametrize("last", [True, False])
+def test_check_reads_to_the_end(last: bool, tmp_path: Path) -> None:
+    content = os.urandom(2 * files.CHUNK + 1)
+    layout = make_layout(tmp_path / "layout")
+    layout.blob(content)
+    blob = LayoutBlob(layout=layout.folder, digest=Digest.of(content), size=len(content))
+    check(blob)
+    changed = content[:-1] + bytes([content[-1] ^ 1]) if last else bytes([content[0] ^ 1]) + content[1:]
+    (layout.folder / "blobs/sha256" / blob.digest.hex).write_bytes(changed)
+    with pytest.raises(BuildFailed, match="holds something else"):
+        check(blob)
