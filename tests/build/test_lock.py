@@ -26,10 +26,11 @@ from builder.images.retry import Patience
 from builder.reference import Platform
 from tests.build.package_index import machine_indexes, make_wheel, running
 from tests.servers.certificates import for_loopback, self_signed
+from tests.waiting import HANG
 
 AMD64, ARM64, ARMV7, S390X = (Platform.parse(f"linux/{name}") for name in ("amd64", "arm64", "arm/v7", "s390x"))
 GLIBC = (2, 36)
-QUICK = Patience(attempts=2, first=0.001, longest=0.01, deadline=20)
+QUICK = Patience(attempts=2, first=0.001, longest=0.01, deadline=HANG)
 NOON = datetime(2024, 6, 1, 12, tzinfo=UTC)
 # uv resolves for the first, pip for the second.
 BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])

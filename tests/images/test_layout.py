@@ -17,6 +17,7 @@ from builder.images.layout import open_layout
 from builder.reference import Digest, Platform
 from scripts.base_image import base_image as make_base_image
 from tests.images.layouts import CONFIG, INDEX, LAYER, Layout, make_layout, sha256, tar
+from tests.waiting import HANG
 
 AMD64 = Platform("linux", "amd64")
 ARM64 = Platform("linux", "arm64")
@@ -239,7 +240,7 @@ HOSTILE: dict[str, tuple[Callable[[Layout], object], str]] = {
 }
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(HANG)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_layout_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)

@@ -149,7 +149,7 @@ def test_an_upload_that_breaks_begins_anew(fake, registry, repository) -> None:
 
 def test_an_answer_that_trickles_is_given_up(fake, repository) -> None:
     fake.answer = lambda _: Reply(200, {"Content-Type": OCI_INDEX}, MANIFEST * 100, slowly=True)
-    patience = Patience(deadline=0.3)
+    patience = Patience(deadline=2)
     with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="too slow"):
         registries.for_host(fake.host).manifest(repository.tag("v1"))
     assert len(fake.asked) == 1
@@ -378,7 +378,7 @@ def test_a_download_that_is_redirected_carries_no_credential(fake, other, regist
 
 def test_a_download_that_trickles_is_given_up(fake, repository, large) -> None:
     fake.answer = lambda _: Reply(200, content=large, slowly=True)
-    patience = Patience(deadline=0.2, slowest=1e9)
+    patience = Patience(deadline=2, slowest=1e9)
     with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="too slow"):
         read(registries.for_host(fake.host), repository, large)
 
