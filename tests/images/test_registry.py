@@ -113,11 +113,12 @@ def test_what_does_not_pass_is_not_tried_again(fake, registry, repository, waits
         (Reply.error(503, "UNAVAILABLE", "in\nmaintenance"), r"503 \(UNAVAILABLE in maintenance\)"),
         (Reply.error(507, "UNKNOWN"), "disk is full"),
         (Reply.error(500, "UNKNOWN", "write /var/lib: no space left on device"), "disk is full"),
+        (Reply.error(500, "UNKNOWN", f"write /{'long' * 100}: no space left on device"), "disk is full"),
         (Reply.error(429, "TOOMANYREQUESTS"), "limits the rate"),
         (Reply(502, {"Content-Type": "text/html"}, b"<html>Bad Gateway"), "a web page"),
         (Reset(), "cannot be reached"),
     ],
-    ids=["away", "507", "full", "limited", "gateway page", "resets"],
+    ids=["away", "507", "full", "full, after a long path", "limited", "gateway page", "resets"],
 )
 def test_what_does_not_pass_in_time_is_an_error(fake, registry, repository, failure, message) -> None:
     fake.answer = lambda _: failure
