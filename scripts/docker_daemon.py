@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_START_SECONDS = 60
-_STOP_SECONDS = 30
+# A daemon answers within seconds; on busy processors within a minute.
+_START_SECONDS = 300
+_STOP_SECONDS = 60
+_ANSWER_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def _answers(address: str = "") -> bool:
     """Return whether a daemon answers at an address, or where Docker's command looks for one by itself."""
     command = ["docker", *([f"--host={address}"] if address else []), "version", "--format={{.Server.Version}}"]
     try:
-        return subprocess.run(command, check=False, capture_output=True, timeout=10).returncode == 0
+        return subprocess.run(command, check=False, capture_output=True, timeout=_ANSWER_SECONDS).returncode == 0
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -22,8 +23,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
 
-# A server answers within seconds; on two busy cores MLflow has been seen to take twenty.
-_READY_SECONDS = 120
+# A server answers within seconds; on two busy cores MLflow has been seen to take forty.
+_READY_SECONDS = 400
 _STOP_SECONDS = 10
 _POLL_SECONDS = 0.1
 
@@ -158,10 +159,15 @@ class Processes:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port of the loopback interface that nothing listens on.
+
+    It is below those that the kernel gives to connections (Linux 32768 to 60999, others higher): until the server
+    listens on it, nobody who does not ask for this very port gets it.
+    """
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", random.randrange(10_000, 32_768)))  # noqa: S311 - not a secret
+            return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

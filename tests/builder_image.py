@@ -22,6 +22,7 @@ import pytest
 
 from builder.build.failure import machine_platform
 from scripts.base_image import base_image as make_base_image
+from scripts.cache import cache_folder, locked
 from scripts.docker_daemon import Daemon
 from scripts.launch import clean_environ
 
@@ -111,7 +112,9 @@ def python_image(_docker: None, tmp_path_factory: pytest.TempPathFactory) -> str
         return named
     layout = make_base_image(["linux/amd64", "linux/arm64", "linux/arm/v7"])
     name = f"localhost/python-base:{layout.parent.name}"
-    if docker("image", "inspect", name, check=False).returncode:
+    with locked(cache_folder("tests") / "python-base"):
+        if docker("image", "inspect", name, check=False).returncode == 0:
+            return name
         archive = tmp_path_factory.mktemp("python") / "image.tar"
         subprocess.run(
             [
@@ -137,21 +140,22 @@ def image_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(context: Path, tag: str, **arguments: str) -> str:
-    """Build the builder image with Docker, and return its name."""
+    """Build the builder image with Docker, and return its digest: the tag may be another checkout's a moment later."""
     options = [f"--build-arg={name}={value}" for name, value in arguments.items()]
-    docker("build", "--quiet", "--network=host", f"--tag={tag}", *options, str(context))
-    return tag
+    # Whoever comes second finds every layer made.
+    with locked(cache_folder("tests") / tag.replace("/", "-")):
+        return docker("build", "--quiet", "--network=host", f"--tag={tag}", *options, str(context)).stdout.strip()
 
 
 @pytest.fixture(scope="session")
 def builder_image(image_context: Path, kaniko_image: str, python_image: str) -> str:
-    """Name of the builder image, with Kaniko."""
+    """The builder image, with Kaniko."""
     return build(image_context, "localhost/builder-test", KANIKO_IMAGE=kaniko_image, PYTHON_IMAGE=python_image)
 
 
 @pytest.fixture(scope="session")
 def engineless_image(image_context: Path, python_image: str) -> str:
-    """Name of the builder image without an engine."""
+    """The builder image without an engine."""
     arguments = {"KANIKO_IMAGE": "scratch", "PYTHON_IMAGE": python_image, "BUILDER_USER": "65532"}
     return build(image_context, "localhost/builder-test-engineless", **arguments)
 

@@ -6,6 +6,7 @@ import pytest
 
 from builder.crew import in_background, side_by_side
 from builder.errors import Terminated
+from tests.waiting import HANG
 
 
 def test_every_item_is_done_once():
@@ -15,7 +16,7 @@ def test_every_item_is_done_once():
 
 
 def test_an_error_is_raised_when_what_was_begun_has_ended():
-    begun, ended = threading.Barrier(2, timeout=30), []
+    begun, ended = threading.Barrier(2, timeout=HANG), []
 
     def work(number):
         if number > 1:
@@ -34,7 +35,7 @@ def test_an_error_is_raised_when_what_was_begun_has_ended():
 
 def test_a_request_to_end_waits_for_nobody():
     release = threading.Event()
-    results = side_by_side(lambda _: release.wait(30), [1], threads=1, every=0.01)
+    results = side_by_side(lambda _: release.wait(HANG), [1], threads=1, every=0.01)
     assert next(results) is None
     with pytest.raises(Terminated):
         results.throw(Terminated())
@@ -44,7 +45,7 @@ def test_a_request_to_end_waits_for_nobody():
 
 def test_those_who_wait_hear_of_it():
     release = threading.Event()
-    results = side_by_side(lambda _: release.wait(30), [1], threads=1, every=0.01)
+    results = side_by_side(lambda _: release.wait(HANG), [1], threads=1, every=0.01)
     assert next(results) is None
     release.set()
     assert [result for result in results if result is not None] == [True]
@@ -55,7 +56,7 @@ def test_tasks_in_the_background_give_their_results_in_order():
     first = threading.Event()
 
     def slow():
-        assert first.wait(30)
+        assert first.wait(HANG)
         return "slow"
 
     def quick():
@@ -71,7 +72,7 @@ def test_what_fails_beside_tasks_stops_them_and_waits_for_them():
     stop, ended = threading.Event(), []
 
     def task():
-        stop.wait(30)
+        stop.wait(HANG)
         ended.append(stop.is_set())
 
     with pytest.raises(ValueError), in_background([task, task], threads=1, stop=stop):
@@ -89,7 +90,7 @@ def test_the_error_of_a_task_is_raised_where_its_result_is_wanted():
 
 def test_a_request_to_end_does_not_wait_for_tasks():
     stop, release = threading.Event(), threading.Event()
-    with pytest.raises(Terminated), in_background([lambda: release.wait(30)], threads=1, stop=stop):
+    with pytest.raises(Terminated), in_background([lambda: release.wait(HANG)], threads=1, stop=stop):
         raise Terminated
     assert stop.is_set()
     assert not release.is_set()

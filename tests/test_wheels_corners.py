@@ -22,6 +22,7 @@ from tests.servers.forwarding import forwarding
 from tests.servers.small import CLIENT, push_base
 from tests.test_wheels_method import ROOT, run, succeeded
 from tests.versions import MLMODEL
+from tests.waiting import HANG
 
 
 def files_of(crane, reference, folder, platform="linux/amd64"):
@@ -141,17 +142,17 @@ def test_asked_to_end_it_ends_and_another_goes_on(small, small_environ, small_se
     def rule(asked):
         if asked.method in {"PUT", "POST"} and where in asked.path:
             reached.set()
-            released.wait(30)
+            released.wait(HANG)
 
     with forwarding(registry.host, rule) as proxy:
         environ = {**clean_environ(), **small_environ(model), "PYTHONPATH": str(ROOT)}
         environ["REGISTRY_URL"] = f"{proxy.host}/{model.name}"
         command = [sys.executable, "-m", "builder", "publish"]
         with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert reached.wait(30)
+            assert reached.wait(HANG)
             process.send_signal(signal.SIGTERM)
             released.set()
-            out, log = process.communicate(timeout=30)
+            out, log = process.communicate(timeout=HANG)
     assert process.returncode == 75, log
     assert out == b""
     published = publish(small_settings(model))

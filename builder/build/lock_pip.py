@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from builder.build.index import IndexClient
 from builder.build.indexes import FIRST_INDEX, Indexes
 from builder.build.locked import LockedWheel, Origin
-from builder.build.pip_for_target import ADDRESS
+from builder.build.pip_for_target import ADDRESS, UNKNOWN_PIP
 from builder.build.resolver import Question, Tool, failure, interpreter, private_folder, run_tool
 from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
-from builder.errors import BuildFailed, one_line
+from builder.errors import BuildFailed, Defect, one_line
 
 _NOT_FOUND = re.compile(
     r"Could not find a version that satisfies the requirement (.+?)(?: \(from (?!versions)[^)]*\))? "
@@ -62,6 +62,7 @@ def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[Locked
         InvalidVersion: a package requires what is at an address.
         Unsatisfiable: the requirements contradict each other or what there is.
         ServiceUnavailable, PermissionRefused, InvalidSettings, TryAgain, BuildFailed: it could not resolve.
+        Defect: the pip that is installed is not what this program knows.
     """
     with private_folder() as folder:
         requirements = folder / "requirements.txt"
@@ -112,6 +113,9 @@ def _index_lines(indexes: Indexes) -> Iterator[str]:
 
 def _error(question: Question, code: int, said: str, client: IndexClient) -> Exception:
     told = " ".join(line.removeprefix("ERROR:").strip() for line in said.splitlines() if not _NOISE.match(line)).strip()
+    if code == UNKNOWN_PIP:
+        message = f"The pip that is installed here cannot resolve for {question.platform}: {one_line(told, 200)}."
+        return Defect(message, remedy="Install the release of pip that requirements/builder.txt names.")
     if (found := _UNFIT.search(said)) and found[1].endswith(".whl"):
         return NoWheel(parse_wheel_filename(found[1])[0], question.platform)
     if found := _ADDRESS.search(said):

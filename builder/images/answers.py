@@ -80,14 +80,19 @@ class Answer:
 
 
 def told(answer: Answer) -> str:
-    """Return the status of an answer, and what the registry says about it, on one line."""
+    """Return the status of an answer, and the beginning of what the registry says about it, on one line."""
+    line = one_line(masked(_said(answer)), _MOST_TOLD)
+    return f"{answer.status} ({line})" if line else str(answer.status)
+
+
+def _said(answer: Answer) -> str:
+    """Return all that the registry says about an answer: the reason may stand behind a long path of its own."""
     said = "; ".join(f"{code} {message}".strip() for code, message in answer.errors())
     if not said and answer.is_page:
-        said = "a web page"
-    elif not said and answer.media_type.startswith(("text/", "application/json")):
-        said = answer.content[:_MOST_TOLD].decode("utf-8", "replace")
-    line = one_line(masked(said), _MOST_TOLD)
-    return f"{answer.status} ({line})" if line else str(answer.status)
+        return "a web page"
+    if not said and answer.media_type.startswith(("text/", "application/json")):
+        return answer.content[:_MOST_TOLD].decode("utf-8", "replace")
+    return said
 
 
 def refusal(what: str, answer: Answer, *, repository: str = "", credential: bool = False) -> BuilderError:
@@ -135,7 +140,7 @@ def _obstacle(answer: Answer, repository: str) -> tuple[type[BuilderError], str]
         return InvalidSettings, "The registry does not take this repository's name: see REGISTRY_URL."
     elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         return InvalidSettings, "Raise the limit of the registry or of the proxy before it."
-    elif status == HTTPStatus.INSUFFICIENT_STORAGE or any(sign in told(answer).lower() for sign in _DISK):
+    elif status == HTTPStatus.INSUFFICIENT_STORAGE or any(sign in _said(answer).lower() for sign in _DISK):
         remedy = "The registry's disk is full: make room there."
     elif status == HTTPStatus.TOO_MANY_REQUESTS:
         remedy = "The registry limits the rate of requests: try again later, or with a credential."

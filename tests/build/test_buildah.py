@@ -1,5 +1,6 @@
 """Buildah for real: what it builds is looked at in the layout, and a hostile author's RUN steps are run."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ from builder.build.process import run
 from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, ServiceUnavailable, Terminated
 from builder.reference import Platform, Repository
 from builder.settings import BuildSettings
+from tests.waiting import HANG, growing
 
 AMD64 = Platform("linux", "amd64")
 
@@ -39,7 +41,7 @@ def storage(tmp_path_factory):
 def make(tmp_path, storage):
     """Give a function that builds a Dockerfile and returns the image; what was printed is in `make.lines`."""
 
-    def build(dockerfile, *, files=None, platform=AMD64, engine=None, network=None, timeout=200, output=None, **more):
+    def build(dockerfile, *, files=None, platform=AMD64, engine=None, network=None, timeout=HANG, output=None, **more):
         context = tmp_path / "context"
         context.mkdir(exist_ok=True)
         for name, content in (files or {}).items():
@@ -167,7 +169,7 @@ def test_a_hostile_author_finds_no_secret_of_the_publisher(make, base_image, tmp
     monkeypatch.setenv("HOME", str(docker.parent))
     # A process of the user that a step can become is the one whose environment the kernel would show it.
     user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-    bystander = subprocess.Popen(["sleep", "300"], env={"PATH": os.environ["PATH"], "X": "publisher-secret"}, **user)
+    bystander = subprocess.Popen(["sleep", "6000"], env={"PATH": os.environ["PATH"], "X": "publisher-secret"}, **user)
     escape = "import os; os.mkdir('/x'); os.chroot('/x'); os.chdir('../../../../../..'); os.chroot('.')"
     try:
         make(
@@ -294,8 +296,11 @@ def test_a_platform_that_cannot_be_run_is_named_with_the_ways_out(make):
 
 
 def test_a_timeout_names_the_setting_and_leaves_no_container(make, base_image, storage):
-    with pytest.raises(BuildFailed, match="BUILD_TIMEOUT"):
-        make(f"FROM {base_image}\nRUN sleep 300\n", timeout=6)
+    for seconds in growing(6):
+        with pytest.raises(BuildFailed, match="BUILD_TIMEOUT"):
+            make(f"FROM {base_image}\nRUN echo in the step; sleep 6000\n", timeout=seconds)
+        if "in the step" in make.lines:
+            break
     assert containers(storage) == []
 
 
@@ -305,13 +310,16 @@ def test_termination_ends_the_build_and_leaves_no_container(make, base_image, st
             raise Terminated
 
     with pytest.raises(Terminated):
-        make(f"FROM {base_image}\nRUN echo in the step; sleep 300\n", output=output)
+        make(f"FROM {base_image}\nRUN echo in the step; sleep 6000\n", output=output)
     assert containers(storage) == []
-    assert not [
-        pid
-        for pid in Path("/proc").glob("[0-9]*/cmdline")
-        if str(storage) in pid.read_text(errors="replace") and "build" in pid.read_text(errors="replace")
-    ]
+    assert not [command for command in commands() if str(storage) in command and "build" in command]
+
+
+def commands():
+    """Yield the command lines of all processes."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            yield path.read_text(errors="replace")
 
 
 def containers(storage):
@@ -372,6 +380,6 @@ def test_the_apt_section_that_the_readme_warned_of_builds(make, base_image, mach
         "    && apt-get clean \\\n"
         "    && rm -rf /var/lib/apt/lists/*\n",
         network=machine_network,
-        timeout=500,
+        timeout=2 * HANG,
     )
     assert "usr/bin/curl" in image.entries()

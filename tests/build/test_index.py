@@ -20,8 +20,9 @@ from builder.errors import BuilderError, InvalidSettings, PermissionRefused, Ser
 from builder.images.retry import Patience
 from tests.build.package_index import make_wheel, running
 from tests.servers.certificates import for_loopback, self_signed
+from tests.waiting import HANG
 
-QUICK = Patience(attempts=4, first=0.001, longest=0.01, deadline=20)
+QUICK = Patience(attempts=4, first=0.001, longest=0.01, deadline=HANG)
 PADDING = bytes(range(256)) * 4096
 
 

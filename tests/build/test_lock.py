@@ -1,6 +1,7 @@
 """Locks of real environments, and of the indexes that people have."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,16 +21,18 @@ from builder.build.process import run
 from builder.build.requirements import Requirements
 from builder.build.resolver import private_folder
 from builder.build.serving import for_serving
+from builder.build.tags import marker_environment
 from builder.build.unsatisfied import NoWheel, Unsatisfiable
-from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
+from builder.errors import BuildFailed, Defect, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
 from builder.images.retry import Patience
 from builder.reference import Platform
 from tests.build.package_index import machine_indexes, make_wheel, running
 from tests.servers.certificates import for_loopback, self_signed
+from tests.waiting import HANG
 
 AMD64, ARM64, ARMV7, S390X = (Platform.parse(f"linux/{name}") for name in ("amd64", "arm64", "arm/v7", "s390x"))
 GLIBC = (2, 36)
-QUICK = Patience(attempts=2, first=0.001, longest=0.01, deadline=20)
+QUICK = Patience(attempts=2, first=0.001, longest=0.01, deadline=HANG)
 NOON = datetime(2024, 6, 1, 12, tzinfo=UTC)
 # uv resolves for the first, pip for the second.
 BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
@@ -507,11 +510,46 @@ def test_uv_s_file_names_the_indexes_in_order(index):
 
 
 def test_pip_sees_the_target_s_markers():
-    environment = {"platform_machine": "armv7l"}
+    environment = marker_environment(ARMV7, "3.11")
     done = subprocess.run(
-        [sys.executable, "-m", "builder.build.pip_for_target", json.dumps(environment), "--version"],
+        [sys.executable, "-m", "builder.build.pip_for_target", json.dumps(environment), "inspect"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("pip ")
+    assert json.loads(done.stdout)["environment"] == environment
+
+
+# What a release of pip may have changed, and what is then said.
+CHANGES = {
+    "del markers.default_environment": "packaging.markers has no function default_environment",
+    "markers.Marker.evaluate = lambda *_: False": "Marker.evaluate does not ask default_environment",
+    "del constructors.install_req_from_req_string": "no attribute 'install_req_from_req_string'",
+    "del req_command.install_req_from_req_string": "req_command has no function install_req_from_req_string",
+    "req_command.RequirementCommand.make_resolver = lambda: 1": "does not use install_req_from_req_string",
+    "req_install.InstallRequirement.link = property(lambda _: None, lambda *_: None)": "does not know the requirement's address",
+    "del sdist.SourceDistribution.prepare_distribution_metadata": "has no function prepare_distribution_metadata",
+    "prepare._get_prepared_distribution = lambda: 1": "does not use prepare_distribution_metadata",
+    "distributions.make_distribution_for_install_requirement = lambda: 1": "does not use SourceDistribution",
+    "del exceptions.InstallationError": "cannot import name 'InstallationError'",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_pip_is_not_used(index, change):
+    code = (
+        "import sys\nfrom pip._vendor.packaging import markers\nfrom pip._internal import distributions, exceptions\n"
+        "from pip._internal.cli import req_command\nfrom pip._internal.distributions import sdist\n"
+        "from pip._internal.operations import prepare\nfrom pip._internal.req import constructors, req_install\n"
+        f"{change}\nfrom builder.build import pip_for_target\nsys.exit(pip_for_target.main(sys.argv[1:]))"
+    )
+
+    def changed(argv, **options):
+        at = argv.index("-m")
+        return run([*argv[:at], "-c", code, *argv[at + 2 :]], **options)
+
+    before = len(index.requests)
+    with pytest.raises(Defect, match=f"pip that is installed here.*{re.escape(CHANGES[change])}") as caught:
+        locked("lib", indexes=asked(index), platform=ARMV7, runner=changed)
+    assert "requirements/builder.txt" in caught.value.remedy
+    assert len(index.requests) == before

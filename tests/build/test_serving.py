@@ -19,6 +19,7 @@ from builder.build.lock import lock
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving
 from tests.build.package_index import machine_indexes
+from tests.waiting import HANG
 
 ASGI = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
 WSGI = ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
@@ -214,7 +215,7 @@ def test_a_model_is_served_with_no_more_than_what_is_locked(wheels, tmp_path, ml
         with ThreadPoolExecutor(2) as pool:
             # The socket listens already, so that the request waits for the server, and for its end if it dies.
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
-            answer = pool.submit(httpx.post, url, json={"dataframe_split": ROWS}, timeout=90)
+            answer = pool.submit(httpx.post, url, json={"dataframe_split": ROWS}, timeout=HANG)
             ended = pool.submit(server.wait)
             try:
                 wait([answer, ended], return_when=FIRST_COMPLETED)

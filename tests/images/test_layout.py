@@ -12,11 +12,12 @@ import pytest
 
 from builder.errors import BuildFailed
 from builder.images import files
-from builder.images.blob import BytesBlob, LayoutBlob, check, verified
+from builder.images.blob import LayoutBlob, check, verified
 from builder.images.layout import open_layout
 from builder.reference import Digest, Platform
 from scripts.base_image import base_image as make_base_image
 from tests.images.layouts import CONFIG, INDEX, LAYER, Layout, make_layout, sha256, tar
+from tests.waiting import HANG
 
 AMD64 = Platform("linux", "amd64")
 ARM64 = Platform("linux", "arm64")
@@ -239,7 +240,7 @@ HOSTILE: dict[str, tuple[Callable[[Layout], object], str]] = {
 }
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(HANG)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_layout_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)
@@ -360,5 +361,14 @@ def test_the_last_bytes_are_given_only_when_all_is_right(size: int, tmp_path: Pa
         assert len(b"".join(given)) < size
 
 
-def test_check_reads_to_the_end() -> None:
-    check(BytesBlob(b"content"))
+@pytest.mark.parametrize("last", [True, False])
+def test_check_reads_to_the_end(last: bool, tmp_path: Path) -> None:
+    content = os.urandom(2 * files.CHUNK + 1)
+    layout = make_layout(tmp_path / "layout")
+    layout.blob(content)
+    blob = LayoutBlob(layout=layout.folder, digest=Digest.of(content), size=len(content))
+    check(blob)
+    changed = content[:-1] + bytes([content[-1] ^ 1]) if last else bytes([content[0] ^ 1]) + content[1:]
+    (layout.folder / "blobs/sha256" / blob.digest.hex).write_bytes(changed)
+    with pytest.raises(BuildFailed, match="holds something else"):
+        check(blob)

@@ -31,9 +31,10 @@ from builder.reference import Digest, Platform, Reference, Repository
 from scripts.launch import clean_environ
 from tests.images.layouts import make_layout, tar
 from tests.servers.registries import RegistryServer, run_registry
+from tests.waiting import HANG
 
 AMD64, ARM64, ARM = Platform("linux", "amd64"), Platform("linux", "arm64"), Platform("linux", "arm", "v7")
-QUICK = Patience(attempts=3, first=0.01, longest=0.05, deadline=20)
+QUICK = Patience(attempts=3, first=0.01, longest=0.05, deadline=HANG)
 CREATED = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 SOURCE = "ab" * 32
 KINDS = ["registry", "registry_v3", "basic_registry", "token_registry", "tls_registry"]

@@ -113,11 +113,12 @@ def test_what_does_not_pass_is_not_tried_again(fake, registry, repository, waits
         (Reply.error(503, "UNAVAILABLE", "in\nmaintenance"), r"503 \(UNAVAILABLE in maintenance\)"),
         (Reply.error(507, "UNKNOWN"), "disk is full"),
         (Reply.error(500, "UNKNOWN", "write /var/lib: no space left on device"), "disk is full"),
+        (Reply.error(500, "UNKNOWN", f"write /{'long' * 100}: no space left on device"), "disk is full"),
         (Reply.error(429, "TOOMANYREQUESTS"), "limits the rate"),
         (Reply(502, {"Content-Type": "text/html"}, b"<html>Bad Gateway"), "a web page"),
         (Reset(), "cannot be reached"),
     ],
-    ids=["away", "507", "full", "limited", "gateway page", "resets"],
+    ids=["away", "507", "full", "full, after a long path", "limited", "gateway page", "resets"],
 )
 def test_what_does_not_pass_in_time_is_an_error(fake, registry, repository, failure, message) -> None:
     fake.answer = lambda _: failure
@@ -149,7 +150,7 @@ def test_an_upload_that_breaks_begins_anew(fake, registry, repository) -> None:
 
 def test_an_answer_that_trickles_is_given_up(fake, repository) -> None:
     fake.answer = lambda _: Reply(200, {"Content-Type": OCI_INDEX}, MANIFEST * 100, slowly=True)
-    patience = Patience(deadline=0.3)
+    patience = Patience(deadline=2)
     with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="too slow"):
         registries.for_host(fake.host).manifest(repository.tag("v1"))
     assert len(fake.asked) == 1
@@ -378,7 +379,7 @@ def test_a_download_that_is_redirected_carries_no_credential(fake, other, regist
 
 def test_a_download_that_trickles_is_given_up(fake, repository, large) -> None:
     fake.answer = lambda _: Reply(200, content=large, slowly=True)
-    patience = Patience(deadline=0.2, slowest=1e9)
+    patience = Patience(deadline=2, slowest=1e9)
     with Registries(patience=patience) as registries, pytest.raises(ServiceUnavailable, match="too slow"):
         read(registries.for_host(fake.host), repository, large)
 

@@ -13,6 +13,7 @@ from builder.models import context as module
 from builder.models.catalog import Artifact
 from builder.models.context import content_digest, listing_digest, sketch_context, write_context
 from builder.models.version import ModelVersion
+from tests.waiting import HANG
 
 
 class Store:
@@ -127,7 +128,7 @@ def test_what_another_version_left_is_not_taken_up(store, tmp_path):
 
 
 def test_files_come_side_by_side(store, tmp_path):
-    together = threading.Barrier(4, timeout=30)
+    together = threading.Barrier(4, timeout=HANG)
     inner = store.download
 
     def meet(artifact, destination):

@@ -18,6 +18,7 @@ from builder.models.mlflow_catalog import MlflowCatalog
 from builder.rendering import rendered
 from builder.settings import CatalogSettings
 from tests.models.models import TARGET
+from tests.waiting import HANG
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "register_and_publish.ipynb"
@@ -28,7 +29,7 @@ def executed(monkeypatch, **environ):
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
+        notebook, timeout=HANG, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
     )
     client.execute(env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)})
     return notebook
@@ -65,7 +66,9 @@ def prediction(context):
             line = client.stdout.readline()
             assert line.startswith("listening on port "), client.communicate()[1]
             rows = json.dumps({"rows": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}).encode()
-            with urllib.request.urlopen(f"http://127.0.0.1:{line.split()[-1]}/invocations", rows, timeout=60) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{line.split()[-1]}/invocations", rows, timeout=HANG
+            ) as answer:
                 return json.load(answer)
         finally:
             client.kill()

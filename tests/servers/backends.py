@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,9 +16,28 @@ from scripts.launch import Launcher, Processes
 CHOICES = ("auto", "containers", "processes")
 
 
+_SHARED = pytest.StashKey[Daemon | None]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Hand on a daemon to a worker of pytest-xdist: one of each would be several times the memory and the start."""
+    config = node.config
+    if _SHARED not in config.stash:
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        config.stash[_SHARED] = stack.enter_context(find_or_start())
+    daemon = config.stash[_SHARED]
+    node.workerinput["docker_daemon"] = daemon and {"environ": daemon.environ, "own": daemon.own}
+
+
 @pytest.fixture(scope="session")
-def docker_daemon() -> Iterator[Daemon | None]:
+def docker_daemon(request: pytest.FixtureRequest) -> Iterator[Daemon | None]:
     """A Docker daemon that answers; its `environ` leads Docker's own programs to it. None where there is none."""
+    handed = getattr(request.config, "workerinput", {})
+    if "docker_daemon" in handed:
+        yield handed["docker_daemon"] and Daemon(**handed["docker_daemon"])
+        return
     with find_or_start() as daemon:
         yield daemon
 

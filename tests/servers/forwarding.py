@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.waiting import HANG
+
 _HOP = frozenset({"connection", "transfer-encoding", "keep-alive"})
 _CHUNK = 1 << 20
 
@@ -132,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.forwarding.seen.append(Seen(method=self.command, path=self.path, sent=sent, status=status))
 
     def _forward(self, path, body, length):
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
+        connection = http.client.HTTPConnection(self.server.upstream, timeout=HANG)
         try:
             connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
