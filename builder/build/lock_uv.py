@@ -89,8 +89,7 @@ def resolve(question: Question, tool: Tool) -> tuple[LockedWheel, ...]:
             *(["--system-certs"] if tool.indexes.ca_bundle is None else []),
             str(folder / "requirements.txt"),
         ]
-        bundle = {"SSL_CERT_FILE": str(tool.indexes.ca_bundle)} if tool.indexes.ca_bundle else {}
-        code, said = run_tool("uv", argv, tool=tool, folder=folder, env={"UV_KEYRING_PROVIDER": "disabled", **bundle})
+        code, said = run_tool("uv", argv, tool=tool, folder=folder, env={"UV_KEYRING_PROVIDER": "disabled"})
         if files := _MISSING_TIME.findall(said):
             raise MissingTimes(frozenset(_projects(files)))
         if code:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,9 @@ from builder.reference import Platform
 _log = get_logger("lock")
 CREDENTIAL = "Put the credential into the index's address (PIP_INDEX_URL, UV_INDEX, pip.conf) or into netrc."
 _MOST_LINES = 200
-_CERTIFICATE = re.compile(r"invalid peer certificate|certificate[ _]verify[ _]failed", re.IGNORECASE)
+_CERTIFICATE = re.compile(
+    r"invalid peer certificate|certificate[ _]verify[ _]failed|No CA certificates were loaded", re.IGNORECASE
+)
 _REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden|Client Error)|valid authentication credentials")
 _AWAY = re.compile(
     r"error sending request|connection (?:refused|reset|timed out)|dns error|timed out|status server error|"
@@ -127,14 +130,25 @@ def run_tool(
     proxies = {key: value for name_, value in tool.indexes.proxies.items() for key in (name_, name_.lower())}
     netrc = {"NETRC": str(tool.indexes.netrc)} if tool.indexes.netrc else {}
     common = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
+    variables = {**common, **_authorities(tool.indexes), **proxies, **netrc, **env}
     try:
-        code = tool.runner(
-            argv, env={**common, **proxies, **netrc, **env}, cwd=folder, timeout=tool.timeout, output=output, name=name
-        )
+        code = tool.runner(argv, env=variables, cwd=folder, timeout=tool.timeout, output=output, name=name)
     except BuildFailed as error:
         remedy = "Raise BUILD_TIMEOUT, or see that the package index answers." if "longer" in error.what else ""
         raise BuildFailed(error.what, remedy=remedy or "Install the builder with all its dependencies.") from error
     return code, "\n".join(said)
+
+
+def _authorities(indexes: Indexes) -> dict[str, str]:
+    """Return the variables that name the authorities to trust: the settings' bundle, else what we trust ourselves.
+
+    In the builder image that is a folder of its own, which neither uv nor pip would look into.
+    """
+    if indexes.ca_bundle:
+        return {"SSL_CERT_FILE": str(indexes.ca_bundle)}
+    ours = ssl.get_default_verify_paths()
+    named = {"SSL_CERT_FILE": ours.cafile, "SSL_CERT_DIR": ours.capath}
+    return {name: path for name, path in named.items() if path}
 
 
 def _clean(line: str, indexes: Indexes) -> str:
