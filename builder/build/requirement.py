@@ -15,12 +15,13 @@ from urllib.parse import unquote, urlsplit
 from packaging.markers import InvalidMarker, Marker, UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name
 from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
 from builder.build.address import Ambiguous, canonical
 from builder.build.beneath import SAFE_PATH
+from builder.build.wheel_name import parse_wheel_name
 from builder.errors import one_line
 
 WHEELS_ONLY = "only wheels are installed here; build a wheel of it and log that with the model"
@@ -227,10 +228,8 @@ def _wheel_name(path: str) -> str:
         message = f"it is no wheel; {WHEELS_ONLY}"
         raise Unusable(message)
     try:
-        if _NUMBER.search(name):
-            raise InvalidWheelFilename  # noqa: TRY301  # one place says what a bad name is
-        return parse_wheel_filename(name)[0]
-    except (InvalidWheelFilename, NotAVersion) as error:
+        return parse_wheel_name(name)[0]
+    except InvalidWheelFilename as error:
         message = "it has no wheel's name, which is name-version-python-abi-platform.whl"
         raise Unusable(message) from error
 

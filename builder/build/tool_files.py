@@ -19,6 +19,7 @@ _WORD = re.compile(r"(?:[A-Za-z0-9._~+,=:@!*()/?&\[\]-]|%[0-9A-Fa-f]{2})+")
 _OPTION = re.compile(r"--[a-z]+(?:-[a-z]+)*")
 _SPECIFIER = re.compile(r"(?:(?:===?|[~!<>]=|[<>])[A-Za-z0-9.!+*_-]+(?:,(?!$)|$))*")
 _LOCATION = re.compile(r"file:///(?:[A-Za-z0-9._~/-]|%[0-9A-F]{2})+\.whl")
+_REQUIREMENTS = "a requirements file"
 _KEY = re.compile(r"[a-z]+(?:-[a-z]+)*")
 _STRING = re.compile(r"[ -~]*")
 
@@ -33,8 +34,8 @@ def option_line(option: str, value: str = "") -> str:
     Raises:
         Defect: pip could read it as something else.
     """
-    if not _OPTION.fullmatch(option) or (value and (value.startswith("-") or not _WORD.fullmatch(value))):
-        raise _unwritable(f"the value of {option[:40]!r}", "a requirements file")
+    plain = not value or (not value.startswith("-") and _WORD.fullmatch(value))
+    _require(_OPTION.fullmatch(option) and plain, _REQUIREMENTS)
     return f"{option} {value}".strip()
 
 
@@ -50,15 +51,11 @@ def requirement_line(required: Required, location: str = "") -> str:
     Raises:
         Defect: a resolver could read it as something else, or would have to go to an address.
     """
-    what = "a requirement"
-    if not NAME.fullmatch(required.name) or not all(NAME.fullmatch(extra) for extra in required.extras):
-        raise _unwritable(what, "a requirements file")
-    if (required.url or required.path) and not location:
-        raise _unwritable("a wheel that is not on this machine", "a requirements file")
-    if location and not _LOCATION.fullmatch(location):
-        raise _unwritable("the place of a wheel", "a requirements file")
-    if not location and not _SPECIFIER.fullmatch(required.specifier):
-        raise _unwritable(f"the versions of {required.name}", "a requirements file")
+    _require(all(NAME.fullmatch(name) for name in (required.name, *required.extras)), _REQUIREMENTS)
+    if location:
+        _require(_LOCATION.fullmatch(location), _REQUIREMENTS)
+    else:
+        _require(not required.url and not required.path and _SPECIFIER.fullmatch(required.specifier), _REQUIREMENTS)
     extras = f"[{','.join(required.extras)}]" if required.extras else ""
     return f"{required.name}{extras}{f' @ {location}' if location else required.specifier}"
 
@@ -68,7 +65,9 @@ def lines_of(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def toml_of(values: Mapping[str, bool | str | Sequence[str]], tables: Iterable[tuple[str, Mapping[str, bool | str]]]) -> str:
+def toml_of(
+    values: Mapping[str, bool | str | Sequence[str]], tables: Iterable[tuple[str, Mapping[str, bool | str]]]
+) -> str:
     """Return the text of a TOML file.
 
     Args:
@@ -85,20 +84,19 @@ def toml_of(values: Mapping[str, bool | str | Sequence[str]], tables: Iterable[t
 
 
 def _key(text: str) -> str:
-    if not _KEY.fullmatch(text):
-        raise _unwritable("a key", "TOML")
+    _require(_KEY.fullmatch(text), "a TOML file")
     return text
 
 
 def _toml(value: bool | str | Sequence[str]) -> str:
     strings = [] if isinstance(value, bool) else [value] if isinstance(value, str) else value
-    if not all(_STRING.fullmatch(text) for text in strings):
-        raise _unwritable("a value", "TOML")
+    _require(all(_STRING.fullmatch(text) for text in strings), "a TOML file")
     # Of printable ASCII, JSON's booleans, strings and lists are TOML's (https://toml.io/en/v1.0.0#string).
     return json.dumps(value if isinstance(value, (bool, str)) else list(value))
 
 
-def _unwritable(what: str, where: str) -> Defect:
-    """Return the error for a value, which is not shown: it may hold a credential, or what an author wants to be read."""
-    message = f"{what} cannot be written into {where} so that it can be read in one way only."
-    return Defect(message[0].upper() + message[1:], remedy="Please report it with the model's requirements.")
+def _require(holds: object, where: str) -> None:
+    """Raise Defect unless a value is plain. It is not shown: it may hold a credential, or what an author wants read."""
+    if not holds:
+        message = f"A value cannot be written into {where} in such a way that it is read in one way only."
+        raise Defect(message, remedy="Please report it with the model's requirements.")
