@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 REQUIREMENTS = "requirements.txt"
 _LIMIT = 1 << 20
 _PYTHON = re.compile(r"^[ \t-]*(?:python|python_version)[ \t]*[:=][ \t=]*['\"]?(3\.[0-9]{1,2})(?![0-9])", re.MULTILINE)
-_MLFLOW = re.compile(r"^mlflow_version:[ \t]*['\"]?([0-9]+(?:\.[0-9]+)+)['\"]?[ \t\r]*$", re.MULTILINE)
-_PINNED = re.compile(r"==\s*([0-9]+(?:\.[0-9]+)+)")
+# A release as MLflow writes it: Python reads no number of more than 4,300 digits, and no release has a long one.
+_RELEASE = r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}"
+MLFLOW_VERSION = re.compile(rf"^mlflow_version:[ \t]*['\"]?({_RELEASE})['\"]?[ \t\r]*$", re.MULTILINE)
+_PINNED = re.compile(rf"==\s*({_RELEASE})(?![0-9])")
+# The most words of requirements.txt that are looked for in the model folder.
+_MOST_WORDS = 20_000
 _REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
 # From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
 _FIRST_ASGI = (2, 21)
@@ -48,7 +52,7 @@ class Environment:
         """Return the environment of the model in `context / model_folder`; files that are not there tell nothing.
 
         Raises:
-            InvalidVersion: a file is a link, larger than 1 MiB, or requirements.txt is not UTF-8.
+            InvalidVersion: a file is a link, larger than 1 MiB, or requirements.txt is not UTF-8 or has too many words.
         """
 
         def text(name: str) -> str:
@@ -69,7 +73,7 @@ class Environment:
         except UnicodeDecodeError as error:
             message = f"{model_folder}/{REQUIREMENTS} is not UTF-8."
             raise InvalidVersion(message, remedy="Log the model again with a requirements.txt in UTF-8.") from error
-        logged = _MLFLOW.search(model)
+        logged = MLFLOW_VERSION.search(model)
         server, needs = _scoring_server(lines, logged[1] if logged else "")
         return cls(
             python_version=python,
@@ -89,9 +93,16 @@ def _requirement_lines(text: str) -> list[str]:
 def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
     """Return the paths that requirement lines name and that stand in the model folder, each once, in order."""
     found: dict[str, None] = {}
+    seen: set[str] = set()
     for line in lines:
         for word in re.split(r"[\s=]+|(?<=^-[rce])|file:(?://)?", line):
             path = (word or "").removeprefix("./").rstrip("/")
+            if path in seen:
+                continue
+            seen.add(path)
+            if len(seen) > _MOST_WORDS:
+                message = f"{model_folder}/{REQUIREMENTS} has more than {_MOST_WORDS:,} different words."
+                raise InvalidVersion(message, remedy="Log the model again with the requirements that it needs.")
             if (
                 path not in {"", REQUIREMENTS}
                 and SAFE_PATH.fullmatch(path)

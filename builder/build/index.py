@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from builder.build.index_download import Progress, WheelNotFound, digest, save
+from builder.build.address import origin_of
+from builder.build.index_download import Progress, WheelNotFound, digest, fetch, save
 from builder.build.index_http import ABSENT, Session, check, chunks, host_of, strange
 from builder.build.index_page import ACCEPT, IndexFile, NoPage, of_project, parse_page
 from builder.build.indexes import FIRST_INDEX, Indexes, IndexUrl, built_in_index
@@ -89,7 +90,32 @@ class IndexClient:
             with self._lock:
                 self._pages[key] = files
         files = self._pages[key]
+        if files and index.of_model:
+            # Its links may lead to where a credential of ours would be sent, and the content into the author's image.
+            files = tuple(file for file in files if self._is_own(index, file.url))
         return files if files is None else of_project(files, project)
+
+    def is_listed(self, wheel: LockedWheel) -> bool:
+        """Return whether an index may have said where a wheel is: one of a model may not say it of a place of ours.
+
+        Raises:
+            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be asked.
+        """
+        url = wheel.url or ""
+        if not any(index.of_model for index in self.asked) or self._indexes.credential(url) is None:
+            return True
+        return any(
+            origin_of(url) == origin_of(index.url)
+            if index.of_model
+            else any(
+                file.filename == wheel.filename and origin_of(file.url) == origin_of(url)
+                for file in self.page(index, wheel.name) or ()
+            )
+            for index in self.asked
+        )
+
+    def _is_own(self, index: IndexUrl, url: str) -> bool:
+        return origin_of(url) == origin_of(index.url) or self._indexes.credential(url) is None
 
     def find(self, wheel: LockedWheel) -> IndexFile:
         """Return where a wheel is, and what the index says of it.
@@ -144,6 +170,21 @@ class IndexClient:
             moved = wheel.model_copy(update={"url": None})
             file = self.find(moved)
             save(self._session, moved, file, destination, patience=self._patience, progress=progress)
+
+    def fetch(self, filename: str, url: str, destination: Path) -> None:
+        """Write the wheel of an address, of which nothing is known, to `destination`.
+
+        Args:
+            filename: its name, for messages.
+            url: where it is.
+            destination: a file that is not there; its folder is.
+
+        Raises:
+            WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had.
+            InvalidVersion: it is too large.
+            TryAgain: the disk is full.
+        """
+        fetch(self._session, filename, url, destination, patience=self._patience)
 
     def digest(self, filename: str, url: str) -> tuple[str, int]:
         """Return the SHA-256 and the size of a file, which is read for that and not kept.

@@ -18,10 +18,12 @@ import httpx
 from builder.build.index_http import ABSENT, Later, Session, away, check, chunks, host_of
 from builder.build.index_page import IndexFile
 from builder.build.locked import LockedWheel
-from builder.errors import BuildFailed, ServiceUnavailable, TryAgain
+from builder.errors import BuildFailed, InvalidVersion, ServiceUnavailable, TryAgain
 from builder.images.retry import Patience, patiently
 
 _CHUNK = 1 << 18
+# Of a wheel of which no index says the size; the largest that people install have two thirds of it.
+_MOST_BYTES = 4 << 30
 
 # Told how many bytes have arrived since it was told last; fewer than none where a download begins again.
 Progress = Callable[[int], None]
@@ -61,7 +63,7 @@ def save(
     """
     part = destination.with_name(f".{destination.name[:80]}.{uuid4().hex}.part")
     try:
-        with _on_disk(wheel), part.open("xb+", buffering=0) as content:
+        with _on_disk(wheel.filename), part.open("xb+", buffering=0) as content:
             size = file.size if file.size is not None else wheel.size
             target = _Target(wheel.filename, content, size=size, sha256=wheel.sha256, progress=progress)
             if file.url.startswith("file:"):
@@ -92,6 +94,24 @@ def digest(session: Session, filename: str, url: str, *, patience: Patience) -> 
         else:
             patiently(f"reading {filename}", lambda until: _receive(session, url, target, until), patience=patience)
         return target.digest, target.written
+
+
+def fetch(session: Session, filename: str, url: str, destination: Path, *, patience: Patience) -> None:
+    """Write a file of which only the address is known to `destination`, which is not there yet.
+
+    Raises:
+        WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had.
+        InvalidVersion: it is larger than any wheel.
+        TryAgain: the disk is full.
+    """
+    with _on_disk(filename), destination.open("xb", buffering=0) as content:
+        target = _Target(filename, content, most=_MOST_BYTES)
+        patiently(
+            f"the download of {filename}",
+            lambda until: _receive(session, url, target, until),
+            patience=patience,
+            seconds=patience.seconds_for(_MOST_BYTES >> 3),
+        )
 
 
 def _receive(session: Session, url: str, target: _Target, until: float) -> None:
@@ -138,9 +158,11 @@ class _Target:
         *,
         size: int | None = None,
         sha256: str = "",
+        most: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.name, self.size, self.written = name, size, 0
+        self._most = most
         self._sha256, self._content, self._progress = sha256, content, progress
         self._hash = hashlib.sha256()
 
@@ -154,8 +176,12 @@ class _Target:
 
         Raises:
             WheelMismatch: there are more than there should be.
+            InvalidVersion: there are more than any wheel has.
         """
         self.written += len(chunk)
+        if self._most is not None and self.written > self._most:
+            message = f"The wheel {self.name} is larger than {self._most:,} bytes."
+            raise InvalidVersion(message, remedy="Name another one in the model's requirements.")
         if self.size is not None and self.written > self.size:
             how = f"is larger than the {self.size:,} bytes that it should have"
             raise self._mismatch(how)
@@ -202,11 +228,11 @@ def _copy(url: str, target: _Target) -> None:
 
 
 @contextmanager
-def _on_disk(wheel: LockedWheel) -> Iterator[None]:
+def _on_disk(filename: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"The wheel {wheel.filename} cannot be written: {error.strerror or error}."
+        message = f"The wheel {filename} cannot be written: {error.strerror or error}."
         raise TryAgain(message, remedy="Free space in the temporary folder, or name a larger one in TMPDIR.") from error
 
 

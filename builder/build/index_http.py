@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 
 from builder import __version__
+from builder.build.address import linked, origin_of
 from builder.build.indexes import Indexes
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, cause_of, one_line
 from builder.images.hosts import proxy_for
@@ -57,13 +58,17 @@ class Session:
     def answer(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
         """Yield the answer to a GET after redirects; the credential goes to its own origin and nowhere else.
 
+        Where the first address is not at an origin of the settings, a redirect to another origin gets none at all: its
+        server would otherwise say what is asked elsewhere with our credential.
+
         Raises:
             Later: there was none, in a way that may pass.
             ServiceUnavailable, InvalidSettings: there was none, or a redirect that is not followed.
         """
+        begun, own = origin_of(url), self._indexes.is_settings_own(url)
         for _ in range(_MOST_STEPS):
             self._indexes.check(url)
-            credential = self._indexes.credential(url)
+            credential = self._indexes.credential(url) if own or origin_of(url) == begun else None
             auth = httpx.BasicAuth(*credential) if credential else None
             try:
                 request = self._client.build_request("GET", url, headers=dict(headers))
@@ -76,11 +81,11 @@ class Session:
                 if response.status_code not in _REDIRECTS or "Location" not in response.headers:
                     yield response
                     return
-                target = urljoin(str(response.url), response.headers["Location"])
+                target = linked(str(response.url), response.headers["Location"])
             finally:
                 response.close()
-            if urlsplit(target).scheme not in {"https", urlsplit(url).scheme} or "@" in urlsplit(target).netloc:
-                raise strange(url, "with a redirect away from https, or to an address with a credential")
+            if target is None or urlsplit(target).scheme not in {"https", urlsplit(url).scheme}:
+                raise strange(url, "with a redirect away from https, or to an address that can be read in two ways")
             url = target
         raise strange(url, "with too many redirects")
 

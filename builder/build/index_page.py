@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from packaging.utils import (
     InvalidSdistFilename,
     InvalidWheelFilename,
     canonicalize_name,
     parse_sdist_filename,
-    parse_wheel_filename,
 )
 from packaging.version import Version
 
+from builder.build.address import linked
+from builder.build.wheel_name import parse_wheel_name
+
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _JSON = "application/vnd.pypi.simple.v1+json"
+_LONGEST_NAME = 255
 _SHA256 = re.compile(r"(?:^|&)sha256=([0-9a-fA-F]{64})(?:&|$)")
 
 
@@ -54,8 +57,8 @@ class IndexFile:
         """The project's normal name and the version, as the file's name has them; None where it has neither."""
         try:
             if self.filename.endswith(".whl"):
-                return parse_wheel_filename(self.filename)[:2]
-            return parse_sdist_filename(self.filename)
+                return parse_wheel_name(self.filename)[:2]
+            return parse_sdist_filename(self.filename[:_LONGEST_NAME])
         except (InvalidWheelFilename, InvalidSdistFilename):
             return None
 
@@ -91,7 +94,7 @@ def _from_json(content: bytes, url: str) -> tuple[IndexFile, ...]:
 
 def _from_entry(entry: Any, url: str) -> IndexFile | None:  # JSON holds anything
     hashes, size, uploaded = entry.get("hashes") or {}, entry.get("size"), entry.get("upload-time")
-    address = _address(url, entry["url"])
+    address = linked(url, entry["url"])
     if address is None:
         return None
     digest = str(hashes.get("sha256", "")).lower()
@@ -110,19 +113,6 @@ def _moment(text: str) -> datetime | None:
     except ValueError:
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _address(base: str, link: str) -> str | None:
-    """Return a link's whole address without its fragment and without a credential; None where it is not http."""
-    try:
-        parts = urlsplit(urljoin(base, link))
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return None
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        return None
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return parts._replace(netloc=f"{host}{port}", fragment="").geturl()
 
 
 class _Links(HTMLParser):
@@ -144,10 +134,10 @@ class _Links(HTMLParser):
 def _from_html(text: str, url: str) -> tuple[IndexFile, ...]:
     parser = _Links()
     parser.feed(text)
-    base = urljoin(url, parser.base) if parser.base else url
+    base = (linked(url, parser.base) if parser.base else None) or url
     found = []
     for link in parser.links:
-        address = _address(base, link)
+        address = linked(base, link)
         if address is None:
             continue
         digest = _SHA256.search(link.partition("#")[2])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from builder.build.address import Origin, is_within, linked, origin_of
 from builder.build.pip_config import certificate, pip_options
 from builder.errors import InvalidSettings
 from builder.images.hosts import is_loopback, is_named
@@ -23,9 +24,11 @@ FIRST_INDEX = "first-index"
 STRATEGIES = frozenset({FIRST_INDEX, "unsafe-first-match", "unsafe-best-match"})
 # UV_INDEX may give an index a name, as in `name=https://…`.
 _NAMED = re.compile(r"^[A-Za-z0-9._-]+=(?=[a-z]+://)")
-_HOST = re.compile(r"[A-Za-z0-9._:-]+")
-_PRINTABLE = re.compile(r"[!-~]+")
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+_SCHEME = re.compile(r"https?://", re.IGNORECASE)
+# The characters of an index's address that no file which names it could take for its own.
+_WRITABLE = re.compile(r"(?:[A-Za-z0-9._~+,=:@!*()/?&\[\]-]|%[0-9A-Fa-f]{2})+")
+# A host, perhaps with its port.
+_TRUSTED = re.compile(r"[A-Za-z0-9._*\[\]:-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,13 @@ class IndexUrl:
         url: `http`, `https` or `file`; no user, no password, no fragment.
         user: user of the credential; empty for none.
         password: its password or token; empty for none.
+        of_model: whether a model names it, and no setting does.
     """
 
     url: str
     user: str = field(default="", repr=False)
     password: str = field(default="", repr=False)
+    of_model: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         """Return the address without its credential."""
@@ -78,19 +83,19 @@ class IndexUrl:
         """
         if text.startswith("/"):
             return cls(Path(text).as_uri())
+        text = text.strip()
         try:
-            parts = urlsplit(text.strip())
-            host, port = parts.hostname or "", parts.port
+            parts = urlsplit(text)
+            if parts.scheme == "file" and parts.path.startswith("/") and not parts.netloc:
+                return cls(Path(unquote(parts.path)).as_uri())
+            plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/"), fragment="")
+            url = linked("", plain.geturl()) if _SCHEME.match(text) and text.isascii() else None
         except ValueError:
-            parts, host, port = urlsplit(""), "", None
-        if parts.scheme == "file" and parts.path.startswith("/") and not host:
-            return cls(urlunsplit(("file", "", parts.path, "", "")))
-        if parts.scheme not in _DEFAULT_PORTS or not _HOST.fullmatch(host) or not _PRINTABLE.fullmatch(text.strip()):
+            url = None
+        if url is None or not _WRITABLE.fullmatch(url) or not text.isprintable() or " " in text:
             message = f"{variable} names something that is not the address of a package index."
-            raise InvalidSettings(message, remedy="It is an https address such as https://pypi.example.com/simple.")
-        name = f"[{host}]" if ":" in host else host
-        netloc = f"{name}:{port}" if port and port != _DEFAULT_PORTS[parts.scheme] else name
-        url = urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), parts.query, ""))
+            remedy = "It is an https address such as https://pypi.example.com/simple, with %20 for a blank."
+            raise InvalidSettings(message, remedy=remedy)
         return cls(url, unquote(parts.username or ""), unquote(parts.password or ""))
 
 
@@ -168,7 +173,7 @@ class Indexes:
             find_links=tuple(link for link in links if not link.is_file or link.folder.is_dir()),
             no_index=pip.get("no-index", "").strip().lower() in {"1", "true", "yes", "on"},
             strategy=strategy,
-            trusted=frozenset(pip.get("trusted-host", "").split()),
+            trusted=frozenset(_trusted(pip.get("trusted-host", ""))),
             allowed=tuple(allowed),
             ca_bundle=certificate(network),
             proxies=network.proxies,
@@ -202,7 +207,8 @@ class Indexes:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Every password, as it is and as it stands in a URL, for masking what other programs say."""
-        passwords = [url.password or url.user for url in self.all]
+        known = (self.authenticated(index) for index in self.all)
+        passwords = [url.password or url.user for url in known]
         return tuple(form for word in passwords if word for form in (word, quote(word, safe="")))
 
     def check(self, url: str) -> None:
@@ -217,35 +223,80 @@ class Indexes:
         return is_named(host, self.trusted)
 
     def allows(self, url: str) -> bool:
-        """Return whether a model may name an address: one that the settings allow, or that they name themselves."""
-        ours = [index.url for index in self.all]
-        return any(prefix == "*" or _within(url, prefix) for prefix in (*self.allowed, *ours))
+        """Return whether a model may name an address: one that the settings allow, or that they name themselves.
+
+        `*` allows no address that a credential would be sent to: that has to be named.
+
+        Args:
+            url: in its canonical form.
+        """
+        named = (*self.allowed, *(index.url for index in self.all if not index.of_model))
+        return any(is_within(url, prefix) for prefix in named) or ("*" in self.allowed and not self.credential(url))
 
     def joined(self, urls: Sequence[str]) -> Self:
         """Return these with the indexes that a model names, asked first; those that are here already are not added."""
         known = {index.url for index in self.all}
-        new = tuple(IndexUrl(url) for url in dict.fromkeys(urls) if url not in known)
+        new = tuple(IndexUrl(url, of_model=True) for url in dict.fromkeys(urls) if url not in known)
         return replace(self, extra=(*new, *self.extra)) if new else self
+
+    @property
+    def configured(self) -> frozenset[Origin]:
+        """The origins of the indexes that the settings name, the built-in one among them if it is asked."""
+        asked = () if self.no_index or self.default else (built_in_index(),)
+        found = (origin_of(index.url) for index in (*self.all, *asked) if not index.of_model)
+        return frozenset(origin for origin in found if origin)
+
+    def is_settings_own(self, url: str) -> bool:
+        """Return whether an address is at an origin that a setting names: as an index, or as what a model may name."""
+        origin = origin_of(url)
+        return origin is not None and (origin in self.configured or origin in map(origin_of, self.allowed))
 
     def credential(self, url: str) -> tuple[str, str] | None:
         """Return user and password for an address: those of an index at the same origin, else those of netrc.
 
+        An entry of netrc is for hosts that the settings name, as an index or in ALLOWED_INDEXES, and `default` for
+        hosts of indexes alone: any other address may be one that an author chose.
+
         Raises:
             InvalidSettings: netrc cannot be read.
         """
-        origin = _origin(url)
+        origin = origin_of(url)
+        if origin is None:
+            return None
         for index in self.all:
-            if (index.user or index.password) and _origin(index.url) == origin:
+            if (index.user or index.password) and origin_of(index.url) == origin:
                 return index.user, index.password
-        host = urlsplit(url).hostname
-        if self.netrc is None or not host:
+        if self.netrc is None or not self.is_settings_own(url):
             return None
         try:
-            found = netrc.netrc(str(self.netrc)).authenticators(host)
+            hosts = netrc.netrc(str(self.netrc)).hosts
         except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
             message = f"{str(self.netrc)!r} cannot be read as a netrc file: {type(error).__name__}."
             raise InvalidSettings(message, remedy="Mend it, or name another in NETRC.") from None
+        named = {origin_of(index.url) for index in self.all if not index.of_model}
+        found = hosts.get(origin.host) or (hosts.get("default") if origin in named else None)
         return (found[0] or found[1] or "", found[2] or "") if found else None
+
+    def authenticated(self, index: IndexUrl) -> IndexUrl:
+        """Return an index with the credential that it is asked with, for a program that reads no netrc.
+
+        Raises:
+            InvalidSettings: netrc cannot be read.
+        """
+        credential = None if index.is_file or index.user or index.password else self.credential(index.url)
+        return replace(index, user=credential[0], password=credential[1]) if credential else index
+
+
+def _trusted(text: str) -> Sequence[str]:
+    """Return the hosts that pip's trusted-host names.
+
+    Raises:
+        InvalidSettings: one is no host.
+    """
+    if not all(_TRUSTED.fullmatch(word) for word in text.split()):
+        message = "PIP_TRUSTED_HOST, or trusted-host in pip.conf, names something that is not a host."
+        raise InvalidSettings(message, remedy="It is a list of hosts, each perhaps with its port.")
+    return text.split()
 
 
 def built_in_index() -> IndexUrl:
@@ -253,16 +304,3 @@ def built_in_index() -> IndexUrl:
     from pip._internal.models.index import PyPI
 
     return IndexUrl(PyPI.simple_url)
-
-
-def _origin(url: str) -> tuple[str, str, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme)
-
-
-def _within(url: str, prefix: str) -> bool:
-    """Return whether an address is `prefix` or below it."""
-    path, base = urlsplit(url).path.rstrip("/"), urlsplit(prefix).path.rstrip("/")
-    if _origin(url) != _origin(prefix) or ".." in unquote(path).split("/"):
-        return False
-    return path == base or path.startswith(f"{base}/")

@@ -7,9 +7,9 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import parse_wheel_filename
 
 from builder.build import lock_pip, lock_uv
 from builder.build.index import IndexClient
@@ -17,10 +17,11 @@ from builder.build.indexes import Indexes
 from builder.build.locked import Lock, LockedWheel, moments
 from builder.build.process import run
 from builder.build.requirements import Requirements
-from builder.build.resolver import Question, Tool
+from builder.build.resolver import Question, Tool, private_folder
 from builder.build.tags import minor_version, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel import open_wheel
+from builder.build.wheel_name import parse_wheel_name
 from builder.errors import BuildFailed, InvalidVersion
 from builder.log import get_logger
 
@@ -77,23 +78,26 @@ def lock(
         message = "No file of the model says which Python it was logged with."
         raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does by itself.")
     for wheel in requirements.local:
-        _check_required(open_wheel(model / wheel.path, filename=wheel.filename).metadata.requires, wheel.filename)
+        _check_required(model / wheel.path)
     joined = indexes.joined(requirements.indexes)
     question = Question(
         requirements=requirements, model=model, platform=platform, python=python, glibc=glibc, as_of=as_of
     )
     tool = Tool(indexes=joined, runner=runner, cache=cache, timeout=timeout)
-    if client is not None and joined is indexes:
-        return _Locking(question, tool, client).lock()
-    with IndexClient(joined) as own:
-        return _Locking(question, tool, own).lock()
+    with private_folder() as folder:
+        if client is not None and joined is indexes:
+            return _Locking(question, tool, client, folder).lock()
+        with IndexClient(joined) as own:
+            return _Locking(question, tool, own, folder).lock()
 
 
 class _Locking:
     """One lock in the making."""
 
-    def __init__(self, question: Question, tool: Tool, client: IndexClient) -> None:
+    def __init__(self, question: Question, tool: Tool, client: IndexClient, folder: Path) -> None:
         self._question, self._tool, self._client = question, tool, client
+        self._folder = folder
+        self._places: dict[str, Path] = {}
         self._timeless: frozenset[str] = frozenset()
 
     def lock(self) -> Lock:
@@ -118,13 +122,14 @@ class _Locking:
         return self._checked(replace(question, as_of=tried[-1]))
 
     def _checked(self, question: Question) -> Lock:
-        if not question.requirements.required:
+        question = replace(question, places={one.url: self._place(one.url) for one in question.required if one.url})
+        if not question.required:
             wheels: tuple[LockedWheel, ...] = ()
         elif lock_uv.knows(question.platform, question.glibc):
             wheels = self._by_uv(question)
         else:
             wheels = self._by_pip(question)
-        _check_origins(wheels, question.requirements)
+        _check_origins(wheels, question.requirements, self._client)
         _check_tags(wheels, question)
         _check_hashes(wheels, question.requirements)
         timeless = {wheel.name for wheel in wheels if wheel.origin == "index" and not wheel.uploaded}
@@ -140,6 +145,21 @@ class _Locking:
         if lock.note:
             _log.warning(lock.note, platform=str(question.platform))
         return lock
+
+    def _place(self, url: str) -> Path:
+        """Return the wheel of an address, fetched with our own client and looked at; a resolver gets its path.
+
+        A resolver would go on to whatever the wheel requires by an address before anybody has seen it.
+        """
+        if url not in self._places:
+            filename = unquote(urlsplit(url).path.rpartition("/")[2])
+            # A folder for each: two addresses may end with one name.
+            place = self._folder / str(len(self._places)) / filename
+            place.parent.mkdir()
+            self._client.fetch(filename, url, place)
+            _check_required(place)
+            self._places[url] = place
+        return self._places[url]
 
     def _by_uv(self, question: Question) -> tuple[LockedWheel, ...]:
         """Return uv's wheels; indexes that turn out to give no upload times are exempted on the way."""
@@ -173,25 +193,27 @@ class _Locking:
         return tuple(wheel.model_copy(update={"uploaded": question.as_of}) for wheel in wheels)
 
 
-def _check_required(lines: Iterable[str], filename: str) -> None:
-    """Raise InvalidVersion where a wheel of the model requires what is at an address.
+def _check_required(wheel: Path) -> None:
+    """Raise InvalidVersion where a wheel of the model, or of an address, requires what is at an address.
 
     A resolver would go to any address, a file of this machine and a repository among them, and pip would even run the
-    source that is there.
+    source that is there. A line that is no requirement of PEP 508 is refused where it looks like an address: resolvers
+    read some lines that nobody else does.
     """
-    for line in lines:
+    for line in open_wheel(wheel).metadata.requires:
         try:
             address = Requirement(line).url is not None
-        except InvalidRequirement:
-            address = "@" in line
+        except (InvalidRequirement, ValueError, RecursionError):
+            address = any(mark in line for mark in ("@", ":", "/", "\\"))
         if address:
-            raise names_an_address(line, filename)
+            raise names_an_address(line, wheel.name)
 
 
-def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements) -> None:
-    """Raise InvalidVersion for a wheel of an address or a file that the model's requirements do not name.
+def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, client: IndexClient) -> None:
+    """Raise InvalidVersion for a wheel of a place that the model's requirements and the settings do not name.
 
-    The wheel of an address, whose metadata only the resolver has seen, may have named it.
+    That is one of an address or a file that another wheel's metadata named, and one that a page of an index of the
+    model's linked where a credential of ours would be sent with the request.
     """
     addresses = {one.url for one in requirements.required if one.url}
     local = {one.sha256 for one in requirements.local}
@@ -200,13 +222,16 @@ def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements) ->
             wheel.origin == "model" and wheel.sha256 not in local
         ):
             raise names_an_address(wheel.filename)
+        if wheel.origin == "index" and not client.is_listed(wheel):
+            message = f"An index that the model names says that {wheel.filename} is where only our credential leads."
+            raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")
 
 
 def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
     """Raise NoWheel for a wheel that does not fit: resolvers take an address's or a path's as it is."""
     tags = wheel_tags(question.platform, question.python, question.glibc)
     for wheel in wheels:
-        if tags.isdisjoint(parse_wheel_filename(wheel.filename)[3]):
+        if tags.isdisjoint(parse_wheel_name(wheel.filename)[3]):
             major, minor = minor_version(question.python)
             said = f"{wheel.filename} is not for it and CPython {major}.{minor}"
             raise NoWheel(wheel.name, question.platform, said)

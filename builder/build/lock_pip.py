@@ -7,14 +7,18 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name
+from packaging.version import InvalidVersion as NotAVersion
+from packaging.version import Version
 from pydantic import ValidationError
 
 from builder.build.index import IndexClient
@@ -23,7 +27,9 @@ from builder.build.locked import LockedWheel, Origin
 from builder.build.pip_for_target import ADDRESS, UNKNOWN_PIP
 from builder.build.resolver import Question, Tool, failure, interpreter, private_folder, run_tool
 from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
+from builder.build.tool_files import option_line
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
+from builder.build.wheel_name import parse_wheel_name
 from builder.errors import BuildFailed, Defect, one_line
 
 _NOT_FOUND = re.compile(
@@ -35,10 +41,13 @@ _NO_MATCH = re.compile(
 )
 _NO_TIMES = re.compile(r"does not provide upload-time metadata")
 _UNFIT = re.compile(r"(\S+\.whl) is not a supported wheel on this platform")
-_NOISE = re.compile(
-    r"\s*(?:Looking in|Collecting|Obtaining|Downloading|Using cached|WARNING|INFO|adding trusted|To fix this|[0-9]\.|$)"
-    r"|.*ResolutionImpossible"
+_CAUSE = re.compile(
+    r"^ +(?:The user requested (?:\(constraint\) )?|(?P<name>[A-Za-z0-9._-]+)(?:\[\S*\])? (?P<version>\S+) depends on )"
+    r"(?P<wanted>\S.*)$",
+    re.MULTILINE,
 )
+_OTHER_PYTHON = re.compile(r"Package '([A-Za-z0-9._-]+)' requires a different Python")
+_MOST_REASONS = 20
 _ADDRESS = re.compile(rf"{ADDRESS}: (.+)")
 _SEVERAL = 2
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies|No matching distribution found")
@@ -67,9 +76,8 @@ def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[Locked
     with private_folder() as folder:
         requirements = folder / "requirements.txt"
         requirements.touch(mode=0o600)
-        lines = [*_index_lines(tool.indexes), *question.requirement_lines()]
-        requirements.write_text("".join(f"{line}\n" for line in lines))
-        (folder / "constraints.txt").write_text("".join(f"{line}\n" for line in question.constraint_lines()))
+        requirements.write_text(question.requirements_file(*_index_lines(tool.indexes)))
+        (folder / "constraints.txt").write_text(question.constraints_file())
         report = folder / "report.json"
         markers = marker_environment(question.platform, question.python)
         argv = [
@@ -93,63 +101,98 @@ def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[Locked
         if code and question.as_of and _NO_TIMES.search(said):
             raise NoTimes
         if code:
-            raise _error(question, code, said, client)
+            raise _error(question, code, said, tool.indexes, client)
         return tuple(_wheels(report, question, markers, tool, client))
 
 
 def _index_lines(indexes: Indexes) -> Iterator[str]:
     """Yield the options of a requirements file that name the indexes, so that no secret is an argument."""
     if indexes.no_index:
-        yield "--no-index"
+        yield option_line("--no-index")
     elif indexes.default:
-        yield f"--index-url {indexes.default.with_credential}"
+        yield option_line("--index-url", indexes.authenticated(indexes.default).with_credential)
     for index in () if indexes.no_index else indexes.extra:
-        yield f"--extra-index-url {index.with_credential}"
+        yield option_line("--extra-index-url", indexes.authenticated(index).with_credential)
     for link in indexes.find_links:
-        yield f"--find-links {link.with_credential}"
+        yield option_line("--find-links", indexes.authenticated(link).with_credential)
     for host in sorted(indexes.trusted):
-        yield f"--trusted-host {host}"
+        yield option_line("--trusted-host", host)
 
 
-def _error(question: Question, code: int, said: str, client: IndexClient) -> Exception:
-    told = " ".join(line.removeprefix("ERROR:").strip() for line in said.splitlines() if not _NOISE.match(line)).strip()
+def _error(question: Question, code: int, said: str, indexes: Indexes, client: IndexClient) -> Exception:
+    """Return what pip's words mean. They are taken apart, and none is handed on: pip quotes lines of files."""
     if code == UNKNOWN_PIP:
-        message = f"The pip that is installed here cannot resolve for {question.platform}: {one_line(told, 200)}."
+        message = f"The pip that is installed here is not the one that can resolve for {question.platform}."
         return Defect(message, remedy="Install the release of pip that requirements/builder.txt names.")
-    if (found := _UNFIT.search(said)) and found[1].endswith(".whl"):
-        return NoWheel(parse_wheel_filename(found[1])[0], question.platform)
-    if found := _ADDRESS.search(said):
-        return names_an_address(found[1])
-    if found := _NOT_FOUND.search(said):
-        try:
-            wanted = Requirement(found[1])
-        except InvalidRequirement:
-            return Unsatisfiable(question.platform, told)
+    if (found := _UNFIT.search(said)) and (name := _wheel_of(found[1])):
+        return NoWheel(name, question.platform)
+    if (found := _ADDRESS.search(said)) and (wanted := _requirement(found[1])):
+        return names_an_address(wanted.name)
+    if (found := _NOT_FOUND.search(said)) and (wanted := _requirement(found[1])):
         name = canonicalize_name(wanted.name)
         if _releases(name, wanted.specifier, question, client):
-            there = "" if found[2] == "none" else f"there are {one_line(found[2], 200)}"
-            return NoWheel(name, question.platform, there)
-        return Unsatisfiable(question.platform, f"there is no version of {name} that fulfils {wanted}")
+            there = ", ".join(_versions(found[2]))
+            return NoWheel(name, question.platform, f"there are {one_line(there, 200)}" if there else "")
+        return Unsatisfiable(question.platform, f"there is no version of {_plain(wanted)}.")
+    if found := _OTHER_PYTHON.search(said):
+        name = canonicalize_name(found[1])
+        return Unsatisfiable(question.platform, f"{name} is not for Python {question.python}.")
     if _CONFLICT.search(said):
-        return _conflict(question, said, told, client)
-    return failure("pip", code, told)
+        return _conflict(question, said, client)
+    return failure("pip", code, said, indexes)
 
 
-def _conflict(question: Question, said: str, told: str, client: IndexClient) -> Exception:
+def _requirement(text: str) -> Requirement | None:
+    try:
+        return Requirement(text)
+    except (InvalidRequirement, ValueError, RecursionError):
+        return None
+
+
+def _plain(wanted: Requirement) -> str:
+    """Return name and versions of a requirement, and nothing that it may have beside them."""
+    return f"{canonicalize_name(wanted.name)}{wanted.specifier}"
+
+
+def _versions(text: str) -> Iterator[str]:
+    for word in text.split(", "):
+        with suppress(NotAVersion):
+            yield str(Version(word))
+
+
+def _wheel_of(filename: str) -> str:
+    try:
+        return parse_wheel_name(filename)[0]
+    except InvalidWheelFilename:
+        return ""
+
+
+def _reasons(said: str) -> Iterator[str]:
+    """Yield what pip says that a conflict is caused by."""
+    for found in _CAUSE.finditer(said):
+        wanted = _requirement(found["wanted"])
+        if wanted is None:
+            continue
+        versions = list(_versions(found["version"] or ""))
+        if found["name"] and versions:
+            yield f"{canonicalize_name(found['name'])} {versions[0]} depends on {_plain(wanted)}"
+        elif not found["name"]:
+            yield f"the model asks for {_plain(wanted)}"
+
+
+def _conflict(question: Question, said: str, client: IndexClient) -> Exception:
     """Return what a conflict comes from: versions that exclude each other, or one that has no wheel that fits."""
     missing = _NO_MATCH.search(said)
     for word in missing[1].split() if missing else []:
         name = canonicalize_name(word)
         asked = re.findall(rf"(?:depends on|requested) ({re.escape(word)}[^\s(;]*)", said, re.IGNORECASE)
         for text in asked or [word]:
-            try:
-                specifier = Requirement(text).specifier
-            except InvalidRequirement:
-                continue
-            releases = _releases(name, specifier, question, client)
+            wanted = _requirement(text)
+            releases = _releases(name, wanted.specifier, question, client) if wanted else []
             if releases and not any(releases):
                 return NoWheel(name, question.platform)
-    return Unsatisfiable(question.platform, told)
+    reasons = list(islice(dict.fromkeys(_reasons(said)), _MOST_REASONS))
+    return Unsatisfiable(question.platform, f"{'; '.join(reasons) or 'its packages'} exclude each other.")
 
 
 def _releases(name: str, specifier: SpecifierSet, question: Question, client: IndexClient) -> list[bool]:
@@ -160,7 +203,7 @@ def _releases(name: str, specifier: SpecifierSet, question: Question, client: In
         late = question.as_of and file.uploaded and file.uploaded >= question.as_of
         if file.release and not late and specifier.contains(file.release[1], prereleases=True):
             wheel = file.filename.endswith(".whl")
-            found.append(wheel and not tags.isdisjoint(parse_wheel_filename(file.filename)[3]))
+            found.append(wheel and not tags.isdisjoint(parse_wheel_name(file.filename)[3]))
     return found
 
 
@@ -180,7 +223,7 @@ def _wheels(
                 _check_first_index(wheel, question, tool, client)
             yield wheel
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        message = f"What pip resolved cannot be read: {one_line(str(error), 200)}."
+        message = f"What pip resolved cannot be read ({type(error).__name__})."
         raise BuildFailed(message, remedy="Use the release of pip that this program was made for.") from error
 
 
@@ -188,13 +231,12 @@ def _wheel(item: dict[str, Any], question: Question, client: IndexClient) -> Loc
     url, archive = item["download_info"]["url"], item["download_info"].get("archive_info", {})
     url = urlsplit(url)._replace(fragment="").geturl()
     filename = unquote(urlsplit(url).path.rpartition("/")[2])
-    local = next((one for one in question.requirements.local if one.filename == filename), None)
-    direct = bool(item.get("is_direct"))
     origin: Origin = "index"
-    if direct:
-        origin = "model" if local and url.startswith("file:") else "address"
-    name, version, _, _ = parse_wheel_filename(filename)
-    digest, size = archive.get("hashes", {}).get("sha256"), local.size if local and origin == "model" else None
+    size: int | None = None
+    if item.get("is_direct"):
+        origin, url, size = question.found(url)
+    name, version, _, _ = parse_wheel_name(filename)
+    digest = archive.get("hashes", {}).get("sha256")
     if not digest:
         # The index does not say; what is locked has to be known, so the file is read once.
         digest, size = client.digest(filename, url)

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename
 from packaging.version import Version
 from pydantic import ValidationError
 
 from builder.build.indexes import FIRST_INDEX, Indexes, built_in_index
 from builder.build.locked import LockedWheel, Origin
 from builder.build.resolver import (
-    CREDENTIAL,
     Question,
     Tool,
     failure,
     interpreter,
     is_refusal,
     private_folder,
+    refused,
     run_tool,
 )
 from builder.build.tags import OLDEST_GLIBC, machine
-from builder.build.unsatisfied import NoWheel, Unsatisfiable
-from builder.errors import BuildFailed, PermissionRefused, one_line
+from builder.build.tool_files import toml_of
+from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
+from builder.build.wheel_name import parse_wheel_name
+from builder.errors import BuildFailed, one_line
 from builder.reference import Platform
 
 _MACHINES = frozenset({"x86_64", "aarch64"})
@@ -38,6 +39,7 @@ _LEVELS = (17, 28, *range(31, 41))
 _NO_WHEEL = re.compile(
     r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:[=<>!~]=?\S+)? has no (?:wheels with a matching|usable wheels)"
 )
+_URL_DEPENDENCY = re.compile(r"Package `([a-z0-9-]{1,200})` was included as a URL dependency")
 _MISSING_TIME = re.compile(r"`([^`]+)` is missing an upload date")
 
 
@@ -70,11 +72,11 @@ def resolve(question: Question, tool: Tool) -> tuple[LockedWheel, ...]:
     from uv import find_uv_bin
 
     with private_folder() as folder:
-        (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in question.requirement_lines()))
-        (folder / "constraints.txt").write_text("".join(f"{line}\n" for line in question.constraint_lines()))
+        (folder / "requirements.txt").write_text(question.requirements_file())
+        (folder / "constraints.txt").write_text(question.constraints_file())
         config = folder / "uv.toml"
         config.touch(mode=0o600)
-        config.write_text("".join(f"{line}\n" for line in _config(tool.indexes, question)))
+        config.write_text(_config(tool.indexes, question))
         output = folder / "pylock.toml"
         argv = [
             find_uv_bin(),
@@ -93,7 +95,7 @@ def resolve(question: Question, tool: Tool) -> tuple[LockedWheel, ...]:
         if files := _MISSING_TIME.findall(said):
             raise MissingTimes(frozenset(_projects(files)))
         if code:
-            raise _error(question, code, said)
+            raise _error(question, code, said, tool.indexes)
         return tuple(_wheels(output, question))
 
 
@@ -107,44 +109,45 @@ def _moment(as_of: datetime) -> str:
     return as_of.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _config(indexes: Indexes, question: Question) -> Iterator[str]:
-    """Yield the lines of a uv.toml that names the indexes, first those that are asked first."""
-    if indexes.strategy != FIRST_INDEX:
-        yield f"index-strategy = {json.dumps(indexes.strategy)}"
-    if indexes.no_index:
-        yield "no-index = true"
-    if indexes.find_links:
-        yield f"find-links = {json.dumps([link.with_credential for link in indexes.find_links])}"
-    if indexes.trusted:
-        yield f"allow-insecure-host = {json.dumps(sorted(indexes.trusted))}"
-    if indexes.no_index:
-        return
+def _config(indexes: Indexes, question: Question) -> str:
+    """Return a uv.toml that names the indexes, first those that are asked first."""
+    links = [indexes.authenticated(link).with_credential for link in indexes.find_links]
+    values: dict[str, bool | str | Sequence[str]] = {
+        **({"index-strategy": indexes.strategy} if indexes.strategy != FIRST_INDEX else {}),
+        **({"no-index": True} if indexes.no_index else {}),
+        **({"find-links": links} if links else {}),
+        **({"allow-insecure-host": sorted(indexes.trusted)} if indexes.trusted else {}),
+    }
     default = indexes.default
-    if default is None and question.timeless:
+    if default is None:
         built_in = built_in_index()
-        default = built_in if built_in.url in question.timeless else None
-    for index in (*indexes.extra, *((default,) if default else ())):
-        yield "[[index]]"
-        yield f"url = {json.dumps(index.with_credential)}"
-        if index.url in question.timeless:
-            yield "exclude-newer = false"
-        if index is default:
-            yield "default = true"
+        default = built_in if built_in.url in question.timeless or indexes.credential(built_in.url) else None
+    tables: list[dict[str, bool | str]] = [
+        {
+            "url": indexes.authenticated(index).with_credential,
+            **({"exclude-newer": False} if index.url in question.timeless else {}),
+            **({"default": True} if index is default else {}),
+        }
+        for index in (*indexes.extra, *((default,) if default else ()))
+    ]
+    return toml_of(values, () if indexes.no_index else (("index", table) for table in tables))
 
 
 def _projects(files: list[str]) -> Iterator[str]:
     for name in files:
         try:
-            yield parse_wheel_filename(name)[0]
+            yield parse_wheel_name(name)[0]
         except InvalidWheelFilename:
             continue
 
 
-def _error(question: Question, code: int, said: str) -> Exception:
+def _error(question: Question, code: int, said: str, indexes: Indexes) -> Exception:
+    if found := _URL_DEPENDENCY.search(said):
+        return names_an_address(found[1])
     if "No solution found" not in said:
-        return failure("uv", code, said)
+        return failure("uv", code, said, indexes)
     if is_refusal(said):
-        return PermissionRefused(f"A package index refused to be asked: {one_line(said, 700)}.", remedy=CREDENTIAL)
+        return refused(said, indexes)
     why = _explanation(said)
     if package := _NO_WHEEL.search(said):
         from packaging.utils import canonicalize_name
@@ -154,10 +157,15 @@ def _error(question: Question, code: int, said: str) -> Exception:
 
 
 def _explanation(said: str) -> str:
-    """Return uv's explanation without its advice, which is about uv's own command line."""
+    """Return uv's explanation without its advice, which is about uv's own command line.
+
+    uv makes it of the packages, versions and tags that it has read and of words of its own; what it quotes of a file,
+    such as metadata that it cannot read, is in its hints, which are left out. A path or an address is in none, so that
+    whatever looks like one goes too.
+    """
     _, _, tail = said.partition("No solution found when resolving dependencies")
     body, _, _ = tail.partition("\nhint:")
-    return one_line(re.sub(r"^[:\s]*(?:cause:|╰─▶)?", "", body), 2000)
+    return one_line(re.sub(r"\S*[/\\]\S*", "…", re.sub(r"^[:\s]*(?:cause:|╰─▶)?", "", body)), 2000)
 
 
 def _wheels(path: Path, question: Question) -> Iterator[LockedWheel]:
@@ -167,7 +175,7 @@ def _wheels(path: Path, question: Question) -> Iterator[LockedWheel]:
         for package in document.get("packages", []):
             yield _wheel(package, question, path.parent)
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        message = f"What uv resolved cannot be read: {one_line(str(error), 200)}."
+        message = f"What uv resolved cannot be read ({type(error).__name__})."
         raise BuildFailed(message, remedy="Use the release of uv that this program was made for.") from error
 
 
@@ -176,13 +184,11 @@ def _wheel(package: dict[str, Any], question: Question, folder: Path) -> LockedW
     file = archive or package["wheels"][0]
     url = (folder / file["path"]).as_uri() if "path" in file else file["url"]
     filename = file.get("name") or unquote(urlsplit(url).path.rpartition("/")[2])
-    origin: Origin = "index"
-    if archive:
-        origin = "model" if "path" in file else "address"
+    origin: Origin = "address" if archive else "index"
     size = file.get("size")
-    if origin == "model":
-        size = next((wheel.size for wheel in question.requirements.local if wheel.filename == filename), size)
-    version = parse_wheel_filename(filename)[1]
+    if archive and "path" in file:
+        origin, url, size = question.found(url)
+    version = parse_wheel_name(filename)[1]
     if Version(package["version"]) != version:
         message = f"{filename} is not of version {package['version']}"
         raise ValueError(message)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name
 from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from builder.build.requirements import Requirements
+from builder.build.wheel_name import parse_wheel_name
 from builder.errors import InvalidVersion, one_line
 from builder.reference import Platform
 
@@ -62,7 +63,7 @@ class LockedWheel(BaseModel):
     def _filename_is_of_name_and_version(self) -> Self:
         """Refuse a file name that is not this wheel's: it becomes a path, a layer's tag and a line of history."""
         try:
-            name, version, _, _ = parse_wheel_filename(self.filename)
+            name, version, _, _ = parse_wheel_name(self.filename)
             same = name == self.name and version == Version(self.version)
         except (InvalidWheelFilename, NotAVersion) as error:
             message = f"{self.filename!r} is no wheel's name"

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
-from builder.build.environment import REQUIREMENTS, Environment
+from builder.build.environment import MLFLOW_VERSION, REQUIREMENTS, Environment
 from builder.build.indexes import Indexes
-from builder.build.requirement_lines import Required, Unusable, checked_url, logical_lines, parse_line
+from builder.build.requirement import Required, Unusable, checked_url
+from builder.build.requirement_lines import logical_lines, parse_line
 from builder.errors import InvalidVersion, one_line
 
 _LIMIT = 1 << 20
-_MOST_FILES = 20
+# Of one model, all files together; a large environment has some hundred requirements.
+_MOST_FILES, _MOST_BYTES, _MOST_TEXT_LINES, _MOST_LINES = 20, 1 << 20, 50_000, 5_000
 _MOST_PROBLEMS = 10
-_MLFLOW = re.compile(r"^mlflow_version:[ \t]*['\"]?([0-9]+(?:\.[0-9]+)+)['\"]?[ \t\r]*$", re.MULTILINE)
+# The most characters of an author's text that are looked at for a message.
+_MOST_SHOWN = 1000
 _CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
 _CONDA_KNOWN = frozenset({"python", "pip"})
 _TEMPLATE = (
@@ -103,7 +106,7 @@ class Requirements:
         if client_folder and read_beneath(context, f"{client_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.client(client_folder)
         reader.refuse()
-        logged = _MLFLOW.search(
+        logged = MLFLOW_VERSION.search(
             (read_beneath(context, f"{model_folder}/MLmodel", _LIMIT) or b"").decode(errors="replace")
         )
         return cls(
@@ -157,6 +160,12 @@ class Requirements:
         return "".join(f"{line}\n" for line in lines)
 
 
+def _shown(what: object, limit: int) -> str:
+    """Return an author's text for a message; of a long one only its beginning is looked at, up to an address in it."""
+    text = what if isinstance(what, str) else f"a value of the type {type(what).__name__}"
+    return one_line(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN].partition("://")[0], limit)
+
+
 def _line(required: Required, digests: dict[str, str]) -> str:
     hashes = "".join(f" --hash=sha256:{digest}" for digest in required.hashes)
     return f"{required.text(digests.get(required.path, ''))}{hashes}"
@@ -173,6 +182,7 @@ class _Reader:
         self._context, self._folder, self._indexes = context, model_folder, indexes
         self._read: dict[tuple[str, bool], None] = {}
         self._problems: list[str] = []
+        self._count = self._bytes = self._text_lines = self._lines = 0
         self.required: list[Required] = []
         self.constraints: list[Required] = []
         self.local: dict[str, LocalWheel] = {}
@@ -183,10 +193,15 @@ class _Reader:
     def refuse(self) -> None:
         """Raise InvalidVersion if there were problems."""
         if self._problems:
-            rest = len(self._problems) - _MOST_PROBLEMS
-            told = "; ".join(self._problems[:_MOST_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
+            rest = self._count - _MOST_PROBLEMS
+            told = "; ".join(self._problems) + (f"; and {rest} more" if rest > 0 else "")
             message = f"The model's requirements cannot be installed: {told}."
             raise InvalidVersion(message, remedy=_CORRECT)
+
+    def _problem(self, what: str) -> None:
+        self._count += 1
+        if self._count <= _MOST_PROBLEMS:
+            self._problems.append(what)
 
     def yaml(self, name: str) -> dict[str, Any]:  # YAML holds anything
         """Return a YAML file's mapping; empty where there is no file."""
@@ -208,13 +223,11 @@ class _Reader:
         if value is None:
             return []
         if not isinstance(value, list):
-            self._problems.append(f"{name} has a list of requirements that is none")
+            self._problem(f"{name} has a list of requirements that is none")
             return []
         for entry in value:
             if not isinstance(entry, str) or "\n" in entry:
-                self._problems.append(
-                    f"{name} has a requirement that is not one line of text: {one_line(str(entry), 80)}"
-                )
+                self._problem(f"{name} has a requirement that is not one line of text: {_shown(entry, 80)}")
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
     def conda(self, document: dict[str, Any]) -> list[str]:
@@ -232,7 +245,7 @@ class _Reader:
             else:
                 name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
                 if not name or name[1].lower() not in _CONDA_KNOWN:
-                    others.append(one_line(name[1] if name else str(entry), 60))
+                    others.append(_shown(name[1] if name else entry, 60))
         if others:
             what = ", ".join(others[:_MOST_PROBLEMS])
             message = f"The model's conda.yaml asks conda for {what}, and conda is not run here."
@@ -248,14 +261,14 @@ class _Reader:
         if len(self._read) > _MOST_FILES:
             message = f"more than {_MOST_FILES} requirement files include each other"
             raise Unusable(message)
-        content = read_beneath(self._context, f"{self._folder}/{path}", _LIMIT) if self._context else None
+        content = read_beneath(self._context, f"{self._folder}/{path}", _MOST_BYTES) if self._context else None
         if content is None:
             message = f"there is no file {path!r} in the model folder"
             raise Unusable(message)
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
-            self._problems.append(f"{path} is not UTF-8")
+            self._problem(f"{path} is not UTF-8")
             return
         self.lines(text, path, constraints=constraints)
 
@@ -268,11 +281,21 @@ class _Reader:
         finally:
             self._folder = mine
         for path in sorted(set(self.local) - before):
-            self._problems.append(f"{folder}/{REQUIREMENTS} names the wheel {path!r}; log it with the model instead")
+            self._problem(f"{folder}/{REQUIREMENTS} names the wheel {path!r}; log it with the model instead")
 
     def lines(self, text: str, name: str, *, constraints: bool = False) -> None:
-        """Read lines in pip's form; what is wrong with one is kept for `refuse`."""
+        """Read lines in pip's form; what is wrong with one is kept for `refuse`.
+
+        Raises:
+            InvalidVersion: this text and those before it are together larger than any real environment's.
+        """
+        self._bytes += len(text)
+        self._text_lines += text.count("\n")
+        self._bound(name, self._bytes, _MOST_BYTES, "characters")
+        self._bound(name, self._text_lines, _MOST_TEXT_LINES, "lines")
         for number, content in logical_lines(text):
+            self._lines += 1
+            self._bound(name, self._lines, _MOST_LINES, "requirements and options")
             try:
                 for line in parse_line(number, content):
                     if line.required:
@@ -280,11 +303,16 @@ class _Reader:
                     else:
                         self._option(line.option, line.value, name, constraints=constraints)
             except Unusable as error:
-                self._problems.append(f"{name}, line {number}, {one_line(content, 120)!r}: {error}")
+                self._problem(f"{name}, line {number}, {_shown(content, 120)!r}: {error}")
+
+    def _bound(self, name: str, found: int, most: int, what: str) -> None:
+        if found > most:
+            message = f"The model's requirements cannot be read: with {name} they have more than {most:,} {what}."
+            raise InvalidVersion(message, remedy=_CORRECT)
 
     def _add(self, required: Required, *, constraints: bool) -> None:
         if required.url:
-            self._check(required.url)
+            self._allow(required.url)
         if required.path and required.path not in self.local:
             found = digest_beneath(self._context, f"{self._folder}/{required.path}") if self._context else None
             if found is None:
@@ -307,20 +335,19 @@ class _Reader:
         elif option in {"--requirement", "--constraint"}:
             # pip looks beside the file that names it.
             path = f"{name.rpartition('/')[0]}/{value.removeprefix('./')}".removeprefix("/")
-            if not SAFE_PATH.fullmatch(path):
+            if len(path) > _MOST_SHOWN or not SAFE_PATH.fullmatch(path):
                 message = "the file it names is not in the model folder"
                 raise Unusable(message)
             self.file(path, constraints=constraints or option == "--constraint")
         else:
-            self.indexes.append(self._check(value).rstrip("/"))
+            self.indexes.append(self._allow(checked_url(value)).rstrip("/"))
 
-    def _check(self, url: str) -> str:
-        """Return an address that the model names, if it may."""
-        plain = checked_url(url)
-        if not self._indexes.allows(plain):
+    def _allow(self, url: str) -> str:
+        """Return a canonical address that the model names, if it may."""
+        if not self._indexes.allows(url):
             message = (
                 "the publisher goes to no address because a model names it; whoever runs it can allow this one with "
                 "ALLOWED_INDEXES, or configure it as an index of their own with PIP_EXTRA_INDEX_URL"
             )
             raise Unusable(message)
-        return plain
+        return url

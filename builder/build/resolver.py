@@ -9,13 +9,22 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from builder.build.indexes import Indexes
+from packaging.markers import Marker
+from packaging.version import InvalidVersion as NotAVersion
+from packaging.version import Version
+
+from builder.build.indexes import Indexes, built_in_index
+from builder.build.locked import Origin
 from builder.build.process import Runner
+from builder.build.requirement import NAME, Required
 from builder.build.requirements import Requirements
+from builder.build.tags import marker_environment
+from builder.build.tool_files import lines_of, requirement_line
 from builder.errors import (
     BuilderError,
     BuildFailed,
@@ -23,7 +32,6 @@ from builder.errors import (
     PermissionRefused,
     ServiceUnavailable,
     TryAgain,
-    one_line,
 )
 from builder.log import MASK, get_logger, masked
 from builder.reference import Platform
@@ -41,7 +49,25 @@ _AWAY = re.compile(
     r"NewConnectionError|ConnectTimeout|ReadTimeout|Max retries exceeded|Request failed after",
     re.IGNORECASE,
 )
+_STATUS = re.compile(
+    r"(?:HTTP status (?:client|server) error \(|HTTP error |\b)([45][0-9]{2}) "
+    r"(?:Client Error|Server Error|while getting|Unauthorized|Forbidden|Not Found|Too Many Requests|Bad Gateway|"
+    r"Internal Server Error|Service Unavailable|Gateway Time-?out)"
+)
+_READING = re.compile(r"`([a-z0-9-]{1,200})==([^`\s]{1,100})`")
 _FULL = re.compile(r"no space left on device|disk quota exceeded|os error 28", re.IGNORECASE)
+_REASONS = (
+    (_FULL, "the disk is full"),
+    (
+        re.compile(r"invalid peer certificate|certificate[ _]verify[ _]failed", re.IGNORECASE),
+        "a certificate is not trusted",
+    ),
+    (re.compile(r"dns error|name resolution|Name or service not known", re.IGNORECASE), "a host's name is not known"),
+    (re.compile(r"connection refused", re.IGNORECASE), "a connection was refused"),
+    (re.compile(r"timed? ?out", re.IGNORECASE), "an answer took too long"),
+    (re.compile(r"error sending request|Max retries exceeded", re.IGNORECASE), "a request was not answered"),
+    (re.compile(r"Only wheels are taken, and this is source"), "a package is there as source only"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +82,7 @@ class Question:
         glibc: the base's C library; None where it is not known.
         as_of: packages uploaded later do not exist; None for all.
         timeless: addresses of indexes that give no upload times, so that `as_of` does not count for them.
+        places: the wheels that are at addresses, fetched and looked at: each by its address.
     """
 
     requirements: Requirements
@@ -65,17 +92,49 @@ class Question:
     glibc: tuple[int, int] | None
     as_of: datetime | None
     timeless: frozenset[str] = frozenset()
+    places: Mapping[str, Path] = field(default_factory=dict)
 
-    def requirement_lines(self) -> list[str]:
-        """Return the requirements as both resolvers read them, the model's own wheels by their paths."""
-        return [
-            one.text((self.model / one.path).absolute().as_uri() if one.path else "")
-            for one in self.requirements.required
-        ]
+    @property
+    def required(self) -> tuple[Required, ...]:
+        """The requirements whose markers apply; no marker that an author wrote is evaluated by a resolver."""
+        return self._applying(self.requirements.required)
 
-    def constraint_lines(self) -> list[str]:
-        """Return the constraints."""
-        return [one.text() for one in self.requirements.constraints]
+    def requirements_file(self, *options: str) -> str:
+        """Return the requirements file that both resolvers read: every wheel that is not an index's by its path.
+
+        Args:
+            options: lines before the requirements.
+        """
+        return lines_of([*options, *(requirement_line(one, self._location(one)) for one in self.required)])
+
+    def constraints_file(self) -> str:
+        """Return the constraints file."""
+        return lines_of(requirement_line(one) for one in self._applying(self.requirements.constraints))
+
+    def found(self, url: str) -> tuple[Origin, str, int | None]:
+        """Return the origin, address and size (None where it is not known) of a wheel that a resolver took from a path.
+
+        Raises:
+            ValueError: it was given no such path.
+        """
+        path = Path(os.path.normpath(unquote(urlsplit(url).path)))
+        for address, place in self.places.items():
+            if place == path:
+                return "address", address, None
+        for wheel in self.requirements.local:
+            if (self.model / wheel.path).absolute() == path:
+                return "model", path.as_uri(), wheel.size
+        message = "a wheel is at a path that it was not told"
+        raise ValueError(message)
+
+    def _location(self, one: Required) -> str:
+        if one.url:
+            return self.places[one.url].as_uri()
+        return (self.model / one.path).absolute().as_uri() if one.path else ""
+
+    def _applying(self, required: Sequence[Required]) -> tuple[Required, ...]:
+        environment = {**marker_environment(self.platform, self.python), "extra": ""}
+        return tuple(one for one in required if not one.marker or Marker(one.marker).evaluate(environment))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +179,18 @@ def run_tool(
         env: variables beside the ones every child gets.
     """
     said: list[str] = []
+    secrets = tool.indexes.secrets
 
     def output(line: str) -> None:
-        clean = _clean(line, tool.indexes)
+        clean = _clean(line, secrets)
         _log.debug("resolver", tool=name, line=clean)
         if len(said) < _MOST_LINES:
             said.append(clean)
 
     proxies = {key: value for name_, value in tool.indexes.proxies.items() for key in (name_, name_.lower())}
-    netrc = {"NETRC": str(tool.indexes.netrc)} if tool.indexes.netrc else {}
+    # Neither a netrc nor a home with one: each would be asked for any host that a page or an author names.
     common = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
-    variables = {**common, **_authorities(tool.indexes), **proxies, **netrc, **env}
+    variables = {**common, **_authorities(tool.indexes), **proxies, **env}
     try:
         code = tool.runner(argv, env=variables, cwd=folder, timeout=tool.timeout, output=output, name=name)
     except BuildFailed as error:
@@ -139,6 +199,7 @@ def run_tool(
     return code, "\n".join(said)
 
 
+<<<<<<< HEAD
 def _authorities(indexes: Indexes) -> dict[str, str]:
     """Return the variables that name the authorities to trust: the settings' bundle, else what we trust ourselves.
 
@@ -152,21 +213,33 @@ def _authorities(indexes: Indexes) -> dict[str, str]:
 
 
 def _clean(line: str, indexes: Indexes) -> str:
+=======
+def _clean(line: str, secrets: Sequence[str]) -> str:
+>>>>>>> formats
     line = masked(line)
-    for secret in indexes.secrets:
+    for secret in secrets:
         line = line.replace(secret, MASK)
     return line
 
 
-def failure(name: str, code: int, said: str) -> BuilderError:
+def failure(name: str, code: int, said: str, indexes: Indexes) -> BuilderError:
     """Return the error for a run that failed for another reason than its requirements.
+
+    A program quotes what it reads where it does not understand it, and the error goes into MLflow's tags. So none of
+    its words are taken: only a status, a package that was being read, an index of ours that it names, and what is the
+    matter by a list of ours. The log has the rest, for whoever runs the publisher.
 
     Args:
         name: what messages call the resolver.
         code: its exit code.
         said: what it said.
+        indexes: who was asked.
     """
-    told = one_line(re.sub(r"(?m)^\s*(?:cause:|hint:|ERROR:)\s*", "", said), 700) or "it did not say why"
+    status, where = _STATUS.search(said), _named_index(said, indexes)
+    reason = next((reason for pattern, reason in _REASONS if pattern.search(said)), "")
+    what = f"HTTP {status[1]}" if status else reason
+    details = [word for word in (what, f"from {where}" if where else "", _package(said)) if word]
+    told = ", ".join(details) or "its own words are in the log, with LOG_LEVEL=debug"
     message = f"{name} could not resolve the requirements (exit code {code}): {told}."
     if _FULL.search(said):
         return TryAgain(message, remedy="Free space in the temporary folder.")
@@ -177,6 +250,31 @@ def failure(name: str, code: int, said: str) -> BuilderError:
     if _AWAY.search(said):
         return ServiceUnavailable(message, remedy="Try again when the package index answers; see the proxy settings.")
     return BuildFailed(message, remedy="See docs/how-it-works.md, or build with an engine (BUILD_METHOD=dockerfile).")
+
+
+def refused(said: str, indexes: Indexes) -> PermissionRefused:
+    """Return the error for an index that wants a credential."""
+    status = _STATUS.search(said)
+    where = _named_index(said, indexes) or "a package index"
+    answer = f" (HTTP {status[1]})" if status else ""
+    return PermissionRefused(f"The credential for {where} is missing or refused{answer}.", remedy=CREDENTIAL)
+
+
+def _named_index(said: str, indexes: Indexes) -> str:
+    """Return the host of the first of our indexes that a program's words name; empty for none."""
+    hosts = (urlsplit(index.url).netloc for index in (*indexes.all, built_in_index()) if not index.is_file)
+    return next((host for host in hosts if f"//{host}/" in said or f"@{host}/" in said), "")
+
+
+def _package(said: str) -> str:
+    """Return the package and version that a resolver was reading when it failed, where it says so."""
+    found = _READING.search(said)
+    if not found or not NAME.fullmatch(found[1]):
+        return ""
+    try:
+        return f"while it read {found[1]} {Version(found[2])}"
+    except NotAVersion:
+        return ""
 
 
 def is_refusal(said: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from builder.build.requirement_lines import Required
+from builder.build.requirement import Required
 from builder.build.requirements import Requirements
 
 MLFLOW = "mlflow"

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.build.indexes import Indexes, IndexUrl
-from builder.build.requirement_lines import Unusable, logical_lines, parse_line
+from builder.build.requirement import Unusable
+from builder.build.requirement_lines import logical_lines, parse_line
 from builder.build.requirements import Requirements
 from builder.errors import BuilderError, InvalidVersion
 from tests.build.package_index import make_wheel
@@ -172,7 +173,7 @@ def test_an_index_that_is_configured_may_be_named(model):
         ("x==1 'oops", "no requirement"),
         ("x-", "no requirement"),
         ("x; os_name", "no requirement"),
-        ("x; " + "(" * 2000, "no requirement"),
+        ("x; " + "(" * 2000, "more than 20 brackets"),
         ("x" * 5000, "longer than"),
         ("x>=1,,<2 \x00", "no requirement"),
         ("x==1 --hash='sha256", "quotes"),
