@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import click
 
 from builder import cli
 from builder.errors import BuilderError, ExitCode, Terminated
+from builder.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,7 +50,9 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         code = cli.builder.main(list(arguments), prog_name="builder", standalone_mode=False, obj=context)
     except click.UsageError as error:
-        error.show(sys.stderr)
+        said = io.StringIO()
+        error.show(said)
+        click.echo(shown(said.getvalue()), nl=False, err=True)
         return ExitCode.USAGE
     except (Terminated, click.Abort):
         context.failed("Terminated", "The process was asked to end.", "Run the command again.", ExitCode.TEMPORARY)

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from builder import __version__
-from builder.errors import ExitCode, one_line
+from builder.errors import ExitCode
+from builder.masking import masked
+from builder.shown import indented, json_visible, one_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 # A Pod's termination message has at most 4096 bytes.
 _MOST_MESSAGE_BYTES = 4096
+_MOST_SAID = 10_000
 
 
 @dataclass
@@ -63,19 +66,16 @@ class Invocation:
         from builder import log
 
         settings = kind.from_environ(self.environ, require, **overrides)
-        log.mask(secret.get_secret_value() for secret in settings.secret_values)
         log.configure(settings.log_format, settings.log_level)
         return settings
 
     def product(self, text: str) -> None:
-        """Print a line on stdout."""
-        self.stdout.write(f"{text}\n")
+        """Print lines on stdout. What other people wrote in them is masked before: a reference must stay as it is."""
+        self.stdout.write("\n".join(visible(line) for line in text.split("\n")) + "\n")
 
     def failed(self, kind: str, what: str, remedy: str, code: int) -> None:
         """Say on stderr what failed and what to do, and leave it as a Pod's termination message."""
-        from builder.log import masked
-
-        what, remedy = masked(what), masked(remedy)
+        what, remedy = one_line(what, _MOST_SAID), one_line(remedy, _MOST_SAID)
         if sys.stderr.isatty() or self.environ.get("LOG_FORMAT") == "text":
             click.echo(f"{click.style('error:', fg='red', bold=True)} {what}", err=True)
             if remedy:
@@ -87,24 +87,33 @@ class Invocation:
 
     def defect(self, error: Exception) -> None:
         """Say on stderr that this program is at fault, with where."""
-        from builder.log import masked
-
-        click.echo(masked("".join(traceback.format_exception(error))), err=True)
+        click.echo(indented("".join(traceback.format_exception(error))), err=True)
         what = f"{type(error).__name__}: {one_line(str(error), 300)}"
         remedy = "This is a defect of the builder, not of your input. Please report it with the lines above."
         self.failed("Defect", what, remedy, ExitCode.SOFTWARE)
 
     def leave_message(self, message: Mapping[str, object]) -> None:
-        """Write the outcome to the termination log, where that file exists."""
+        """Write the outcome to the termination log, where that file exists; long texts are cut to what it may hold."""
         path = Path(self.environ.get("TERMINATION_LOG") or "/dev/termination-log")
-        text = json.dumps(message)
-        if len(text) > _MOST_MESSAGE_BYTES:
-            text = json.dumps({key: value[:300] if isinstance(value, str) else value for key, value in message.items()})
+        limit = _MOST_MESSAGE_BYTES
+        while len(text := _message(message, limit)) > _MOST_MESSAGE_BYTES and limit > 1:
+            limit //= 2
         try:
             if path.is_file():
                 path.write_text(text)
         except OSError as error:
-            click.echo(f"{path} cannot be written: {error.strerror}", err=True)
+            click.echo(visible(f"{path} cannot be written: {error.strerror}"), err=True)
+
+
+def _message(message: Mapping[str, object], limit: int) -> str:
+    """Return a termination message in ASCII, its texts cut to a limit; the image that was published is never masked."""
+    whole = {"image", "tag"}
+    return json.dumps(
+        {
+            key: one_line(value, limit) if isinstance(value, str) and key not in whole else value
+            for key, value in message.items()
+        }
+    )
 
 
 _pass = click.make_pass_decorator(Invocation)
@@ -195,7 +204,7 @@ def plan(
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     planned = preview(settings, force=force, rebuild=rebuild, check_push=check_push)
     if as_json:
-        invocation.product(planned.model_dump_json(indent=2))
+        invocation.product(json_visible(masked(planned.model_dump_json(indent=2))))
     else:
         invocation.product(show.plan(planned, engine=engine_here(settings), push_checked=check_push))
 

@@ -7,15 +7,12 @@ podFailurePolicy can tell a hopeless input from a service that is away.
 
 from __future__ import annotations
 
-import re
 from enum import IntEnum
 from typing import TypeVar
 
+from builder.shown import one_line as one_line  # noqa: PLC0414 -- who raises an error quotes others in it
+
 Cause = TypeVar("Cause", bound=BaseException)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-# The password in `scheme://user:password@host`, and a user alone: either may be a token. A password may hold what it
-# should not, so it reaches to the last `@`, unless a digest follows that.
-_URL_CREDENTIAL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@(?!sha256:)")
 
 
 class ExitCode(IntEnum):
@@ -58,7 +55,7 @@ class BuilderError(Exception):
         return self.exit_code in {ExitCode.UNAVAILABLE, ExitCode.TEMPORARY}
 
     def one_line(self, limit: int = 1000) -> str:
-        """Return `Type: what remedy` on one line, without control characters or a URL's credential.
+        """Return `Type: what remedy` on one line that people may see; see `builder.shown.one_line`.
 
         Args:
             limit: the most characters to return.
@@ -112,18 +109,6 @@ class InvalidSettings(BuilderError):
     """One or more settings are missing or malformed."""
 
     exit_code = ExitCode.CONFIG
-
-
-def one_line(text: str, limit: int = 1000) -> str:
-    """Return `text` on one line: control characters become blanks, a URL's credential is cut out.
-
-    Args:
-        text: any text, such as another program's message.
-        limit: the most characters to return; what is cut is shown as an ellipsis.
-    """
-    line = _URL_CREDENTIAL.sub(r"\g<scheme>", _CONTROL.sub(" ", text)).strip()
-    line = re.sub(r" {2,}", " ", line)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def cause_of(error: BaseException, *kinds: type[Cause]) -> Cause | None:

@@ -13,51 +13,47 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from builder.errors import one_line
+from builder.masking import MASK, mask, masked
+from builder.shown import indented, one_line, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
-MASK = "*****"
-# Shorter values are words that stand everywhere: to mask them would hide the log, not the secret.
-_SHORTEST_SECRET = 6
+__all__ = ["MASK", "configure", "get_logger", "mask", "masked", "safe_line"]
 
-_secrets: set[str] = set()
+_TRACEBACKS = frozenset({"exception", "stack"})
 
 logging.getLogger("builder").addHandler(logging.NullHandler())
 
 
-def mask(secrets: Iterable[str]) -> None:
-    """Add values that no log line may show."""
-    _secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
+def _shown_event(_logger: object, _method: str, event: structlog.typing.EventDict) -> Mapping[str, Any]:
+    """Make an event fit for people, keys included: without secrets, and every value one line but a traceback."""
+    return {_shown(key): (_traceback if key in _TRACEBACKS else _shown)(value) for key, value in event.items()}
 
 
-def masked(text: str) -> str:
-    """Return `text` with every known secret replaced by asterisks."""
-    # The longest first: one secret may begin another.
-    for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, MASK)
-    return text
+def _shown_foreign(logger: object, method: str, event: structlog.typing.EventDict) -> Mapping[str, Any]:
+    """Make a record of the standard library's fit for people; structlog's own fields stay as they are."""
+    own = {key: event.pop(key) for key in ("_record", "_from_structlog")}
+    return {**_shown_event(logger, method, event), **own}
 
 
-def _mask_event(_logger: object, _method: str, event: structlog.typing.EventDict) -> Mapping[str, Any]:
-    return {key: _mask_value(value) for key, value in event.items()}
-
-
-def _mask_value(value: Any) -> Any:  # an event holds any type
-    if isinstance(value, str):
-        return masked(value)
-    if isinstance(value, (list, tuple)):
-        return [_mask_value(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _mask_value(item) for key, item in value.items()}
+def _shown(value: Any) -> Any:  # an event holds any type
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    return masked(str(value))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_shown(item) for item in value]
+    if isinstance(value, dict):
+        return {_shown(str(key)): _shown(item) for key, item in value.items()}
+    return visible(masked(str(value)))
+
+
+def _traceback(value: Any) -> str:
+    """Return a traceback whose every line is indented, so that none can be taken for a line of the log."""
+    return indented(str(value))
 
 
 def configure(log_format: str = "auto", level: str = "info") -> None:
-    """Send the logs of this package to stderr.
+    """Send the logs of this package to stderr, and what other packages log or warn of in the same form.
 
     Args:
         log_format: `text`, `json`, or `auto` for text on a terminal and JSON elsewhere.
@@ -71,19 +67,26 @@ def configure(log_format: str = "auto", level: str = "info") -> None:
         else structlog.processors.JSONRenderer()
     )
     handler = logging.StreamHandler(sys.stderr)
+    timestamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text),
-                renderer,
-            ]
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, timestamp, renderer],
+            # What libraries say of a server's answers, or of an author's files, is others' text as well.
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.format_exc_info,
+                _shown_foreign,
+            ],
         )
     )
-    root = logging.getLogger("builder")
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    root.propagate = False
+    ours = logging.getLogger("builder")
+    ours.handlers[:] = [handler]
+    ours.setLevel(level.upper())
+    ours.propagate = False
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(handler)
+        logging.captureWarnings(capture=True)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -97,7 +100,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
             structlog.stdlib.add_log_level,
             # To text, without local variables, before anything is masked.
             structlog.processors.format_exc_info,
-            _mask_event,
+            _shown_event,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
     )
@@ -106,4 +109,4 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 def safe_line(text: str) -> str:
     """Return one line of another program's output, fit for a log: no control character, no secret."""
-    return one_line(masked(text), 4000)
+    return one_line(text, 4000)

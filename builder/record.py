@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from builder.errors import BuilderError, ExitCode, Terminated
-from builder.log import masked
 from builder.models.catalog import Catalog
 from builder.models.outcome import Outcome
 from builder.models.outcome import record as write
@@ -90,13 +89,13 @@ class Record:
         try:
             yield
         except BuilderError as error:
-            self._failed(masked(error.one_line()), own_fault=error.exit_code in _OWN_FAULTS)
+            self._failed(error.one_line(), own_fault=error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
             self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=True)
             raise
         except Exception as error:
-            self._failed(f"Defect: {masked(type(error).__name__)}. The publisher's log has more.", own_fault=True)
+            self._failed(f"Defect: {type(error).__name__}. The publisher's log has more.", own_fault=True)
             raise
 
     def _failed(self, error: str, *, own_fault: bool) -> None:

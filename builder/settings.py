@@ -26,7 +26,9 @@ from pydantic import (
     field_validator,
 )
 
+from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
 from builder.errors import BuilderError, InvalidSettings
+from builder.masking import mask, url_credentials
 from builder.reference import Platform, Repository, parse_platforms
 
 # Variables of other programs that pass through us: to MLflow's client, to the engine's RUN steps.
@@ -43,7 +45,6 @@ _PLAIN_VARIABLE = re.compile(
     r"|AWS_EC2_METADATA_DISABLED|AWS_STS_REGIONAL_ENDPOINTS|AZURE_AUTHORITY_HOST|DATABRICKS_HOST"
     r"|DOCKER_CREDENTIAL_GCR_CONFIG"  # where a credential helper of the Kaniko image would keep its settings
 )
-_URL_PASSWORD = re.compile(r"://[^\s/]*:([^\s]*)@|://([^\s/:]+)@")
 INDEX_VARIABLES = (
     "PIP_INDEX_URL",
     "PIP_EXTRA_INDEX_URL",
@@ -60,6 +61,7 @@ INDEX_VARIABLES = (
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 IN_IMAGE_WORKSPACE = Path("/kaniko/workspace")
 _IN_IMAGE_MARK = Path("/kaniko/builder")
+_USERS = {"REGISTRY_TOKEN": "REGISTRY_USER", "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_USERNAME"}
 _SECRET_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _MOST_SECRET_BYTES = 1 << 20
 
@@ -141,8 +143,7 @@ class CommonSettings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "LOG_LEVEL", "The least severe log line shown.", "info", form="debug, info, warning or error"
     )
-    # Derived from the environment, not settings of their own.
-    secret_values: tuple[SecretStr, ...] = ()
+    # Derived from the environment, not a setting of its own.
     holds_credential: bool = False
 
     @property
@@ -153,7 +154,7 @@ class CommonSettings(BaseModel):
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], require: Collection[str] = (), **overrides: object) -> Self:
-        """Return the settings that an environment holds.
+        """Return the settings that an environment holds; from here on, nothing shows a secret among them.
 
         Args:
             environ: the environment, such as `os.environ`. Variables that are empty count as not set.
@@ -164,7 +165,8 @@ class CommonSettings(BaseModel):
         Raises:
             InvalidSettings: something is missing or malformed; everything is named, with what it should hold.
         """
-        values: dict[str, Any] = {**_secrets(environ.get("SECRETS_DIR", "")), **{k: v for k, v in environ.items() if v}}
+        from_files = _secrets(environ.get("SECRETS_DIR", ""))
+        values: dict[str, Any] = {**from_files, **{k: v for k, v in environ.items() if v}}
         for name in PROXY_VARIABLES:
             if environ.get(name.lower()):
                 values.setdefault(name, environ[name.lower()])
@@ -181,14 +183,7 @@ class CommonSettings(BaseModel):
             for name, value in values.items()
             if _MLFLOW_VARIABLE.fullmatch(name) and name != "MLFLOW_TRACKING_URI"
         }
-        values["secret_values"] = tuple(
-            secret
-            for name, value in values.items()
-            for secret in (
-                *((str(value),) if _is_credential(name, value) or name == "DOMINO_RUN_ID" else ()),
-                *(_url_secrets(value) if isinstance(value, str) else ()),
-            )
-        )
+        _mask(values, environ.get("HOME", ""), from_files)
         values["holds_credential"] = any(_is_credential(name, value) for name, value in values.items()) or bool(
             values["DOCKER_CONFIG"] and (Path(values["DOCKER_CONFIG"]) / "config.json").exists()
         )
@@ -439,12 +434,34 @@ def _is_credential(name: str, value: object) -> bool:
     if not isinstance(value, str) or not value or name in INDEX_VARIABLES or name.upper() in PROXY_VARIABLES:
         return False
     named = _CREDENTIAL_VARIABLE.fullmatch(name) and not _PLAIN_VARIABLE.fullmatch(name)
-    return bool(named or _url_secrets(value))
+    return bool(named or _holds_url_credential(value))
 
 
-def _url_secrets(value: str) -> list[str]:
-    """Return the passwords and bare users of the URLs in a value."""
-    return [password or user for password, user in _URL_PASSWORD.findall(value)]
+def _holds_url_credential(value: str) -> bool:
+    """Return whether a URL in a value holds a credential."""
+    return any(url_credentials(value))
+
+
+def _mask(values: Mapping[str, Any], home: str, from_files: Collection[str]) -> None:
+    """Mask every secret of the settings, and those of the credential files that they or a home folder have.
+
+    Args:
+        values: by the variables' names.
+        home: the user's home; empty for none.
+        from_files: names of what a file of SECRETS_DIR holds: a secret, unless it is a setting that is none.
+    """
+    plain = {field.validation_alias for field in Settings.model_fields.values()}
+    for name, value in values.items():
+        if not isinstance(value, str) or name in PATH_VARIABLES:
+            continue
+        # curl takes a proxy without a scheme.
+        mask_secrets(in_urls(value if "://" in value or name not in PROXY_VARIABLES else f"http://{value}"))
+        secret = _CREDENTIAL_VARIABLE.fullmatch(name) and not _PLAIN_VARIABLE.fullmatch(name)
+        setting = name in plain or name in INDEX_VARIABLES or bool(_MLFLOW_VARIABLE.fullmatch(name))
+        if secret or name == "DOMINO_RUN_ID" or (name in from_files and not setting):
+            mask([value], user=str(values.get(_USERS.get(name, ""), "")))
+            mask_secrets(in_connection_string(value) if ";" in value else in_text(value) if "{" in value else iter(()))
+    mask_files(values, home)
 
 
 def _unreadable(variable: str, values: Mapping[str, Any], kind: Literal["file", "folder"]) -> list[str]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from builder.errors import one_line
 from builder.log import get_logger
+from builder.masking import masked
+from builder.shown import one_line, shown, visible
 
 if TYPE_CHECKING:
     from builder.download import DownloadResult
@@ -69,20 +70,20 @@ def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
     known = sum(artifact.size or 0 for artifact in planned.artifacts)
     rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {text}" for name, text in rows]
-    lines += [f"{'':<{width}}  {artifact.path}  {size(artifact.size)}" for artifact in planned.artifacts[:_MOST_FILES]]
+    rows += [("", f"{artifact.path}  {size(artifact.size)}") for artifact in planned.artifacts[:_MOST_FILES]]
     if len(planned.artifacts) > _MOST_FILES:
-        lines.append(f"{'':<{width}}  … and {len(planned.artifacts) - _MOST_FILES} more; --json lists them all")
+        rows.append(("", f"… and {len(planned.artifacts) - _MOST_FILES} more; --json lists them all"))
+    lines = [f"{name:<{width}}  {_cell(text)}" for name, text in rows]
     if planned.dockerfile:
-        lines += ["", "Dockerfile", *(f"  {_printable(line)}" for line in planned.dockerfile.splitlines())]
+        # Where Docker ends a line, and nowhere else: a separator of Unicode's begins no instruction.
+        instructions = planned.dockerfile.removesuffix("\n").split("\n")
+        lines += ["", "Dockerfile", *(f"  {shown(line.removesuffix(chr(13)))}" for line in instructions)]
     return "\n".join(lines)
 
 
-def _printable(line: str) -> str:
-    """Return a line that others wrote, fit for a terminal: what would steer it is shown, not sent."""
-    return "".join(
-        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in line
-    )
+def _cell(text: str) -> str:
+    """Return a text that others may have written, fit for one place of a screen: nothing is cut, no blank is lost."""
+    return visible(masked(text))
 
 
 def sweep(swept: Sequence[Swept]) -> None:
@@ -127,10 +128,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, caption=caption, caption_justify="left")
+    table = Table(*columns, caption=Text(caption), caption_justify="left")
     for row in rows:
         # Names and errors come from others: as text they cannot be taken for markup.
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(_cell(cell)) for cell in row))
     Console(stderr=True).print(table)
 
 

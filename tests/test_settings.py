@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder.errors import ExitCode, InvalidSettings
+from builder.log import masked
 from builder.reference import Platform
 from builder.settings import BuildSettings, CatalogSettings, Settings
 
@@ -110,8 +111,7 @@ def test_secrets_are_masked_wherever_settings_are_printed():
     settings = Settings.from_environ({**GOOD, **secrets})
     for text in (repr(settings), str(settings), settings.model_dump_json()):
         assert "hidden" not in text
-    values = {secret.get_secret_value() for secret in settings.secret_values}
-    assert {"hidden-1", "hidden-2", "hidden-3", "hidden-4"} <= values
+    assert "hidden" not in masked(" ".join(secrets.values()))
 
 
 @pytest.mark.parametrize(

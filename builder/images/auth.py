@@ -19,6 +19,7 @@ from builder.errors import PermissionRefused, ServiceUnavailable
 from builder.images.answers import Answer, refusal, told
 from builder.images.credentials import Credential
 from builder.images.descriptor import Malformed, from_bytes
+from builder.masking import mask_token
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # A scheme, perhaps with a value of its own (Negotiate's), and then its parameters or the next scheme.
@@ -169,6 +170,9 @@ class Authorizer:
         if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
             message = f"{server} does not answer with a token."
             raise ServiceUnavailable(message, remedy="See what stands there.")
+        mask_token(value)
+        if isinstance(refresh := content.get("refresh_token"), str):
+            mask_token(refresh)
         seconds = float(lifetime) if isinstance(lifetime, int | float) and lifetime > 0 else _LIFETIME
         seconds = min(seconds, _LONGEST)
         return _Token(value, asked + max(seconds - _MARGIN, seconds / 2))

@@ -17,10 +17,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from builder.credential_files import in_json, mask_secrets
 from builder.errors import InvalidSettings, PermissionRefused, one_line
 from builder.images.hosts import DOCKER_HUB, DOCKER_HUB_KEY, canonical
+from builder.masking import mask
 
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MOST_CONFIG_BYTES = 4 << 20
@@ -45,6 +47,11 @@ class Credential:
         """The value of an Authorization header for basic authentication."""
         return f"Basic {base64.b64encode(f'{self.user}:{self.password}'.encode()).decode()}"
 
+    def masked(self) -> Self:
+        """Return this, after it was made known as what nothing may show."""
+        mask([self.password, self.identity_token], user=self.user)
+        return self
+
 
 class Credentials:
     """Finds the credential for a registry host, when a registry asks for one and not before.
@@ -65,7 +72,7 @@ class Credentials:
         helper_timeout: float = 30,
     ) -> None:
         self._explicit = canonical(explicit) if credential else ""
-        self._credential = credential
+        self._credential = credential.masked() if credential else None
         self._docker_config = docker_config
         self._helper_timeout = helper_timeout
 
@@ -123,7 +130,8 @@ class Credentials:
             raise PermissionRefused(message, remedy=remedy) from None
         if not isinstance(user, str) or not isinstance(secret, str) or not secret:
             return None
-        return Credential(identity_token=secret) if user == _TOKEN_USER else Credential(user, secret)
+        found = Credential(identity_token=secret) if user == _TOKEN_USER else Credential(user, secret)
+        return found.masked()
 
 
 def _run(argv: list[str], text: str, timeout: float) -> tuple[int, str, str]:
@@ -171,6 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
             isinstance(config.get(name) or {}, dict) for name in ("auths", "credHelpers")
         ):
             raise ValueError
+    mask_secrets(in_json(config))
     return config
 
 

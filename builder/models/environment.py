@@ -18,6 +18,8 @@ _DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # Its warnings quote what servers and authors wrote: they go the way of our own log, which shows nothing hidden.
+    "MLFLOW_CONFIGURE_LOGGING": "false",
     # Standard output is for what a command has to say.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict
 
 from builder.errors import BuilderError, one_line
-from builder.log import get_logger, masked
+from builder.log import get_logger
 
 if TYPE_CHECKING:
     from builder.models.catalog import Catalog
@@ -82,7 +82,7 @@ class Outcome(BaseModel):
             "tag": self.tag,
             "source": self.source_id,
             "platforms": ",".join(self.platforms),
-            "error": one_line(masked(self.error), _LONGEST_ERROR),
+            "error": one_line(self.error, _LONGEST_ERROR),
             "wanted": ",".join(self.wanted),
             "attempts": str(self.attempts),
             "finished": self.finished,

@@ -48,8 +48,7 @@ def test_a_tag_that_somebody_edited_counts_as_not_there(name, value):
     assert getattr(Outcome.of(version(tags), "pltr_foundry"), name) == {"state": "", "attempts": 0}[name]
 
 
-def test_an_error_is_one_short_line_without_secrets(monkeypatch):
-    monkeypatch.setattr(log, "_secrets", set())
+def test_an_error_is_one_short_line_without_secrets():
     log.mask(["hunter2222"])
     error = "BuildFailed: a\nb\x1b[31m https://me:pw@host/ hunter2222 " + "é" * 5000
     tag = FAILED.model_copy(update={"error": error}).tags()["publish.pltr_foundry.error"]

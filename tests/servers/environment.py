@@ -8,12 +8,15 @@ import sys
 
 import pytest
 
+from builder import masking
 from builder.images.retry import Patience
 from scripts.launch import ambient
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
+    # A password of one test's is an ordinary word of the next one's.
+    monkeypatch.setattr(masking, "_known", masking._Known())
     for name in list(os.environ):
         if ambient(name):
             monkeypatch.delenv(name)

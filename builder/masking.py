@@ -1,0 +1,231 @@
+"""Secrets that nothing may show: whoever reads one adds it here, and whatever is shown goes through `masked`.
+
+The set is the process's: logs, errors and tags meet in one process, and a secret is none of them's to show. A secret is
+known in every encoding in which another program may quote it. What is searched costs the same however many there are:
+every position of a text is looked up in a table of the forms' first characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from html import escape
+from urllib.parse import quote, quote_plus
+
+MASK = "*****"
+# Shorter values are words that stand everywhere: to mask them would hide the log, not the secret. They are masked where
+# a user or the word `password` stands beside them; docs/decisions/0040-what-is-masked.md.
+_SHORTEST = 6
+_SHORTEST_LINE = 12
+_HEAD = 4
+# Of what looks random and is longer than `_DENSE` says, a part is masked too: programs wrap and cut long lines.
+_DENSE = re.compile(r"[A-Za-z0-9+/=_-]{24,}")
+_BLOCK = 12
+_RUN = re.compile(r"[A-Za-z0-9+/=_-]{12,}")
+# What is larger is taken for a text of which every line may be one.
+_LONGEST = 64 << 10
+_LINE_BREAK = re.compile(r"[\r\n]+|\\n")
+_PERCENT = re.compile(r"%[0-9A-F]{2}")
+
+
+class _Known:
+    """The forms that are searched for, by their first characters, and the blocks of those of which a part counts."""
+
+    def __init__(self) -> None:
+        self.forms: set[str] = set()
+        self.heads: dict[str, list[str]] = {}
+        self.blocks: dict[str, list[tuple[str, int]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, form: str, *, parts: bool) -> None:
+        """Add a form of at least `_HEAD` characters; with `parts`, what is random in it is known by its parts too."""
+        with self._lock:
+            if form in self.forms or len(form) < _HEAD:
+                return
+            self.forms.add(form)
+            self.heads.setdefault(form[:_HEAD], []).append(form)
+            if not parts:
+                return
+            for dense in _DENSE.finditer(form):
+                text = dense[0]
+                for start in range(0, len(text) - _BLOCK + 1, _BLOCK):
+                    self.blocks.setdefault(text[start : start + _BLOCK], []).append((text, start))
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where secrets stand, in no order; spans may overlap."""
+        # The reader of a program's output cuts what is too long, and a secret may be what it cut.
+        cut = len(text) - 1 if text.endswith("…") else 0
+        heads = self.heads
+        for at in range(len(text) - _HEAD + 1):
+            if (head := text[at : at + _HEAD]) in heads:
+                for form in heads[head]:
+                    if text.startswith(form, at):
+                        yield at, at + len(form)
+                    elif cut and at + len(form) > cut and form.startswith(text[at:cut]):
+                        yield at, cut
+        if self.blocks:
+            yield from self._parts(text)
+
+    def _parts(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where parts of random secrets stand, one behind the other."""
+        reach = 0
+        for run in _RUN.finditer(text):
+            for at in range(run.start(), run.end() - _BLOCK + 1):
+                if at + _BLOCK <= reach:
+                    continue
+                for form, offset in self.blocks.get(text[at : at + _BLOCK], ()):
+                    start, end = _extended(text, at, form, offset, reach)
+                    yield start, end
+                    reach = max(reach, end)
+
+
+_known = _Known()
+
+
+def mask(secrets: Iterable[str], *, user: str = "") -> None:
+    """Add secrets that nothing may show, in every encoding.
+
+    Args:
+        secrets: passwords, tokens, keys; of one with several lines every line that is long enough counts as well.
+        user: who they belong to: the pair is masked too, and makes short ones known.
+    """
+    for secret in secrets:
+        for form in _forms(secret, user):
+            _known.add(form, parts=True)
+
+
+def mask_token(token: str) -> None:
+    """Add a token that is good for minutes and that no file holds: as it is sent, and in no other form."""
+    if len(token) >= _SHORTEST:
+        _known.add(token, parts=False)
+
+
+def masked(text: str) -> str:
+    """Return `text` with every known secret replaced by asterisks; linear in its length."""
+    if not _known.forms:
+        return text
+    pieces, end = [], -1
+    for begin, stop in sorted(_known.spans(text)):
+        if begin > end:
+            pieces += [text[max(end, 0) : begin], MASK]
+        end = max(end, stop)
+    return "".join([*pieces, text[max(end, 0) :]])
+
+
+def url_credentials(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where the credentials of a text's URLs stand: from behind `://` to behind the `@`; linear in its length.
+
+    What stands before an `@` in the authority is one. Behind the authority's first slash an `@` begins a revision or a
+    digest, unless what stands before the slash is no host: `user:pass/word@host` is a password that nobody encoded.
+    """
+    at = text.find("://")
+    while at >= 0:
+        start = at + 3
+        following = text.find("://", start)
+        word = _WORD.match(text, start, following if following >= 0 else len(text))
+        end = _credential_end(word[0] if word else "")
+        if end:
+            yield start, start + end
+        at = following
+
+
+_WORD = re.compile(r"[^\s'\"]*")
+_AUTHORITY = re.compile(r"[^/?#\\]*")
+_HOST_AND_PORT = re.compile(r"[^:@]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]*\](?::[0-9]*)?")
+
+
+def _credential_end(word: str) -> int:
+    """Return how many characters of what follows `://` are a credential, its `@` included; 0 for none."""
+    authority = _AUTHORITY.match(word)[0]  # type: ignore[index] # it matches the empty string too
+    host = authority.rpartition("@")[2]
+    if "@" in authority:
+        # `user:p@ss/word@host`: what is no name of a host goes on.
+        sloppy = "." not in host and ":" not in host and host != "localhost"
+    else:
+        sloppy = not _HOST_AND_PORT.fullmatch(host)
+    last = word.rfind("@") + 1
+    if sloppy and last > len(authority) and not word.startswith("sha256:", last):
+        return last
+    return len(authority) - len(host)
+
+
+def _extended(text: str, at: int, form: str, offset: int, reach: int) -> tuple[int, int]:
+    """Return the run that a text and a form have in common around a block, not before `reach`."""
+    start, first = at, offset
+    while start > reach and first > 0 and text[start - 1] == form[first - 1]:
+        start, first = start - 1, first - 1
+    end, last = at + _BLOCK, offset + _BLOCK
+    while end < len(text) and last < len(form) and text[end] == form[last]:
+        end, last = end + 1, last + 1
+    return start, end
+
+
+def _forms(secret: str, user: str) -> Iterator[str]:
+    """Yield the forms in which a secret may be quoted."""
+    secret = secret.strip("\r\n")
+    if len(secret) < _SHORTEST:
+        yield from _beside(secret, user)
+        return
+    lines = [line.strip() for line in _LINE_BREAK.split(secret)]
+    if len(secret) <= _LONGEST:
+        yield from _encoded(secret)
+        if user:
+            yield _base64(f"{user}:{secret}".encode(errors="surrogateescape"))
+        for line in lines if len(lines) > 1 else ():
+            if len(line) >= _SHORTEST_LINE and not line.startswith("-----"):
+                yield from _encoded(line)
+    else:
+        yield from (line for line in lines if len(line) >= _SHORTEST_LINE)
+
+
+def _beside(secret: str, user: str) -> Iterator[str]:
+    """Yield a short secret with what tells that it is one."""
+    if len(secret) < 2:  # noqa: PLR2004 -- one character is on every line
+        return
+    yield f":{secret}@"
+    for between in (" ", "=", " = ", ": ", '": "', '":"', "': '"):
+        yield f"password{between}{secret}"
+    if user:
+        yield f"{user}:{secret}"
+        yield _base64(f"{user}:{secret}".encode(errors="surrogateescape"))
+
+
+def _encoded(secret: str) -> Iterator[str]:
+    """Yield a secret as it is, and as URLs, JSON, Python, C, HTML and base64 write it."""
+    raw = secret.encode(errors="surrogateescape")
+    yield secret
+    yield " ".join(secret.split())
+    for quoted in (quote(raw, safe=""), quote(raw, safe="/"), quote_plus(raw), quote(quote(raw, safe=""), safe="")):
+        yield quoted
+        yield _PERCENT.sub(lambda found: found[0].lower(), quoted)
+    for escaped in (json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret)):
+        yield escaped[1:-1]
+        yield escaped[1:-1].replace("/", "\\/")
+    yield repr(raw)[2:-1]
+    yield secret.encode("unicode_escape").decode()
+    yield re.sub(r"(\W)", r"\\\1", secret)
+    yield secret.replace("'", "'\\''")
+    yield secret.replace("'", "'\"'\"'")
+    yield escape(secret)
+    # Within what else was encoded with it (`user:secret`, a whole file) it stands at one of three offsets; what is left
+    # out at both ends depends on its neighbours.
+    for offset in range(3):
+        code = _base64(b"\0" * offset + raw)
+        whole = (offset + len(raw)) * 8 // 6
+        code = code[(0, 2, 3)[offset] : None if offset == 0 else whole]
+        for form in (code, code[:whole]) if offset == 0 else (code,):
+            if len(form) >= _SHORTEST:
+                yield form
+                yield form.translate(_URL_SAFE)
+                yield quote(form, safe="")
+
+
+_URL_SAFE = str.maketrans("+/", "-_")
+
+
+def _base64(raw: bytes) -> str:
+    """Return base64 without padding, which may stand or be left out."""
+    return base64.b64encode(raw).decode().rstrip("=")
