@@ -11,9 +11,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from builder.base_pattern import BasePattern
 from builder.build.beneath import exists_beneath, read_beneath
 from builder.build.dockerfile import Dockerfile
 from builder.build.environment import REQUIREMENTS, Environment
@@ -67,12 +67,12 @@ class BaseImages:
 
     Attributes:
         default: BASE_IMAGE, perhaps with `{python_version}` in it.
-        allowed: patterns of ALLOWED_BASE_IMAGES, as fnmatch reads them, for the whole reference.
+        allowed: patterns of ALLOWED_BASE_IMAGES.
         wanted: the version's tag MODEL_BASE_IMAGE; empty where it has none.
     """
 
     default: str
-    allowed: Sequence[str] = ()
+    allowed: Sequence[BasePattern] = ()
     wanted: str = ""
 
     def known(self, python_version: str) -> bool:
@@ -89,12 +89,12 @@ class BaseImages:
             InvalidVersion: the tag asks for what is not allowed, or the Python version is needed and not known.
         """
         if self.wanted:
-            reference = str(Reference.parse(self.wanted))
-            if not any(fnmatchcase(name, pattern) for name in (reference, self.wanted) for pattern in self.allowed):
-                message = f"MODEL_BASE_IMAGE asks for {self.wanted!r}, which ALLOWED_BASE_IMAGES does not allow."
-                allowed = ", ".join(self.allowed) or "none"
+            reference = Reference.parse(self.wanted)
+            if not any(pattern.matches(reference) for pattern in self.allowed):
+                message = f"MODEL_BASE_IMAGE asks for {reference}, which ALLOWED_BASE_IMAGES does not allow."
+                allowed = ", ".join(map(str, self.allowed)) or "none"
                 raise InvalidVersion(message, remedy=f"Allowed are: {allowed}. Change the tag or the setting.")
-            return reference
+            return str(reference)
         if not self.known(python_version):
             message = "The model does not say which Python version it was logged with."
             raise InvalidVersion(
