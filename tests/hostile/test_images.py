@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import tarfile
+import time
+import uuid
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +14,12 @@ from hypothesis import strategies as st
 from builder.base_pattern import BasePattern
 from builder.build.template import BaseImages
 from builder.errors import BuilderError, ExitCode, InvalidSettings, InvalidVersion
-from builder.reference import Reference
+from builder.images.base import find_image
+from builder.images.blob import BytesBlob
+from builder.images.descriptor import OCI_CONFIG, OCI_MANIFEST, Descriptor, Malformed, to_bytes
+from builder.images.registries import Registries
+from builder.images.untar import Archive, Budget, Entry, inflated
+from builder.reference import Platform, Reference, Repository
 from builder.settings import Settings
 
 A, B = "a" * 64, "b" * 64
@@ -211,3 +221,118 @@ def test_a_name_that_nothing_of_ours_has_stays_as_it_is(name, environ):
 def test_models_do_not_lie_below_what_is_ours(environ):
     with pytest.raises(InvalidSettings, match="REGISTRY_URL is the same or lies below it"):
         Settings.from_environ({**GOOD, **environ})
+
+
+# ---- layers of a base image
+
+
+def header(kind: bytes, size: int) -> bytes:
+    entry = tarfile.TarInfo("PaxHeader")
+    entry.type, entry.size = kind, size
+    return entry.tobuf(tarfile.USTAR_FORMAT)
+
+
+def extended(content: bytes, kind: bytes = b"x") -> bytes:
+    return header(kind, len(content)) + content + bytes(-len(content) % 512)
+
+
+def read(archive: bytes) -> list[Entry]:
+    return list(Archive(archive[start : start + (1 << 20)] for start in range(0, len(archive), 1 << 20)))
+
+
+RECORDS = {"short": b"6 a=b\n", "names": b"10 path=x\n", "sparse": b"20 GNU.sparse.a=bcd\n"}
+
+
+def cost(content: bytes) -> float:
+    archive = extended(content) + header(b"0", 0)
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        assert read(archive)[0].size == 0
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_pax_records_are_read_in_linear_time(name):
+    record, much = RECORDS[name], 1 << 20
+    few, many = (record * (size // len(record)) for size in (much // 16, much))
+    # Sixteen times as much costs sixteen times as much; it was a hundred times while each record copied the rest.
+    assert cost(many) < 35 * cost(few) + 0.02
+
+
+def test_a_long_record_is_read_in_linear_time():
+    assert cost(b"1048576 comment=".ljust((1 << 20) - 1, b"x") + b"\n") < 0.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"9" * 19 + b" path=x\n",
+        b"9" * 5000 + b" path=x\n",
+        b"0" * 5000 + b"10 path=x\n",
+        b"+9 path=x\n",
+        b"-9 path=x\n",
+        "²9 path=x\n".encode(),
+        b" 9 path=x\n",
+        b"1_0 path=x\n",
+        b"3 =\n",
+        b"2 \n",
+        b"1\n",
+        b"\n",
+        b"99 path=x\n",
+        b"5 path=x\n",
+    ],
+)
+def test_a_length_that_is_none_is_refused(content):
+    with pytest.raises(Malformed, match="pax header that is none"):
+        read(extended(content) + header(b"0", 0))
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_headers_without_an_entry_have_a_bound(kind):
+    content = {b"x": b"10 path=x\n", b"g": b"10 path=x\n"}.get(kind, b"name\0") * 1000
+    with pytest.raises(Malformed, match="too many before one entry"):
+        read(extended(content, kind) * 300 + header(b"0", 0))
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        header(b"0", 0) * 2000,
+        extended(b"6 a=b\n" * 2000) + header(b"0", 0),
+        header(b"S", 0)[:482] + b"\1" + header(b"S", 0)[483:] + (bytes(504) + b"\1" + bytes(7)) * 2000,
+    ],
+    ids=["headers", "records", "maps of sparse files"],
+)
+def test_steps_are_bounded_for_the_image(archive, monkeypatch):
+    if archive[156:157] == b"S":
+        total = sum(archive[:148]) + 8 * 32 + sum(archive[156:512])
+        archive = archive[:148] + b"%06o\0 " % total + archive[156:]
+    budget = Budget(1000)
+    with pytest.raises(Malformed, match="too many headers and records"):
+        list(Archive(iter([archive]), budget))
+
+
+def test_empty_gzip_members_are_bounded():
+    with pytest.raises(Malformed, match="too many headers and records"):
+        list(inflated([gzip.compress(b"") * 2000], 1 << 20, Budget(1000)))
+    assert b"".join(inflated([gzip.compress(b"a") * 500], 1 << 20, Budget(1000))) == b"a" * 500
+
+
+@pytest.mark.parametrize("variant", ["v99999999999", "v" + "9" * 30, "v07x", "x"])
+def test_a_platform_of_any_number_costs_nothing(registry, variant):
+    config = to_bytes({"os": "linux", "architecture": "arm", "variant": "v6", "rootfs": {"diff_ids": []}})
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": Descriptor.of(config, OCI_CONFIG).to_json(),
+        "layers": [],
+    }
+    with Registries() as registries:
+        client = registries.for_host(registry.host)
+        repository = Repository(registry.host, f"hostile/{uuid.uuid4().hex}")
+        client.push_blob(repository, BytesBlob(config))
+        client.put_manifest(repository, to_bytes(manifest), OCI_MANIFEST, "v1")
+        with pytest.raises(InvalidVersion, match="it has linux/arm/v6"):
+            find_image(client, repository.tag("v1"), Platform.parse(f"linux/arm/{variant}"))
