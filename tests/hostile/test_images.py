@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
+import subprocess
 import tarfile
+import tempfile
 import time
 import uuid
+import venv
+import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +19,8 @@ from hypothesis import strategies as st
 
 from builder.base_pattern import BasePattern
 from builder.build.template import BaseImages
+from builder.build.wheel import InvalidWheel, open_wheel
+from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.errors import BuilderError, ExitCode, InvalidSettings, InvalidVersion
 from builder.images.base import find_image
 from builder.images.blob import BytesBlob
@@ -21,6 +29,7 @@ from builder.images.registries import Registries
 from builder.images.untar import Archive, Budget, Entry, inflated
 from builder.reference import Platform, Reference, Repository
 from builder.settings import Settings
+from tests.build.wheels import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
 
 A, B = "a" * 64, "b" * 64
 GOOD = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1", "REGISTRY_URL": "quay.io/domino"}
@@ -336,3 +345,102 @@ def test_a_platform_of_any_number_costs_nothing(registry, variant):
         client.put_manifest(repository, to_bytes(manifest), OCI_MANIFEST, "v1")
         with pytest.raises(InvalidVersion, match="it has linux/arm/v6"):
             find_image(client, repository.tag("v1"), Platform.parse(f"linux/arm/{variant}"))
+
+
+# ---- wheels in the environment
+
+PYTHON_FOLDER = f"lib/python{PYTHON}"
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        "data/bin",
+        "data/lib",
+        "data/lib64",
+        "data/share",
+        "data/etc",
+        "data/include",
+        "data/include/site",
+        f"data/include/site/python{PYTHON}",
+        f"data/{PYTHON_FOLDER}",
+        f"data/{PYTHON_FOLDER}/site-packages",
+        f"data/lib64/python{PYTHON}/site-packages",
+        "data/pyvenv.cfg",
+        "data/pyvenv.cfg/x",
+        "data/bin/python",
+        "data/bin/python/x",
+        "data/bin/python3",
+        f"data/bin/python{PYTHON}",
+        # Read by Python before the environment's own, or in place of its whole path.
+        "data/bin/pyvenv.cfg",
+        "data/bin/python._pth",
+        f"data/bin/python{PYTHON}._pth",
+        "scripts/python",
+        "scripts/python3/x",
+        "scripts/pyvenv.cfg",
+        "scripts/python._pth",
+    ],
+)
+def test_no_wheel_replaces_a_part_of_the_environment(tmp_path, member):
+    path = make(tmp_path, {f"demo-1.0.data/{member}": b"x"})
+    with pytest.raises(InvalidWheel, match="a part of the environment itself") as caught:
+        WheelLayer(open_wheel(path, filename=NAME), python=PYTHON)
+    assert NAME in caught.value.what
+    assert f"demo-1.0.data/{member}" in caught.value.what
+    assert caught.value.exit_code in {ExitCode.DATA, ExitCode.CANNOT_CREATE}
+
+
+def test_an_entry_point_is_not_the_interpreter(tmp_path):
+    path = make(tmp_path, {f"{INFO}/entry_points.txt": b"[console_scripts]\npython._pth = demo:main\n"})
+    with pytest.raises(InvalidWheel, match=r"a script of its entry points would replace 'opt/model/bin/python\._pth'"):
+        WheelLayer(open_wheel(path, filename=NAME), python=PYTHON)
+
+
+def test_what_would_replace_the_interpreters_path_does():
+    # Why ._pth and bin/pyvenv.cfg are refused: this Python takes them, in an environment as the image has it.
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, symlinks=True)
+        program = Path(folder) / "bin" / "python"
+        assert subprocess.run([program, "-c", ""], check=False).returncode == 0
+        (program.parent / "python._pth").write_text("/nonexistent\n")
+        assert subprocess.run([program, "-c", ""], check=False, capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["data/bin/tool", "data/lib/x.so", "data/share/x/y", "scripts/pythonic", "data/include/x.h", "data/binary"],
+)
+def test_what_a_wheel_may_put_beside_it(tmp_path, member):
+    path = make(tmp_path, {f"demo-1.0.data/{member}": b"x"})
+    assert b"".join(WheelLayer(open_wheel(path, filename=NAME), python=PYTHON))
+
+
+def test_a_file_and_a_directory_of_two_wheels_are_the_same_in_one_layer_and_in_two(tmp_path):
+    def wheel(name, files):
+        info = f"{name}-1.0.dist-info"
+        files = {**files, f"{info}/METADATA": METADATA.replace(b"demo", name.encode()), f"{info}/WHEEL": WHEEL}
+        record = "".join(f"{path},{digest(content)},{len(content)}\n" for path, content in files.items())
+        path = tmp_path / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}.items():
+                archive.writestr(entry(member), content)
+        return WheelLayer(open_wheel(path, filename=path.name), python=PYTHON)
+
+    def unpacked(layer):
+        content = gzip.decompress(b"".join(layer))
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            members = archive.getmembers()
+            assert len({member.name for member in members}) == len(members)
+            return {member.name: member.isdir() for member in members}
+
+    below = {"one/a.py": b"1", "two": b"2", "both/x": b"3"}
+    above = {"one": b"4", "two/b.py": b"5", "both/y": b"6"}
+    lower, upper = unpacked(wheel("lower", below)), unpacked(wheel("upper", above))
+    lower = {
+        path: is_folder
+        for path, is_folder in lower.items()
+        if not any(upper.get(str(parent)) is False for parent in Path(path).parents)
+    }
+    together = unpacked(GroupLayer([wheel("upper", above), wheel("lower", below)]))
+    assert together == {**lower, **upper}
