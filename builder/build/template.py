@@ -26,6 +26,11 @@ DOCKERFILE_JINJA = "Dockerfile.j2"
 SCRIPT_TEMPLATE = "create_docker_image.sh.template"
 LARGEST_TEMPLATE = 1 << 20
 
+# What a version's names can make of one.
+LARGEST_RENDERED = 2 << 20
+_MOST_PROBLEMS = 10
+_LONGEST_SHOWN = 100
+
 # The names that templates may use, and the tag that gives each its value where a tag does.
 VARIABLES: Mapping[str, str] = {
     "model_name": "",
@@ -187,25 +192,34 @@ def _substituted(
     text = template.decode("utf-8", "surrogateescape")
     parsed = Dockerfile.parse(text if is_dockerfile else "")
     own = parsed.declared()
-    problems: list[str] = []
+    problems: dict[str, None] = {}
     places = _Places(text, parsed)
+    left = LARGEST_RENDERED - len(template)
 
     def replacement(match: re.Match[str]) -> str:
+        nonlocal left
         name = match[1] or match[2]
-        if name is None or name in own:
+        if name is None or name in own or len(problems) > _MOST_PROBLEMS:
             return match[0]
         if name in variables:
             if not variables[name]:
                 tag = VARIABLES[name]
-                problems.append(f"line {places.line(match.start())} uses {match[0]}, but the version has no tag {tag}")
+                problems[f"line {places.line(match.start())} uses {match[0]}, but the version has no tag {tag}"] = None
+            left -= len(variables[name])
+            if left < 0:
+                message = f"{path} makes a file of more than {LARGEST_RENDERED:,} bytes."
+                raise InvalidVersion(message, remedy="Use the variables less often.")
             return variables[name]
         if is_dockerfile and match[1] and _looks_misspelt(name) and not places.in_run(match.start()):
-            problems.append(f"line {places.line(match.start())} names {match[0]}, which is no variable{_meant(name)}")
+            shown = match[0] if len(match[0]) <= _LONGEST_SHOWN else f"{match[0][:_LONGEST_SHOWN]}…"
+            problems[f"line {places.line(match.start())} names {shown}, which is no variable{_meant(name)}"] = None
         return match[0]
 
     rendered = _TOKEN.sub(replacement, text)
     if problems:
-        message = f"{path} cannot be rendered: {'; '.join(dict.fromkeys(problems))}."
+        told = [*problems][:_MOST_PROBLEMS]
+        more = "; and more" if len(problems) > _MOST_PROBLEMS else ""
+        message = f"{path} cannot be rendered: {'; '.join(told)}{more}."
         raise InvalidVersion(
             message,
             remedy=f"The variables are {', '.join(VARIABLES)}. Correct the name, set the tag, or declare a name of "
