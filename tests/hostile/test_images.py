@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import os
 import subprocess
 import tarfile
 import tempfile
@@ -11,7 +13,9 @@ import time
 import uuid
 import venv
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,16 +25,21 @@ from builder.base_pattern import BasePattern
 from builder.build.template import BaseImages
 from builder.build.wheel import InvalidWheel, open_wheel
 from builder.build.wheel_layer import GroupLayer, WheelLayer
-from builder.errors import BuilderError, ExitCode, InvalidSettings, InvalidVersion
+from builder.errors import BuilderError, BuildFailed, ExitCode, InvalidSettings, InvalidVersion
 from builder.images.base import find_image
 from builder.images.blob import BytesBlob
-from builder.images.descriptor import OCI_CONFIG, OCI_MANIFEST, Descriptor, Malformed, to_bytes
+from builder.images.descriptor import OCI_CONFIG, OCI_MANIFEST, Descriptor, Malformed, from_bytes, to_bytes
+from builder.images.layout import MOST_BYTES, open_layout
+from builder.images.manifest import finished_image
+from builder.images.profile import check, profile_for
 from builder.images.registries import Registries
 from builder.images.untar import Archive, Budget, Entry, inflated
 from builder.reference import Platform, Reference, Repository
 from builder.settings import Settings
 from tests.build.wheels import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
+from tests.images.layouts import CONFIG, Layout, make_layout
 
+AMD64 = Platform("linux", "amd64")
 A, B = "a" * 64, "b" * 64
 GOOD = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1", "REGISTRY_URL": "quay.io/domino"}
 
@@ -444,3 +453,175 @@ def test_a_file_and_a_directory_of_two_wheels_are_the_same_in_one_layer_and_in_t
     }
     together = unpacked(GroupLayer([wheel("upper", above), wheel("lower", below)]))
     assert together == {**lower, **upper}
+
+
+# ---- layouts that an engine, or a RUN step beside it, left
+
+
+def hollow(made: Layout, size: int, *, data: bytes = b"x") -> None:
+    """Give the first layer a file of a size that takes hardly any room."""
+    layers = made.manifest()["layers"]
+    path = made.folder / "blobs" / "sha256" / layers[0]["digest"].removeprefix("sha256:")
+    layers[0]["size"] = size
+    made.index(made.image(layers=layers))
+    path.write_bytes(data)
+    os.truncate(path, size)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"x" * (8 << 20)], ids=["nothing", "a byte", "much"])
+def test_a_layer_of_holes_is_refused_before_it_is_read(tmp_path, data):
+    made = make_layout(tmp_path / "layout")
+    hollow(made, 200 << 30, data=data)
+    began = time.process_time()
+    with pytest.raises(BuildFailed, match="mostly holes") as caught:
+        open_layout(made.folder, AMD64)
+    # To read it would take minutes.
+    assert time.process_time() - began < 5
+    assert caught.value.exit_code == ExitCode.CANNOT_CREATE
+
+
+def test_a_layer_of_holes_counts_by_its_size(tmp_path):
+    made = make_layout(tmp_path / "layout")
+    hollow(made, 300 << 30)
+    with pytest.raises(BuildFailed, match=f"larger than {MOST_BYTES} bytes"):
+        open_layout(made.folder, AMD64)
+
+
+def test_a_layer_with_few_holes_is_a_layer(tmp_path):
+    made = make_layout(tmp_path / "layout")
+    layers = made.manifest()["layers"]
+    path = tmp_path / "layer"
+    with path.open("wb") as file:
+        file.write(os.urandom(3 << 20))
+        file.seek(1 << 20, os.SEEK_CUR)
+        file.write(b"x")
+    content = path.read_bytes()
+    blob = {**made.blob(content), "mediaType": layers[0]["mediaType"]}
+    path.rename(made.folder / "blobs" / "sha256" / blob["digest"].removeprefix("sha256:"))
+    made.index(made.image(layers=[blob, *layers[1:]]))
+    assert open_layout(made.folder, AMD64).layers[0].size == len(content)
+
+
+def test_a_file_of_another_size_is_refused_before_it_is_read(tmp_path):
+    made = make_layout(tmp_path / "layout")
+    layers = made.manifest()["layers"]
+    path = made.folder / "blobs" / "sha256" / layers[1]["digest"].removeprefix("sha256:")
+    os.truncate(path, 1 << 40)
+    with pytest.raises(BuildFailed, match=f"holds something else: {1 << 40} bytes"):
+        open_layout(made.folder, AMD64)
+
+
+CONFIG_OF = {"os": "linux", "architecture": "amd64"}
+
+
+def with_config(folder: Path, content: bytes) -> Layout:
+    made = make_layout(folder)
+    made.index(made.image(config=made.blob(content, CONFIG)))
+    return made
+
+
+def rootfs(made: Layout) -> dict[str, Any]:
+    config = made.manifest()["config"]["digest"].removeprefix("sha256:")
+    found: dict[str, Any] = json.loads((made.folder / "blobs" / "sha256" / config).read_bytes())["rootfs"]
+    return found
+
+
+DOCUMENTS = [
+    b'{"a":' + b"[" * 60 + b"]" * 60 + b"}",
+    # What can just be read, and not be written again one call further down.
+    b'{"a":' + b"[" * 950 + b"]" * 950 + b"}",
+    b'{"a":' * 980 + b"1" + b"}" * 980,
+    b"[" * 200_000,
+    b'{"a":' * 200_000,
+    b'{"a": 1e400}',
+    b'{"a": -1e400}',
+    b'{"a": ' + b"9" * 5000 + b"}",
+    b'{"a": NaN}',
+    b'{"a": -Infinity}',
+    b'{"a": 1}{"b": 2}',
+    b"null",
+    b"",
+    b'"a"',
+    b"\xff\xfe",
+]
+
+
+@pytest.mark.parametrize("content", DOCUMENTS, ids=range(len(DOCUMENTS)))
+def test_a_document_that_is_deep_or_odd_is_refused(tmp_path, content):
+    with pytest.raises(Malformed):
+        from_bytes(content)
+    made = with_config(tmp_path / "layout", content)
+    with pytest.raises(BuildFailed, match="cannot be used"):
+        open_layout(made.folder, AMD64)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=20,
+    )
+)
+def test_what_was_read_can_be_written(value):
+    try:
+        found = from_bytes(json.dumps(value).encode())
+    except Malformed:
+        return
+    assert from_bytes(to_bytes(found)) == found
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, -1, True, "1", None, [1], 1 << 60, 10**400])
+def test_a_size_is_a_number_of_bytes(tmp_path, size):
+    made = make_layout(tmp_path / "layout")
+    layers = made.manifest()["layers"]
+    layers[0]["size"] = size
+    made.index(made.image(layers=layers))
+    with pytest.raises(BuildFailed, match="no valid size"):
+        open_layout(made.folder, AMD64)
+
+
+def test_of_a_key_that_stands_twice_one_meaning_is_pushed(tmp_path):
+    made = make_layout(tmp_path / "layout")
+    layers = json.dumps(rootfs(made))
+    content = (
+        f'{{"os":"linux","architecture":"amd64","rootfs":{layers},"config":{{"User":"0"}},"config":{{"User":"1"}}}}'
+    )
+    image = open_layout(with_config(tmp_path / "other", content.encode()).folder, AMD64)
+    finished = finished_image(image, labels={}, annotations={}, created=datetime.now(tz=UTC))
+    assert finished.config.count(b'"config"') == 1
+    assert b'"User":"1"' in finished.config
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        {"User": "a" * 3_000_000},
+        {"User": ["a"]},
+        {"User": 10**4000},
+        {"User": "²"},
+        {"User": "\ud800"},
+        {"ExposedPorts": {str(number): {} for number in range(70_000, 270_000)}},
+        {"ExposedPorts": {"a" * 3_000_000: {}}},
+        {"ExposedPorts": {"²/tcp": {}}},
+        {"ExposedPorts": {"\ud800": {}}},
+        {"ExposedPorts": {"9" * 5000: {}}},
+        {"ExposedPorts": "a" * 1_000_000},
+        {"ExposedPorts": [1]},
+    ],
+    ids=range(12),
+)
+def test_what_a_config_says_breaks_a_rule_shortly(tmp_path, runtime):
+    made = make_layout(tmp_path / "layout")
+    content = json.dumps({**CONFIG_OF, "rootfs": rootfs(made), "config": runtime}).encode()
+    image = open_layout(with_config(tmp_path / "other", content).folder, AMD64)
+    began = time.process_time()
+    with pytest.raises(InvalidVersion, match="breaks") as caught:
+        check(
+            profile_for("pltr_foundry"),
+            reference=Reference.parse("quay.io/a:v1"),
+            platforms=[AMD64],
+            images=[(AMD64, image.config, image.layers)],
+        )
+    caught.value.one_line().encode()
+    assert len(str(caught.value)) < 400_000
+    assert time.process_time() - began < 5
