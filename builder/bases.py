@@ -25,12 +25,16 @@ def base_with_facts(
     """Return a base image and what is in it; the latter is found out once for each image and kept.
 
     Raises:
-        InvalidVersion, InvalidSettings: as `existing_base`.
+        InvalidVersion, InvalidSettings: as `existing_base`; or the base has too many layers.
         BuilderError: it cannot be told.
     """
     reference = source.base
     registry = registries.for_host(reference.repository.host)
     base = existing_base(registry, source, platform)
+    # Before any layer is read: a manifest may name thousands.
+    if len(base.layers) > MOST_BASE_LAYERS:
+        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
+        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
     key = facts_key(base)
     kept = store.text(key, kind=FACTS)
     if kept is not None:
@@ -78,11 +82,8 @@ def interpreter_of(base: BaseImage, facts: BaseFacts, python: str) -> str:
     """Return the base's interpreter of a minor version.
 
     Raises:
-        InvalidVersion: it has none, too many layers, or a C library that the wheels are not for.
+        InvalidVersion: it has none, or a C library that the wheels are not for.
     """
-    if len(base.layers) > MOST_BASE_LAYERS:
-        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
-        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
     found = facts.interpreters.get(python)
     if found is None:
         there = ", ".join(sorted(facts.interpreters)) or "none"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from builder.errors import TryAgain, VersionNotFound, one_line
 from builder.images import manifest as manifests
 from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, from_bytes
-from builder.images.layout import LayoutImage, open_layout
+from builder.images.layout import MOST_BYTES, LayoutImage, open_layout
 from builder.images.profile import check, profile_for
 from builder.images.push import move_tag, push_image
 from builder.log import get_logger
@@ -44,7 +44,11 @@ def push_and_tag(settings: Settings, services: Services, workspace: Workspace, p
         workspace.result().check()
     registry = services.registries.for_host(plan.reference.repository.host)
     kept = _kept(services, plan)
-    built = [_finished(workspace, plan, step) for step in by_engine]
+    built = []
+    left = MOST_BYTES
+    for step in by_engine:
+        built.append(_finished(workspace, plan, step, most_bytes=left))
+        left -= built[-1][0].size
     _check_profile(plan, [image for _, image, _ in built])
     for layout, image, mount_from in built:
         log.info("pushing", platform=str(image.platform), layers=len(image.layers), digest=str(image.descriptor.digest))
@@ -75,10 +79,10 @@ def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
 
 
 def _finished(
-    workspace: Workspace, plan: Plan, step: PlatformPlan
+    workspace: Workspace, plan: Plan, step: PlatformPlan, *, most_bytes: int
 ) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
     """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
-    layout = open_layout(workspace.layout(step.platform), step.platform)
+    layout = open_layout(workspace.layout(step.platform), step.platform, most_bytes=most_bytes)
     notes = _annotations(plan, step)
     mount_from: tuple[Repository, ...] = ()
     if step.base is not None and layout.diff_ids[: len(step.base.diff_ids)] == step.base.diff_ids:

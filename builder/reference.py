@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from builder.errors import InvalidSettings, InvalidVersion
@@ -25,6 +26,9 @@ _HASHED = re.compile(r"--x[0-9a-f]{20}$")
 _SLUG_LENGTH = 80
 _PLAIN_LENGTH = 128
 RESERVED = frozenset({"wheel-layers"})
+DOCKER_HUB = "docker.io"
+_DOCKER_HUB_NAMES = frozenset({DOCKER_HUB, "registry-1.docker.io", "index.docker.io"})
+_DEFAULT_PORT = re.compile(r":0*(?:443|80)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +116,18 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
     return tuple(platforms)
 
 
+def canonical_host(host: str) -> str:
+    """Return the one name of a registry host, lower-case: Docker Hub has several."""
+    host = host.lower()
+    return DOCKER_HUB if host in _DOCKER_HUB_NAMES else host
+
+
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A registry host (with its port) and a repository's path in it."""
+    """A registry host (with its port) and a repository's path in it.
+
+    `parse_prefix` and `Reference.parse` give the host its one name: lower-case, and `docker.io` for Docker Hub.
+    """
 
     host: str
     path: str
@@ -139,7 +152,12 @@ class Repository:
         if path and not all(_COMPONENT.fullmatch(part) for part in path.split("/")):
             message = f"the namespace {path!r} is not lower-case words joined by '.', '_' or '-'."
             raise InvalidSettings(message, remedy=remedy)
-        return cls(host, path)
+        return cls(canonical_host(host), path)
+
+    def holds(self, other: Repository) -> bool:
+        """Return whether `other` is this repository or lies below it; a host's default port may be written or not."""
+        mine, others = (_DEFAULT_PORT.sub("", repository.host) for repository in (self, other))
+        return mine == others and f"{other.path}/".startswith(f"{self.path}/" if self.path else "")
 
     def child(self, component: str) -> Repository:
         """Return the repository below this one, named by one path component."""
@@ -197,20 +215,30 @@ class Reference:
         tail, colon, tag = tail.partition(":")
         name = f"{head}{slash}{tail}"
         host, slash, path = name.partition("/")
-        if not slash or not ("." in host or ":" in host or host == "localhost"):
-            host, path = "docker.io", name
-        if host == "docker.io" and "/" not in path:
-            path = f"library/{path}"
+        if not slash or not is_host(host):
+            host, path = DOCKER_HUB, name
+        host = canonical_host(host)
+        path = full_path(host, path)
         well_formed = _HOST.fullmatch(host) and all(_COMPONENT.fullmatch(part) for part in path.split("/"))
         if not well_formed or (colon and not tag) or (at and not digest):
-            message = f"{text!r} is not an image reference."
+            message = f"{text[:300]!r} is not an image reference."
             raise InvalidVersion(message, remedy=remedy)
         if not tag and not digest:
             tag = "latest"
         return cls(Repository(host, path), tag=tag, digest=Digest(digest) if digest else None)
 
 
-def repository_component(model_name: str) -> str:
+def is_host(component: str) -> bool:
+    """Return whether the first of several components of an image's name is a host, by Docker's rule."""
+    return "." in component or ":" in component or component.lower() == "localhost"
+
+
+def full_path(host: str, path: str) -> str:
+    """Return a repository's whole path: Docker Hub's own images lie below `library/`, which nobody writes."""
+    return f"library/{path}" if host == DOCKER_HUB and "/" not in path else path
+
+
+def repository_component(model_name: str, reserved: Collection[str] = ()) -> str:
     """Return the repository component for a registered model's name.
 
     A name that is a valid component stands as it is. Any other becomes a readable slug and a hash of the name, so that
@@ -218,12 +246,14 @@ def repository_component(model_name: str) -> str:
 
     Args:
         model_name: any string that MLflow takes for a registered model.
+        reserved: components that are no model's, beside `RESERVED`.
     """
     plain = (
         len(model_name) <= _PLAIN_LENGTH
         and _COMPONENT.fullmatch(model_name)
         and not _HASHED.search(model_name)
         and model_name not in RESERVED
+        and model_name not in reserved
     )
     if plain:
         return model_name

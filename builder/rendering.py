@@ -8,7 +8,6 @@ from pathlib import Path
 from builder.build.template import BaseImages, Rendered, render
 from builder.models.artifacts import find_model_folder
 from builder.models.version import Inputs, ModelVersion, template_variables
-from builder.reference import repository_component
 from builder.settings import CatalogSettings
 
 
@@ -38,7 +37,7 @@ def rendered(
     inputs = inputs.model_copy(update={"model_folder": find_model_folder(paths, inputs)})
     return render(
         context,
-        template_variables(version, inputs, repository_component(version.name)),
+        template_variables(version, inputs, settings.component_of(version.name)),
         templates_folder=inputs.templates_folder,
         base_images=BaseImages(
             default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image

@@ -26,10 +26,11 @@ from pydantic import (
     field_validator,
 )
 
+from builder.base_pattern import BasePattern
 from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
 from builder.errors import BuilderError, InvalidSettings
 from builder.masking import mask, url_credentials
-from builder.reference import Platform, Repository, parse_platforms
+from builder.reference import Platform, Repository, parse_platforms, repository_component
 
 # Variables of other programs that pass through us: to MLflow's client, to the engine's RUN steps.
 _MLFLOW_VARIABLE = re.compile(
@@ -84,7 +85,12 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _patterns(text: str) -> tuple[BasePattern, ...]:
+    return tuple(map(BasePattern.parse, _list(text)))
+
+
 _PLATFORMS = _parsed(parse_platforms)
+_PATTERNS = _parsed(_patterns)
 _LIST = _parsed(_list)
 _REPOSITORY = _parsed(Repository.parse_prefix)
 
@@ -290,11 +296,15 @@ class CatalogSettings(CommonSettings):
         "docker.io/library/python:{python_version}-slim",
         form="an image reference; the only field it may have is {python_version}",
     )
-    allowed_base_images: Annotated[tuple[str, ...], _LIST] = _setting(
+    allowed_base_images: Annotated[tuple[BasePattern, ...], _PATTERNS] = _setting(
         "ALLOWED_BASE_IMAGES",
-        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for.",
+        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for: "
+        "`[host[:port]/]path[:tag][@digest]`, each part compared with that part of the image's reference. `*` takes "
+        "anything within a part, `quay.io/team/*` all that is below `quay.io/team`. Without a tag, or with the tag "
+        "`*`, every tag and digest of the repository is allowed; with another tag no digest is.",
         (),
         shown="none",
+        form="patterns separated by commas, such as docker.io/library/python:3.*,quay.io/team/*",
     )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 
@@ -316,6 +326,10 @@ class CatalogSettings(CommonSettings):
     def target(self) -> str:
         """The target's name, after its tag: `EXTERNAL_TARGET_PLTR_FOUNDRY` is `pltr_foundry`."""
         return self.target_tag.lower().removeprefix("external_target_") or self.target_tag.lower()
+
+    def component_of(self, model_name: str) -> str:
+        """Return the last component of a model's repository; see `repository_component`."""
+        return repository_component(model_name)
 
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:
@@ -401,6 +415,12 @@ class Settings(CatalogSettings, BuildSettings):
         form="a positive number",
     )
 
+    @field_validator("registry_url")
+    @classmethod
+    def _images_are_beside_the_cache(cls, value: Repository, info: ValidationInfo) -> Repository:
+        _check_apart("BUILD_CACHE", info.data.get("build_cache"), value)
+        return value
+
     @field_validator("wheel_layers")
     @classmethod
     def _wheel_layers_are_beside_images(cls, value: Repository | None, info: ValidationInfo) -> Repository | None:
@@ -410,6 +430,8 @@ class Settings(CatalogSettings, BuildSettings):
         if value and images and value.host != images.host:
             message = f"layers can be mounted within one registry only, and images go to {images.host}"
             raise ValueError(message)
+        if images:
+            _check_apart("WHEEL_LAYERS", value, images)
         return value
 
     @classmethod
@@ -424,6 +446,24 @@ class Settings(CatalogSettings, BuildSettings):
     def wheel_layer_repository(self) -> Repository:
         """The repository of the wheel layers."""
         return self.wheel_layers or self.registry_url.child("wheel-layers")
+
+    def component_of(self, model_name: str) -> str:
+        """Return the last component of a model's repository, which is never that of WHEEL_LAYERS or BUILD_CACHE."""
+        ours = [repository for repository in (self.wheel_layers, self.build_cache) if repository]
+        names = {repository.path.rpartition("/")[2] for repository in ours}
+        reserved = {name for name in names if any(each.holds(self.registry_url.child(name)) for each in ours)}
+        return repository_component(model_name, reserved)
+
+    def repository_of(self, model_name: str) -> Repository:
+        """Return the repository that a model's images go to."""
+        return self.registry_url.child(self.component_of(model_name))
+
+
+def _check_apart(variable: str, ours: Repository | None, images: Repository) -> None:
+    """Refuse a repository of ours that would hold every model's: who may write those could write ours."""
+    if ours and ours.holds(images):
+        message = f"{variable} is {ours}, and REGISTRY_URL is the same or lies below it"
+        raise ValueError(message)
 
 
 def _is_credential(name: str, value: object) -> bool:

@@ -19,7 +19,7 @@ from builder.models.artifacts import find_model_folder
 from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Method
-from builder.reference import Digest, Reference, repository_component
+from builder.reference import Digest, Reference
 from builder.settings import Settings
 
 _log = get_logger("wheels")
@@ -76,7 +76,7 @@ class Source:
         inputs = Inputs.of(version)
         folder = find_model_folder(paths, inputs)
         inputs = inputs.model_copy(update={"model_folder": folder})
-        client = client_command(context, template_variables(version, inputs, repository_component(version.name)))
+        client = client_command(context, template_variables(version, inputs, settings.component_of(version.name)))
         client_folder = inputs.client_folder if client else ""
         configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
         asked = Requirements.read(context, folder, configured, client_folder=client_folder)

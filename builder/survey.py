@@ -16,7 +16,7 @@ from builder.models.catalog import Artifact
 from builder.models.context import listing_digest, sketch_context
 from builder.models.version import Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.plan import Plan, decide
-from builder.reference import Reference, repository_component
+from builder.reference import Reference
 from builder.services import Services, connected
 from builder.settings import Settings
 
@@ -144,7 +144,7 @@ def engine_here(settings: Settings) -> str:
 
 def reference_of(settings: Settings, version: ModelVersion) -> Reference:
     """Return the tag that a version is published under: `<REGISTRY_URL>/<model>:v<version>`."""
-    return settings.registry_url.child(repository_component(version.name)).tag(f"v{version.version}")
+    return settings.repository_of(version.name).tag(f"v{version.version}")
 
 
 def existing_image(services: Services, reference: Reference) -> Published | None:

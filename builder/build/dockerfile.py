@@ -23,8 +23,11 @@ _FLAG = re.compile(r"--([a-z]+)(?:=(\S*))?(?:[ \t]+|$)")
 _HEREDOC = re.compile(r"(?:^|[ \t])[0-9]*<<-?([\"']?)([A-Za-z_][A-Za-z0-9_]*)\1(?=[ \t;|&>)]|$)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _EXPANSION = re.compile(r"\\\$|\$(?:\{([A-Za-z_][A-Za-z0-9_]*)(?:(:?[-+])([^{}]*))?\}|([A-Za-z_][A-Za-z0-9_]*))")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _WITH_HEREDOC = frozenset({"RUN", "COPY", "ADD"})
 _NO_IMAGE = frozenset({"scratch"})
+# No reference is longer, and values that name each other twice double with each line.
+_LONGEST_VALUE = 4096
 # What BuildKit and Buildah let a FROM name without an ARG.
 _PREDECLARED = frozenset(
     f"{side}{what}" for side in ("TARGET", "BUILD") for what in ("PLATFORM", "OS", "ARCH", "VARIANT")
@@ -94,9 +97,10 @@ class Dockerfile:
             InvalidVersion: there is no FROM.
         """
         stages = self._stages(args or {})
+        named = _Names(stages)
         base: str | None = stages[-1].base
         at = len(stages) - 1
-        while base is not None and (earlier := _stage_named(stages[:at], base)) is not None:
+        while base is not None and (earlier := named.before(at, base)) is not None:
             at, base = earlier, stages[earlier].base
         return None if base in _NO_IMAGE else base
 
@@ -112,13 +116,14 @@ class Dockerfile:
             InvalidVersion: there is no FROM.
         """
         stages = self._stages(args or {})
+        named = _Names(stages)
         found: list[str] = []
         for number, stage in enumerate(stages):
-            if stage.base is not None and _stage_named(stages[:number], stage.base) is None:
+            if stage.base is not None and named.before(number, stage.base) is None:
                 found.append(stage.base)
             for source in stage.sources:
-                is_number = source.isdigit() and int(source) < number
-                if not is_number and _stage_named(stages[:number], source) is None:
+                is_number = _NUMBER.fullmatch(source) and int(source) < number
+                if not is_number and named.before(number, source) is None:
                     found.append(source)
         return tuple(dict.fromkeys(image for image in found if image not in _NO_IMAGE))
 
@@ -144,7 +149,11 @@ class Dockerfile:
             elif instruction.keyword == "ARG" and not stages:
                 for key, default in self._pairs(instruction):
                     value = args.get(key, default)
-                    if value is not None and (expanded := expand(value, values)) is not None:
+                    if value is None:
+                        continue
+                    expanded = expand(value, values)
+                    values.pop(key, None)
+                    if expanded is not None:
                         values[key] = expanded
             elif stages:
                 stages[-1].sources.extend(_sources(instruction.keyword, flags, instruction.rest))
@@ -173,9 +182,33 @@ class _Stage:
     sources: list[str]
 
 
+class _Names:
+    """The names of stages, in any case."""
+
+    def __init__(self, stages: list[_Stage]) -> None:
+        self._places: dict[str, list[int]] = defaultdict(list)
+        for number, stage in enumerate(stages):
+            if stage.name:
+                self._places[stage.name].append(number)
+
+    def before(self, number: int, name: str) -> int | None:
+        """Return the index of the last stage of a name that stands before the stage of an index; None for none."""
+        places = self._places.get(name.lower(), [])
+        at = bisect_left(places, number)
+        return places[at - 1] if at else None
+
+
 def expand(text: str, values: Mapping[str, str]) -> str | None:
-    """Return `text` with its variables replaced, or None where one has no value and no default."""
+    """Return `text` with its variables replaced, or None where one has no value and no default, or it gets too long."""
     missing = False
+    left = _LONGEST_VALUE
+
+    def bounded(match: re.Match[str]) -> str:
+        nonlocal missing, left
+        found = value(match)
+        left -= len(found)
+        missing = missing or left < 0
+        return found if left >= 0 else ""
 
     def value(match: re.Match[str]) -> str:
         nonlocal missing
@@ -191,7 +224,9 @@ def expand(text: str, values: Mapping[str, str]) -> str | None:
         missing = missing or given is None
         return given or ""
 
-    expanded = _EXPANSION.sub(value, text)
+    if len(text) > _LONGEST_VALUE:
+        return None
+    expanded = _EXPANSION.sub(bounded, text)
     return None if missing else expanded
 
 
@@ -286,8 +321,3 @@ def _sources(keyword: str, flags: Mapping[str, str], rest: str) -> Iterator[str]
         yield flags["from"]
     if keyword == "RUN":
         yield from re.findall(r"(?:^|[ \t])--mount=(?:\S*,)?from=([^,\s]+)", rest)
-
-
-def _stage_named(stages: list[_Stage], name: str) -> int | None:
-    """Return the index of the last of `stages` that has this name, in any case."""
-    return next((n for n in reversed(range(len(stages))) if stages[n].name == name.lower() != ""), None)

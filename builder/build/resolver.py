@@ -199,7 +199,6 @@ def run_tool(
     return code, "\n".join(said)
 
 
-<<<<<<< HEAD
 def _authorities(indexes: Indexes) -> dict[str, str]:
     """Return the variables that name the authorities to trust: the settings' bundle, else what we trust ourselves.
 
@@ -212,10 +211,7 @@ def _authorities(indexes: Indexes) -> dict[str, str]:
     return {name: path for name, path in named.items() if path}
 
 
-def _clean(line: str, indexes: Indexes) -> str:
-=======
 def _clean(line: str, secrets: Sequence[str]) -> str:
->>>>>>> formats
     line = masked(line)
     for secret in secrets:
         line = line.replace(secret, MASK)

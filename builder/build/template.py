@@ -11,9 +11,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from builder.base_pattern import BasePattern
 from builder.build.beneath import exists_beneath, read_beneath
 from builder.build.dockerfile import Dockerfile
 from builder.build.environment import REQUIREMENTS, Environment
@@ -25,6 +25,11 @@ DOCKERFILE_TEMPLATE = "Dockerfile.template"
 DOCKERFILE_JINJA = "Dockerfile.j2"
 SCRIPT_TEMPLATE = "create_docker_image.sh.template"
 LARGEST_TEMPLATE = 1 << 20
+
+# What a version's names can make of one.
+LARGEST_RENDERED = 2 << 20
+_MOST_PROBLEMS = 10
+_LONGEST_SHOWN = 100
 
 # The names that templates may use, and the tag that gives each its value where a tag does.
 VARIABLES: Mapping[str, str] = {
@@ -67,12 +72,12 @@ class BaseImages:
 
     Attributes:
         default: BASE_IMAGE, perhaps with `{python_version}` in it.
-        allowed: patterns of ALLOWED_BASE_IMAGES, as fnmatch reads them, for the whole reference.
+        allowed: patterns of ALLOWED_BASE_IMAGES.
         wanted: the version's tag MODEL_BASE_IMAGE; empty where it has none.
     """
 
     default: str
-    allowed: Sequence[str] = ()
+    allowed: Sequence[BasePattern] = ()
     wanted: str = ""
 
     def known(self, python_version: str) -> bool:
@@ -89,12 +94,12 @@ class BaseImages:
             InvalidVersion: the tag asks for what is not allowed, or the Python version is needed and not known.
         """
         if self.wanted:
-            reference = str(Reference.parse(self.wanted))
-            if not any(fnmatchcase(name, pattern) for name in (reference, self.wanted) for pattern in self.allowed):
-                message = f"MODEL_BASE_IMAGE asks for {self.wanted!r}, which ALLOWED_BASE_IMAGES does not allow."
-                allowed = ", ".join(self.allowed) or "none"
+            reference = Reference.parse(self.wanted)
+            if not any(pattern.matches(reference) for pattern in self.allowed):
+                message = f"MODEL_BASE_IMAGE asks for {reference}, which ALLOWED_BASE_IMAGES does not allow."
+                allowed = ", ".join(map(str, self.allowed)) or "none"
                 raise InvalidVersion(message, remedy=f"Allowed are: {allowed}. Change the tag or the setting.")
-            return reference
+            return str(reference)
         if not self.known(python_version):
             message = "The model does not say which Python version it was logged with."
             raise InvalidVersion(
@@ -187,25 +192,34 @@ def _substituted(
     text = template.decode("utf-8", "surrogateescape")
     parsed = Dockerfile.parse(text if is_dockerfile else "")
     own = parsed.declared()
-    problems: list[str] = []
+    problems: dict[str, None] = {}
     places = _Places(text, parsed)
+    left = LARGEST_RENDERED - len(template)
 
     def replacement(match: re.Match[str]) -> str:
+        nonlocal left
         name = match[1] or match[2]
-        if name is None or name in own:
+        if name is None or name in own or len(problems) > _MOST_PROBLEMS:
             return match[0]
         if name in variables:
             if not variables[name]:
                 tag = VARIABLES[name]
-                problems.append(f"line {places.line(match.start())} uses {match[0]}, but the version has no tag {tag}")
+                problems[f"line {places.line(match.start())} uses {match[0]}, but the version has no tag {tag}"] = None
+            left -= len(variables[name])
+            if left < 0:
+                message = f"{path} makes a file of more than {LARGEST_RENDERED:,} bytes."
+                raise InvalidVersion(message, remedy="Use the variables less often.")
             return variables[name]
         if is_dockerfile and match[1] and _looks_misspelt(name) and not places.in_run(match.start()):
-            problems.append(f"line {places.line(match.start())} names {match[0]}, which is no variable{_meant(name)}")
+            shown = match[0] if len(match[0]) <= _LONGEST_SHOWN else f"{match[0][:_LONGEST_SHOWN]}…"
+            problems[f"line {places.line(match.start())} names {shown}, which is no variable{_meant(name)}"] = None
         return match[0]
 
     rendered = _TOKEN.sub(replacement, text)
     if problems:
-        message = f"{path} cannot be rendered: {'; '.join(dict.fromkeys(problems))}."
+        told = [*problems][:_MOST_PROBLEMS]
+        more = "; and more" if len(problems) > _MOST_PROBLEMS else ""
+        message = f"{path} cannot be rendered: {'; '.join(told)}{more}."
         raise InvalidVersion(
             message,
             remedy=f"The variables are {', '.join(VARIABLES)}. Correct the name, set the tag, or declare a name of "

@@ -19,8 +19,14 @@ from builder.build.wheel_zip import Member
 
 ENVIRONMENT = "opt/model"
 INTERPRETER = f"/{ENVIRONMENT}/bin/python"
-# What makes the environment one; a wheel that brings its own would replace the interpreter of all others.
-_VENV = re.compile(rf"{ENVIRONMENT}/(pyvenv\.cfg|bin/python(3(\.\d+)?)?)(/.*)?")
+# What makes the environment one; a wheel that brings its own would replace the interpreter of all others. Python reads
+# a pyvenv.cfg beside its program before the one above it, and a ._pth file there in place of every other path, on
+# every system (CPython, Modules/getpath.py).
+_VENV = re.compile(rf"{ENVIRONMENT}/((bin/)?pyvenv\.cfg|bin/python(3(\.[0-9]+)?)?|bin/[^/]*\._pth)(/.*)?")
+# The directories that all wheels share; a file of that name would hide what the others have there.
+_SHARED = re.compile(
+    rf"{ENVIRONMENT}/(bin|etc|share|include(/site(/python[0-9.]+)?)?|lib|lib64|lib(64)?/python[0-9.]+(/site-packages)?)"
+)
 # What the installer writes; a wheel's own would be replaced.
 _OURS = frozenset({"RECORD", "INSTALLER"})
 _TEST_FOLDERS = frozenset({"test", "tests"})
@@ -136,8 +142,9 @@ def places(scheme: Scheme, members: tuple[Member, ...], metadata: Metadata) -> t
         check_path(place.path)
         if place.path in found:
             refuse(f"two of its files go to {place.path!r}")
-        if _VENV.fullmatch(place.path):
-            refuse(f"it would replace {place.path!r}, a part of the environment itself")
+        if _VENV.fullmatch(place.path) or _SHARED.fullmatch(place.path):
+            what = repr(place.member.name) if place.member else "a script of its entry points"
+            refuse(f"{what} would replace {place.path!r}, a part of the environment itself")
         found[place.path] = place
         above = place.path.rpartition("/")[0]
         while above and above not in folders:

@@ -97,7 +97,8 @@ class WheelLayer:
 
         Args:
             writer: writes the layer.
-            taken: the paths that are in the layer already, which are left as they are; the wheel's are added.
+            taken: the paths that are in the layer already, directories with a slash at their end; the wheel's are
+                added. What is there is left as it is, and hides what of the wheel it would hide from a layer above.
         """
         with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
             archive = Archive(file)
@@ -111,7 +112,7 @@ class WheelLayer:
             # Bytecode that came with the wheel would not be believed beside ours, and has its place.
             replaced = frozenset(self._compiled)
             for place in self._places:
-                if place.path in taken:
+                if _hidden(place.path, taken):
                     continue  # pip's later one would win, in an order that nobody promises
                 if place.member is None:
                     script = self._scripts[place.path.rpartition("/")[2]]
@@ -119,18 +120,22 @@ class WheelLayer:
                 elif place.path not in replaced:
                     yield from installation.file(place, place.member)
             info = self._wheel.metadata.dist_info
-            yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
+            described = not _hidden(f"{self._scheme.root}/{info}/RECORD", taken)
+            if described:
+                yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
             if compilation:
                 yield from self._bytecode(installation, compilation, taken)
-            yield from installation.finish()
-            taken.update(place.path for place in self._places)
-            taken.update(self._compiled)
+            if described:
+                yield from installation.finish()
+            written = {*(place.path for place in self._places), *self._compiled}
+            written = {path for path in written if not _hidden(path, taken)}
+            taken.update(written, *map(_above, written))
 
     def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
         missing = []
         for number, path in enumerate(self._compiled):
             content = compilation.result(number)
-            if path in taken:
+            if _hidden(path, taken):
                 continue
             if content is None:
                 missing.append(self._sources[number].path)
@@ -206,6 +211,21 @@ class _Installation:
         )
         fingerprint.check(member.name)
         self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(written.digest())), size))
+
+
+def _hidden(path: str, taken: set[str]) -> bool:
+    """Return whether a path is taken, is a directory there, or lies below a file."""
+    return bool(taken) and (
+        path in taken or f"{path}/" in taken or any(folder[:-1] in taken for folder in _above(path))
+    )
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the directories above a path, each with a slash at its end."""
+    end = path.find("/")
+    while end >= 0:
+        yield path[: end + 1]
+        end = path.find("/", end + 1)
 
 
 def _first_line(archive: Archive, member: Member) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,9 @@ from builder.images.descriptor import (
 from builder.images.manifest import config_of, engine_config, images_of, read_config
 from builder.images.registry import FetchedManifest, Registry
 from builder.reference import Digest, Platform, Reference, Repository
+
+_ARM = re.compile(r"v([0-9]{1,3})")
+_OLDEST_ARM = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +160,20 @@ def _no_image(reference: Reference, error: Malformed) -> InvalidVersion:
 
 def _entry(images: Mapping[Platform, Descriptor], platform: Platform, reference: Reference) -> Descriptor:
     """Return the image for a platform; an older variant of arm runs on a newer one, as engines take it too."""
-    older = (
-        [f"v{number}" for number in range(int(platform.variant[1:] or "0") - 1, 4, -1)]
-        if (platform.architecture == "arm" and platform.variant[1:].isdigit())
-        else []
-    )
-    for variant in (platform.variant, *older):
-        if found := images.get(replace(platform, variant=variant)):
-            return found
+    exact = images.get(platform)
+    if exact is not None:
+        return exact
+    wanted = _arm(platform)
+    # What is there is looked through, not what could be: a variant's number is an author's, and may be any.
+    older = {_arm(each): each for each in images if each.os == platform.os and _OLDEST_ARM <= _arm(each) < wanted}
+    if older:
+        return images[older[max(older)]]
     there = ", ".join(str(each) for each in sorted(images)) or "no platform that it names"
     message = f"The base image {reference} has no image for {platform}; it has {there}."
     raise InvalidVersion(message, remedy="Take another base image, or leave the platform out of MODEL_PLATFORMS.")
+
+
+def _arm(platform: Platform) -> int:
+    """Return the number of arm's variant; 0 where the platform is another, or names none."""
+    found = _ARM.fullmatch(platform.variant) if platform.architecture == "arm" else None
+    return int(found[1]) if found else 0

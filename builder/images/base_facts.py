@@ -24,7 +24,7 @@ from builder.images.descriptor import (
 )
 from builder.images.registry import Registry
 from builder.images.rootfs import File, Folder, RootFs
-from builder.images.untar import REGULAR, Archive, Entry, inflated
+from builder.images.untar import REGULAR, Archive, Budget, Entry, inflated
 
 _VERSION = 2
 _ZSTD, _PLAIN = f"{OCI_LAYER}+zstd", OCI_LAYER
@@ -122,11 +122,13 @@ def inspect_base(registry: Registry, base: BaseImage) -> BaseFacts:
     """
     if any(layer.media_type == _ZSTD for layer in base.layers):
         return _believed(base)
-    rootfs, left = RootFs(), _MOST_BYTES
+    if sum(layer.size for layer in base.layers) > _MOST_BYTES:
+        _unusable(base, f"its layers are larger than {_MOST_BYTES} bytes")
+    rootfs, budget, left = RootFs(), Budget(), _MOST_BYTES
     for layer in base.layers:
         try:
             with contextlib.closing(registry.blob_stream(base.reference.repository, layer)) as chunks:
-                left -= _add(rootfs, chunks, layer, left)
+                left -= _add(rootfs, chunks, layer, left, budget)
         except Malformed as error:
             _unusable(base, f"its layer {layer.digest} cannot be read: {error}", error)
     try:
@@ -135,7 +137,7 @@ def inspect_base(registry: Registry, base: BaseImage) -> BaseFacts:
         _unusable(base, f"its files cannot be told: {error}", error)
 
 
-def _add(rootfs: RootFs, chunks: Iterator[bytes], layer: Descriptor, left: int) -> int:
+def _add(rootfs: RootFs, chunks: Iterator[bytes], layer: Descriptor, left: int, budget: Budget) -> int:
     """Add a layer and return the size of its archive, as far as it was read, in bytes."""
     size = 0
 
@@ -150,8 +152,8 @@ def _add(rootfs: RootFs, chunks: Iterator[bytes], layer: Descriptor, left: int) 
         if layer.media_type == _PLAIN:
             pieces: Iterator[bytes] = _plain(chunks, left)
         else:
-            pieces = inflated(chunks, min(left, _MOST_EACH + _MOST_RATIO * layer.size))
-        archive = Archive(counted(pieces))
+            pieces = inflated(chunks, min(left, _MOST_EACH + _MOST_RATIO * layer.size), budget)
+        archive = Archive(counted(pieces), budget)
         for entry in archive:
             rootfs.add(entry, _release(entry, archive))
     except Malformed:

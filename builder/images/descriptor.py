@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -40,6 +40,8 @@ LAYERS: Mapping[str, str] = {
 # What a manifest, an index or a config may be; the distribution specification asks registries for 4 MiB at least.
 MOST_JSON_BYTES = 4 << 20
 _MOST_BLOB_BYTES = 1 << 50
+# Nothing that is read here is nested deeper than ten; what can be read but not written again would be a defect.
+_DEEPEST = 50
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 
 
@@ -135,7 +137,24 @@ def from_bytes(content: bytes) -> dict[str, Any]:
         value = json.loads(content, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         refuse("it is not JSON", error)
+    if content.count(b"[") + content.count(b"{") > _DEEPEST:
+        _check_depth(value)
     return mapping(value, "it")
+
+
+def _check_depth(value: object) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [child for each in level for child in _children(each)]
+        if not level:
+            return
+    refuse("it is nested too deeply")
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def mapping(value: object, what: str) -> dict[str, Any]:

@@ -63,6 +63,22 @@ def chunks(file: int, limit: int) -> Iterator[bytes]:
         yield chunk
 
 
+def is_hollow(file: int, size: int) -> bool:
+    """Return whether a file of `size` bytes has more holes than bytes that somebody wrote: lseek(2), SEEK_DATA.
+
+    Where a file system does not tell, a file has none.
+    """
+    written, at = 0, 0
+    while 2 * written < size:
+        try:
+            start = os.lseek(file, at, os.SEEK_DATA)
+            at = os.lseek(file, start, os.SEEK_HOLE)
+        except OSError:  # ENXIO: nothing but holes from here on
+            return True
+        written += at - start
+    return False
+
+
 def read(folder: Path, *parts: str, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes below a folder.
 

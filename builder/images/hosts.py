@@ -5,17 +5,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 
-DOCKER_HUB = "docker.io"
+from builder import reference
+
+DOCKER_HUB = reference.DOCKER_HUB
 # The host that serves Docker Hub's API, and the name under which Docker keeps its credential.
 _DOCKER_HUB_API = "registry-1.docker.io"
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"
-_DOCKER_HUB_NAMES = frozenset({DOCKER_HUB, _DOCKER_HUB_API, "index.docker.io"})
-
-
-def canonical(host: str) -> str:
-    """Return the one name of a registry host, lower-case: Docker Hub has several."""
-    host = host.lower()
-    return DOCKER_HUB if host in _DOCKER_HUB_NAMES else host
+canonical = reference.canonical_host
 
 
 def api_host(host: str) -> str:

@@ -34,7 +34,8 @@ from builder.images.manifest import engine_config, media_type_of, read_config
 from builder.reference import Digest, Platform
 
 _MOST_LAYERS = 1000
-_MOST_BYTES = 256 << 30
+# Of the layers of all images of a version.
+MOST_BYTES = 256 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +56,24 @@ class LayoutImage:
     layers: tuple[Descriptor, ...]
     diff_ids: tuple[Digest, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the layers, each counted once."""
+        return sum(blob.size for blob in self.blobs())
+
     def blobs(self) -> tuple[LayoutBlob, ...]:
         """Return the layers' blobs, each once."""
         return tuple(_blob(self.folder, layer) for layer in {layer.digest: layer for layer in self.layers}.values())
 
 
-def open_layout(folder: Path, platform: Platform, *, most_bytes: int = _MOST_BYTES) -> LayoutImage:
+def open_layout(folder: Path, platform: Platform, *, most_bytes: int = MOST_BYTES) -> LayoutImage:
     """Return the one image that an engine left in a layout, every blob of it read and checked.
 
     Args:
         folder: the layout; the folders above it are trusted.
         platform: what the image was planned for.
-        most_bytes: what the layers may have together; a file with holes in it costs its author nothing.
+        most_bytes: what the layers may have together, by their sizes whatever a file takes on the disk. A file that is
+            mostly holes costs its author nothing and is refused.
 
     Raises:
         BuildFailed: there is no layout, it does not hold exactly one image, the image is not for the platform, or
@@ -104,6 +111,8 @@ def _open(folder: Path, platform: Platform, most_bytes: int) -> LayoutImage:
     image = LayoutImage(
         folder=folder, platform=platform, config=engine_config(config), layers=layers, diff_ids=diff_ids
     )
+    for blob in image.blobs():
+        _check_file(blob)
     with ThreadPoolExecutor(2, thread_name_prefix="layout") as pool:
         list(pool.map(check, image.blobs()))
     return image
@@ -142,6 +151,15 @@ def _check_layers(layers: Sequence[Descriptor], most_bytes: int) -> None:
             refuse(f"it names {layer.digest} with two sizes")
     if sum(sizes.values()) > most_bytes:
         refuse(f"its layers are larger than {most_bytes} bytes")
+
+
+def _check_file(blob: LayoutBlob) -> None:
+    """Refuse a blob's file that cannot be what it should be, before any byte of the layers is read."""
+    with files.opened(blob.layout, "blobs", "sha256", blob.digest.hex) as (file, size):
+        if size != blob.size:
+            refuse(f"{blob.digest} of {blob.size} bytes holds something else: {size} bytes")
+        if files.is_hollow(file, size):
+            refuse(f"{blob.digest} of {size} bytes is mostly holes")
 
 
 def _json(folder: Path, descriptor: Descriptor) -> bytes:

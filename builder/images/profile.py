@@ -23,6 +23,9 @@ _MOST_LAYERS = 125
 _PORTS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:/(?:tcp|udp|sctp))?", re.IGNORECASE)
 # The range that container runtimes take (moby, `user.GetExecUser`); a larger number might wrap round to 0.
 _USERS = range(1, 1 << 31)
+# What is looked at, and shown, of what a stranger's config says.
+_MOST_PORTS = 1000
+_MOST_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +189,7 @@ def _of_ports(profile: Profile, exposed: object) -> Iterator[Violation]:
     if not isinstance(exposed, Mapping):
         yield Violation(rule="port", value=_shown(exposed), asked=asked, remedy=remedy)
         return
-    for name in sorted(exposed):
+    for name in sorted(exposed)[:_MOST_PORTS]:
         match = _PORTS.fullmatch(name)
         ports = [int(port) for port in match.groups() if port] if match else []
         if not ports or any(port not in profile.ports for port in ports):
@@ -194,4 +197,5 @@ def _of_ports(profile: Profile, exposed: object) -> Iterator[Violation]:
 
 
 def _shown(value: object) -> str:
-    return one_line(repr(value), 80)
+    # Cut before as well: the value may have megabytes.
+    return one_line(repr(value)[:_MOST_SHOWN], 80)

@@ -18,13 +18,17 @@ REGULAR, HARD_LINK, SYMBOLIC_LINK, DIRECTORY = b"0", b"1", b"2", b"5"
 # What is inflated at a time; the rest is copied where a gzip member ends, so it is kept small.
 _INPUT, _OUTPUT = 1 << 14, 1 << 20
 _GZIP = 31
-# Go's limit for the headers that precede an entry.
+# Go's limit for one extended header that precedes an entry; here for all of them together.
 _MOST_EXTRA = 1 << 20
+# Gzip members, headers and pax records in an image: what costs time and need not hold a byte. The largest images have
+# about a million entries, each with a pax header of a few records.
+_MOST_STEPS = 8_000_000
 _NO_CONTENT = frozenset({HARD_LINK, SYMBOLIC_LINK, b"3", b"4", DIRECTORY, b"6"})
 _PAX, _GLOBAL, _LONG_NAME, _LONG_LINK, _SPARSE = b"x", b"g", b"L", b"K", b"S"
 _EXTRA = frozenset({_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK})
 _SPARSE_NAME = "GNU.sparse.name"
 _MOST_SIZE = 1 << 50
+_LONGEST_LENGTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,26 @@ class Entry:
     sparse: bool
 
 
-def inflated(chunks: Iterable[bytes], most: int) -> Generator[bytes, None, None]:
+class Budget:
+    """What reading all layers of an image may cost."""
+
+    def __init__(self, steps: int = _MOST_STEPS) -> None:
+        self._left = steps
+
+    def spend(self, steps: int = 1) -> None:
+        """Count steps; raises `Malformed` where there were too many."""
+        self._left -= steps
+        if self._left < 0:
+            refuse("it has too many headers and records")
+
+
+def inflated(chunks: Iterable[bytes], most: int, budget: Budget) -> Generator[bytes, None, None]:
     """Yield what gzip members hold, at most 1 MiB at a time.
 
     Args:
         chunks: the members, one after the other, in pieces of any size.
         most: bytes that they may hold together.
+        budget: each member is a step.
 
     Raises:
         Malformed: they are no gzip members, end too early, or hold more.
@@ -64,6 +82,7 @@ def inflated(chunks: Iterable[bytes], most: int) -> Generator[bytes, None, None]
             data = chunk[start : start + _INPUT]
             while data:
                 if member.eof:
+                    budget.spend()
                     member = zlib.decompressobj(_GZIP)
                 try:
                     piece = member.decompress(data, _OUTPUT)
@@ -84,10 +103,12 @@ class Archive:
 
     Args:
         pieces: the archive, in pieces of any size but none that is empty.
+        budget: each header and each pax record is a step; None for one of this archive's own.
     """
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
+    def __init__(self, pieces: Iterator[bytes], budget: Budget | None = None) -> None:
         self._pieces = pieces
+        self._budget = budget or Budget()
         self._piece = next(pieces, b"")
         self._at = 0
         self._left = 0
@@ -99,20 +120,23 @@ class Archive:
             Malformed: it is no tar archive, or ends too early.
         """
         extra: dict[str, str] = {}
+        left = _MOST_EXTRA
         while header := self._header():
             kind, size = header[156:157], _number(header[124:136])
             if kind in _EXTRA:
-                if size > _MOST_EXTRA:
-                    refuse("an extended header is too large")
+                left -= size
+                if left < 0:
+                    refuse("an extended header is too large, or there are too many before one entry")
                 content = self._read(size)
                 self._pass(-size % BLOCK)
-                extra.update(_records(content) if kind == _PAX else _named(kind, content))
+                extra.update(_records(content, self._budget) if kind == _PAX else _named(kind, content))
                 continue
             entry = _entry(header, extra, size)
-            extra = {}
+            extra, left = {}, _MOST_EXTRA
             if header[156:157] == _SPARSE:
                 more = header[482]
                 while more:
+                    self._budget.spend()
                     more = self._read(BLOCK)[504]
             self._left = entry.size
             yield entry
@@ -125,6 +149,7 @@ class Archive:
 
     def _header(self) -> bytes:
         """Return the next header; empty at the end of the archive: two blocks of zeros, or simply nothing more."""
+        self._budget.spend()
         header = self._some(BLOCK)
         if header and not any(header):
             header = self._some(BLOCK)
@@ -196,20 +221,23 @@ def _named(kind: bytes, content: bytes) -> dict[str, str]:
     return {"path" if kind == _LONG_NAME else "linkpath": _text(content)}
 
 
-def _records(content: bytes) -> dict[str, str]:
+def _records(content: bytes, budget: Budget) -> dict[str, str]:
     """Return the records of a pax header: each is its length, a blank, the key, `=`, the value and a line feed."""
     found = {}
-    while content:
-        length, blank, _ = content[:20].partition(b" ")
-        size = int(length) if blank and length.isdigit() else 0
-        key, equals, value = content[len(length) + 1 : size - 1].partition(b"=")
-        if not equals or content[size - 1 : size] != b"\n" or b"\0" in key:
+    at = 0
+    while at < len(content):
+        budget.spend()
+        blank = content.find(b" ", at, at + _LONGEST_LENGTH)
+        length = content[at : max(at, blank)]
+        end = at + int(length) if length.isdigit() else at
+        key, equals, value = content[blank + 1 : max(blank, end - 1)].partition(b"=")
+        if not equals or content[end - 1 : end] != b"\n" or b"\0" in key:
             refuse("it has a pax header that is none")
         if key in {b"path", b"linkpath", b"size"} or key.startswith(b"GNU.sparse."):
             if b"\0" in value:
                 refuse("it has a name with a NUL in it")
             found[_text(key)] = _text(value)
-        content = content[size:]
+        at = end
     return found
 
 

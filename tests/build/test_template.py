@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from builder.base_pattern import BasePattern
 from builder.build.dockerfile import Dockerfile
 from builder.build.template import LARGEST_TEMPLATE, VARIABLES, BaseImages, render
 from builder.errors import InvalidVersion
@@ -327,8 +328,7 @@ def test_jinja_is_strict_and_sandboxed(context, template, said):
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     ],
 )
-def test_jinja_that_never_ends_is_ended(context, template, monkeypatch):
-    monkeypatch.setattr("builder.build.sandbox._SECONDS", 1)
+def test_jinja_that_never_ends_is_ended(context, template):
     with pytest.raises(InvalidVersion, match="takes more than"):
         jinja(context, template)
 
@@ -390,11 +390,12 @@ def test_without_a_python_version_the_ways_out_are_named(context, model):
         ("quay.io/evil/base:1", ["quay.io/team/*"], None),
         ("quay.io/team", ["quay.io/team/*"], None),
         ("evil.io/quay.io/team/x", ["quay.io/team/*"], None),
-        ("QUAY.io/team/x", ["quay.io/team/*"], None),
+        ("QUAY.io/team/x:1", ["quay.io/team/*"], "quay.io/team/x:1"),
+        ("python:443/evil/img", ["python:*"], None),
     ],
 )
 def test_a_base_image_is_taken_from_the_tag_only_where_allowed(context, model, wanted, allowed, result):
-    bases = BaseImages(default="a", allowed=allowed, wanted=wanted)
+    bases = BaseImages(default="a", allowed=[BasePattern.parse(pattern) for pattern in allowed], wanted=wanted)
     if result is None:
         with pytest.raises(InvalidVersion, match="ALLOWED_BASE_IMAGES"):
             rendered(context, bases=bases)

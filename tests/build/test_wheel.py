@@ -277,6 +277,10 @@ HOSTILE = {
     "the environment's interpreter": ({"files": {"demo-1.0.data/scripts/python": b"#!/bin/sh"}}, "bin/python"),
     "the interpreter by data": ({"files": {"demo-1.0.data/data/bin/python3.11": b""}}, "bin/python3.11"),
     "the environment": ({"files": {"demo-1.0.data/data/pyvenv.cfg": b""}}, "pyvenv.cfg"),
+    "the directory of programs": (
+        {"files": {"demo-1.0.data/data/bin": b""}},
+        "demo-1.0.data/data/bin.*'opt/model/bin'",
+    ),
     "script without a line's end": (
         {"files": {"demo-1.0.data/scripts/run": b"#!python" + os.urandom(9000).replace(b"\n", b" ")}},
         "no end",

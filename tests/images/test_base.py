@@ -205,6 +205,7 @@ def test_a_layer_of_an_unknown_kind_is_refused(push: Push) -> None:
 
 def test_an_older_arm_is_taken_for_a_newer_one(push: Push) -> None:
     pushed = push(ONE, platform=Platform("linux", "arm", "v6"))
+    assert pushed.image(Platform("linux", "arm", "v8")).platform.variant == "v8"
     assert pushed.image(ARM).platform == ARM
     assert pushed.image(ARM).config["variant"] == "v6"
     with pytest.raises(InvalidVersion, match="no image for linux/arm64; it has linux/arm/v6"):
