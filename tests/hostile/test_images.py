@@ -34,8 +34,10 @@ from builder.images.manifest import finished_image
 from builder.images.profile import check, profile_for
 from builder.images.registries import Registries
 from builder.images.untar import Archive, Budget, Entry, inflated
+from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.reference import Platform, Reference, Repository
 from builder.settings import Settings
+from builder.survey import reference_of
 from tests.build.wheels import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
 from tests.images.layouts import CONFIG, Layout, make_layout
 
@@ -207,6 +209,15 @@ def test_wheel_layers_and_the_cache_are_no_models_repository(name, environ):
     for ours in (settings.wheel_layer_repository, settings.build_cache):
         assert ours is None or not ours.holds(repository)
     assert repository.path.rpartition("/")[2].count("--x") == 1
+
+
+def test_a_models_images_and_its_template_agree_on_that_repository():
+    settings = Settings.from_environ({**GOOD, "WHEEL_LAYERS": "quay.io/domino/layers"})
+    version = ModelVersion(name="layers", version="1", created_ms=0)
+    reference = reference_of(settings, version)
+    assert str(reference.repository).startswith("quay.io/domino/layers--x")
+    variables = template_variables(version, Inputs.of(version), settings.component_of(version.name))
+    assert variables["model_name"] == reference.repository.path.rpartition("/")[2]
 
 
 @pytest.mark.parametrize(
