@@ -169,8 +169,8 @@ class Authorizer:
         if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
             message = f"{server} does not answer with a token."
             raise ServiceUnavailable(message, remedy="See what stands there.")
-        seconds = float(lifetime) if isinstance(lifetime, int | float) and lifetime > 0 else _LIFETIME
-        seconds = min(seconds, _LONGEST)
+        # Bounded before it is a float: an integer of JSON may be too large for one.
+        seconds = float(min(lifetime, _LONGEST)) if isinstance(lifetime, int | float) and lifetime > 0 else _LIFETIME
         return _Token(value, asked + max(seconds - _MARGIN, seconds / 2))
 
     def _request(self, challenge: Challenge, scopes: list[str]) -> httpx.Request:
