@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -209,6 +210,18 @@ def test_wheel_layers_and_the_cache_are_no_models_repository(name, environ):
     for ours in (settings.wheel_layer_repository, settings.build_cache):
         assert ours is None or not ours.holds(repository)
     assert repository.path.rpartition("/")[2].count("--x") == 1
+
+
+TWINS = ["fraud", "Fraud", "fraud ", "\uff46raud", "fra\u200bud", "\u202efraud", "fra\u00adud", "fr\u0430ud", "fraud\n", "-rf",
+         "$(id)", "fraud/", "./fraud", "fraud--x00000000000000000000", "frau\u0308d", "fra\u00fcd"]  # fmt: skip
+
+
+def test_names_that_look_the_same_have_repositories_of_their_own():
+    settings = Settings.from_environ(GOOD)
+    repositories = [settings.repository_of(name) for name in TWINS]
+    assert len(set(repositories)) == len(TWINS)
+    for repository in repositories:
+        assert re.fullmatch(r"domino/[a-z0-9]+(?:[._-]+[a-z0-9]+)*", repository.path)
 
 
 def test_a_models_images_and_its_template_agree_on_that_repository():
