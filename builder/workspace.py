@@ -13,6 +13,7 @@ build writes are written in place, never renamed, since in a Pod each is a mount
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -33,6 +34,7 @@ from builder.errors import (
     ServiceUnavailable,
     TryAgain,
     UsageError,
+    cause_of,
     one_line,
 )
 from builder.models.answers import on_disk
@@ -163,11 +165,14 @@ class Workspace:
         Raises:
             InvalidVersion: the artifacts have a folder of that name.
         """
-        if self.dockerfile.is_dir():
+        if self.dockerfile.is_dir() and not self.dockerfile.is_symlink():
             message = "The version has a folder 'Dockerfile' where the rendered file belongs."
             raise InvalidVersion(message, remedy="Log that folder under another name.")
         with on_disk(f"write {self.dockerfile}"):
-            self.dockerfile.write_bytes(content)
+            # A new file: through a link in its place another would be written.
+            self.dockerfile.unlink(missing_ok=True)
+            with self.dockerfile.open("xb") as file:
+                file.write(content)
 
     def write_plan(self, plan: Plan) -> None:
         """Write plan.json.
@@ -214,9 +219,26 @@ class Workspace:
             raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
 
     def write_result(self, result: BuildResult) -> None:
-        """Write result.json, in place."""
-        with on_disk(f"write to the workspace {self.folder}"), (self.folder / "result.json").open("w") as file:
-            file.write(result.model_dump_json())
+        """Write result.json, in place, and never through a link that a RUN step has put there.
+
+        Raises:
+            BuildFailed: it is no file any more.
+            TryAgain: the disk is full.
+            InvalidSettings: it cannot be written.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            with (
+                on_disk(f"write to the workspace {self.folder}"),
+                os.fdopen(os.open(self.folder / "result.json", flags, 0o644), "w") as file,
+            ):
+                file.write(result.model_dump_json())
+        except InvalidSettings as error:
+            cause = cause_of(error, OSError)
+            if cause is None or cause.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+                raise
+            message = "result.json in the workspace was replaced by something that is not a file."
+            raise BuildFailed(message, remedy="A RUN step of the Dockerfile did it: remove that step.") from error
 
     def result(self) -> BuildResult:
         """Return what build wrote, read as a stranger's.

@@ -91,6 +91,33 @@ def test_a_hostile_result_is_a_failed_build(workspace, make):
         workspace.result()
 
 
+@pytest.mark.parametrize("make", [_link, _fifo, _folder])
+def test_a_result_is_written_through_nothing_that_a_build_left(workspace, tmp_path, make):
+    other = tmp_path / "other"
+    other.write_text("kept")
+    path = workspace.folder / "result.json"
+    make(path)
+    if path.is_symlink():
+        path.unlink()
+        path.symlink_to(other)
+    with pytest.raises(BuildFailed, match="replaced by something"):
+        workspace.write_result(BuildResult())
+    assert other.read_text() == "kept"
+
+
+def test_a_dockerfile_is_written_through_no_link(workspace, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("kept")
+    workspace.context.mkdir(exist_ok=True)
+    for target in (other, tmp_path):
+        workspace.dockerfile.unlink(missing_ok=True)
+        workspace.dockerfile.symlink_to(target)
+        workspace.write_dockerfile(b"FROM a")
+        assert workspace.dockerfile.read_bytes() == b"FROM a"
+        assert not workspace.dockerfile.is_symlink()
+    assert other.read_text() == "kept"
+
+
 def test_without_fetch_there_is_no_plan(tmp_path):
     with pytest.raises(UsageError, match="builder fetch"):
         Workspace(tmp_path).plan()

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.build.bounded_output import BoundedOutput
 from builder.build.buildah_files import SEEN_BUNDLE, Files, staged
 from builder.build.dockerfile import Dockerfile
 from builder.build.failure import failure
@@ -49,6 +50,7 @@ _SOURCELESS = re.compile(
 )
 _STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP \d+(?:/\d+)?: (.*)")
 _FAILED_STEP = re.compile(r'Error: building at STEP "(?P<step>.*?)": (?P<said>.*)')
+_IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 _EXIT_STATUS = re.compile(r"(?:while running runtime: )?exit status (\d+)")
 _NOISE = re.compile(
     r"subprocess exited |\[Warning\] one or more build args were not consumed|"
@@ -89,6 +91,7 @@ class Buildah:
         job.layout.parent.mkdir(parents=True, exist_ok=True)
         with staged(job, job.layout.parent) as files:
             self._refuse_mounts(job, files)
+            output = BoundedOutput(output)
             said = _Said(output)
             try:
                 code = self._run(self._build_argv(job, files), job, files, said, timeout=job.timeout)
@@ -100,9 +103,18 @@ class Buildah:
             said = _Said(output)
             # The layout's name alone: a colon in a path before it would be taken for the begin of a tag.
             argv = ["push", "--quiet", f"--signature-policy={files.policy}", "--format=oci"]
-            argv += [files.image_id.read_text().strip(), f"oci:{job.layout.name}"]
+            argv += [self._image_id(files.image_id), f"oci:{job.layout.name}"]
             if code := self._run(argv, job, files, said, timeout=job.timeout):
                 raise said.failure(code, job.platform)
+
+    @staticmethod
+    def _image_id(path: Path) -> str:
+        """Return the image's id, which a RUN step that left its chroot could have replaced by another argument."""
+        found = path.read_text(errors="replace").strip()
+        if not _IMAGE_ID.fullmatch(found):
+            message = f"Buildah left {found[:100]!r} where the id of the image belongs."
+            raise BuildFailed(message, remedy="Build again; the log may say why.")
+        return found
 
     def _refuse_mounts(self, job: BuildJob, files: Files) -> None:
         """Refuse mounts that this version of Buildah does not keep within the build."""

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.build.bounded_output import BoundedOutput
 from builder.build.kaniko_files import Files, staged
 from builder.build.kaniko_output import KanikoOutput
 from builder.build.process import Runner, run
@@ -78,7 +79,7 @@ class Kaniko:
             raise PermissionRefused(message, remedy="Run the build phase's container as user 0, and no other one.")
         for path in (job.context, job.dockerfile, job.layout):
             self._check_place(path)
-        said = KanikoOutput(output)
+        said = KanikoOutput(BoundedOutput(output))
         with self._alone(), staged(job, self._root, self._etc) as files:
             job.layout.mkdir(parents=True, exist_ok=True)
             code = self._runner(

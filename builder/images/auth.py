@@ -173,8 +173,8 @@ class Authorizer:
         mask_token(value)
         if isinstance(refresh := content.get("refresh_token"), str):
             mask_token(refresh)
-        seconds = float(lifetime) if isinstance(lifetime, int | float) and lifetime > 0 else _LIFETIME
-        seconds = min(seconds, _LONGEST)
+        # Bounded before it is a float: an integer of JSON may be too large for one.
+        seconds = float(min(lifetime, _LONGEST)) if isinstance(lifetime, int | float) and lifetime > 0 else _LIFETIME
         return _Token(value, asked + max(seconds - _MARGIN, seconds / 2))
 
     def _request(self, challenge: Challenge, scopes: list[str]) -> httpx.Request:

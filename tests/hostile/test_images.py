@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -34,8 +35,10 @@ from builder.images.manifest import finished_image
 from builder.images.profile import check, profile_for
 from builder.images.registries import Registries
 from builder.images.untar import Archive, Budget, Entry, inflated
+from builder.models.version import Inputs, ModelVersion, template_variables
 from builder.reference import Platform, Reference, Repository
 from builder.settings import Settings
+from builder.survey import reference_of
 from tests.build.wheels import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
 from tests.images.layouts import CONFIG, Layout, make_layout
 
@@ -207,6 +210,27 @@ def test_wheel_layers_and_the_cache_are_no_models_repository(name, environ):
     for ours in (settings.wheel_layer_repository, settings.build_cache):
         assert ours is None or not ours.holds(repository)
     assert repository.path.rpartition("/")[2].count("--x") == 1
+
+
+TWINS = ["fraud", "Fraud", "fraud ", "\uff46raud", "fra\u200bud", "\u202efraud", "fra\u00adud", "fr\u0430ud", "fraud\n", "-rf",
+         "$(id)", "fraud/", "./fraud", "fraud--x00000000000000000000", "frau\u0308d", "fra\u00fcd"]  # fmt: skip
+
+
+def test_names_that_look_the_same_have_repositories_of_their_own():
+    settings = Settings.from_environ(GOOD)
+    repositories = [settings.repository_of(name) for name in TWINS]
+    assert len(set(repositories)) == len(TWINS)
+    for repository in repositories:
+        assert re.fullmatch(r"domino/[a-z0-9]+(?:[._-]+[a-z0-9]+)*", repository.path)
+
+
+def test_a_models_images_and_its_template_agree_on_that_repository():
+    settings = Settings.from_environ({**GOOD, "WHEEL_LAYERS": "quay.io/domino/layers"})
+    version = ModelVersion(name="layers", version="1", created_ms=0)
+    reference = reference_of(settings, version)
+    assert str(reference.repository).startswith("quay.io/domino/layers--x")
+    variables = template_variables(version, Inputs.of(version), settings.component_of(version.name))
+    assert variables["model_name"] == reference.repository.path.rpartition("/")[2]
 
 
 @pytest.mark.parametrize(

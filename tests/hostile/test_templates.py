@@ -11,11 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from builder.build.bounded_output import BoundedOutput
+from builder.build.buildah import Buildah
 from builder.build.buildah_files import registries_conf
 from builder.build.dockerfile import Dockerfile
 from builder.build.engine import BuildJob, Network
+from builder.build.kaniko_output import KanikoOutput
+from builder.build.process import run
 from builder.build.template import LARGEST_RENDERED, LARGEST_TEMPLATE, VARIABLES, BaseImages, render
-from builder.errors import BuilderError, ExitCode, InvalidVersion
+from builder.errors import BuilderError, BuildFailed, ExitCode, InvalidVersion
 from builder.reference import Platform
 
 VALUES = {
@@ -333,3 +337,61 @@ def test_the_renderer_has_no_credential_and_can_open_no_file(context, monkeypatc
     assert "s3cret" not in text
     assert "root:" not in text
     assert text.count("Too many open files") == 4 or os.environ.get("PYTEST_XDIST_WORKER")
+
+
+# ---- what a build prints
+
+
+def test_a_build_that_prints_without_end_is_cut(tmp_path):
+    shown: list[str] = []
+    output = KanikoOutput(BoundedOutput(shown.append, 1000))
+    code = run(
+        ["sh", "-c", "yes 'a line' | head -n 300000; echo 'the last words'; exit 1"],
+        env={"PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+        timeout=120,
+        output=output,
+        name="sh",
+    )
+    assert code == 1
+    assert shown[:1000] == ["a line"] * 1000
+    assert shown[1000:] == ["The build has printed 1,000 lines; the rest is not shown."]
+    # Why it failed is known all the same.
+    assert "the last words" in output.failure(code, Platform("linux", "amd64")).what
+
+
+PIECES = [
+    'time="',
+    '" level=',
+    "info",
+    ' msg="',
+    "\\",
+    '"',
+    "a" * 1300,
+    " ",
+    "COPY ",
+    "error building image: ",
+    "\x1b[",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+def test_any_line_of_an_engine_is_read_quickly(line):
+    began = time.process_time()
+    output = KanikoOutput(lambda _line: None)
+    output(line[:4000])
+    assert output.failure(1, Platform("linux", "amd64")).exit_code in set(ExitCode)
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "left", ["--all", "docker://evil.io/x:1", "sha256:" + "A" * 64, "a" * 63, "", "a" * 64 + "\nx"]
+)
+def test_what_is_left_as_an_images_id_is_no_argument(tmp_path, left):
+    path = tmp_path / "image-id"
+    path.write_text(left)
+    with pytest.raises(BuildFailed, match="where the id of the image belongs"):
+        Buildah._image_id(path)
+    path.write_text(f"sha256:{'a' * 64}\n")
+    assert Buildah._image_id(path) == f"sha256:{'a' * 64}"

@@ -598,6 +598,14 @@ def test_a_token_that_ends_is_renewed_before(fake, other, registry, repository, 
     assert len(fake.asked) == before + 1, "no 401 is needed to know that a token is over"
 
 
+@pytest.mark.parametrize("lifetime", [10**400, 1e300, -1, True, "x", [], None, 0], ids=range(8))
+def test_a_tokens_lifetime_is_any_number(fake, other, registry, repository, lifetime) -> None:
+    # The host is one that an author may name behind FROM, and so is its token server's answer.
+    other.answer = lambda _: Reply.json({"token": "good", "expires_in": lifetime})
+    token_registry(fake, other, "good")
+    assert registry.manifest(repository.tag("v1"))
+
+
 def test_an_identity_token_is_posted(fake, other, repository) -> None:
     credentials = Credentials(explicit=fake.host, credential=Credential(identity_token=SECRET))
     token_registry(fake, other, "good")
