@@ -10,22 +10,24 @@ import tempfile
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import file_digest
+from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from builder.errors import InvalidVersion, ServiceUnavailable, one_line
+from builder.errors import Defect, InvalidVersion, ServiceUnavailable, one_line
 from builder.models.answers import answering, on_disk
 from builder.models.artifacts import MOST_FILES, MOST_FOLDERS_DEEP, checked_path
 from builder.models.catalog import Artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _LISTERS = 8
 _SHOWN = 200
+_DOWNLOAD = ["remote_file_path", "local_path"]
 # Each time MLflow's client has already tried thrice.
 _attempts = retry(
     retry=retry_if_exception_type(ServiceUnavailable),
@@ -136,8 +138,7 @@ class ArtifactStore:
         what = f"download the artifact {artifact.path!r}"
         with answering(what, server=_shown(artifact.root), gone=InvalidVersion):
             _check_links(repository, (artifact.remote,))
-            # What MLflow asks of every kind of store, plug-ins included; `download_artifacts` would list it first.
-            repository._download_file(artifact.remote, str(part))  # noqa: SLF001
+            _downloader(repository)(artifact.remote, str(part))
             size = part.stat().st_size
         if artifact.size is not None and size != artifact.size:
             message = f"The artifact {artifact.path!r} came with {size} bytes instead of {artifact.size}."
@@ -176,6 +177,23 @@ def _folder(path: str) -> str:
         message = f"The folder {path[:_SHOWN]!r} is more than {MOST_FOLDERS_DEEP} folders deep."
         raise InvalidVersion(message, remedy="Log fewer folders within each other, or an archive.")
     return path
+
+
+def _downloader(repository: Any) -> Callable[[str, str], None]:
+    """Return what MLflow asks of every kind of store, plug-ins included; `download_artifacts` would list it first.
+
+    Raises:
+        Defect: this release of MLflow asks something else.
+    """
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+    name = "_download_file"
+    asked = vars(ArtifactRepository).get(name)
+    if not getattr(asked, "__isabstractmethod__", False) or list(signature(asked).parameters)[1:] != _DOWNLOAD:
+        message = f"The MLflow that is installed here does not read files by {name}({', '.join(_DOWNLOAD)})."
+        raise Defect(message, remedy="Install the release of mlflow-skinny that requirements/builder.txt names.")
+    found: Callable[[str, str], None] = getattr(repository, name)
+    return found
 
 
 def _check_links(repository: Any, remotes: Iterable[str]) -> None:
