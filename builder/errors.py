@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 Cause = TypeVar("Cause", bound=BaseException)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
@@ -42,6 +42,8 @@ class BuilderError(Exception):
     """
 
     exit_code = ExitCode.SOFTWARE
+    # Whether the version's author is to blame although the exit code alone does not say so.
+    of_version: ClassVar[bool] = False
 
     def __init__(self, what: str, *, remedy: str = "") -> None:
         super().__init__(what)
@@ -108,10 +110,22 @@ class PermissionRefused(BuilderError):
     exit_code = ExitCode.NO_PERMISSION
 
 
+class RootRefused(PermissionRefused):
+    """A version's artifacts are where the settings do not allow the publisher's credentials to be used."""
+
+    of_version = True
+
+
 class InvalidSettings(BuilderError):
     """One or more settings are missing or malformed."""
 
     exit_code = ExitCode.CONFIG
+
+
+class StoreNotSupported(InvalidSettings):
+    """A version's artifacts are in a kind of store for which nothing is installed."""
+
+    of_version = True
 
 
 def one_line(text: str, limit: int = 1000) -> str:

@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
 )
 
+from builder.artifact_uri import ArtifactUri, parse_roots
 from builder.errors import BuilderError, InvalidSettings
 from builder.reference import Platform, Repository, parse_platforms
 
@@ -85,6 +86,7 @@ def _list(text: str) -> tuple[str, ...]:
 _PLATFORMS = _parsed(parse_platforms)
 _LIST = _parsed(_list)
 _REPOSITORY = _parsed(Repository.parse_prefix)
+_ARTIFACT_ROOTS = _parsed(parse_roots)
 
 
 def _setting(
@@ -300,6 +302,15 @@ class CatalogSettings(CommonSettings):
         "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for.",
         (),
         shown="none",
+    )
+    allowed_artifact_roots: Annotated[tuple[ArtifactUri, ...], _ARTIFACT_ROOTS] = _setting(
+        "ALLOWED_ARTIFACT_ROOTS",
+        "Artifact folders, separated by commas, that versions may be read from with the publisher's credentials: URIs "
+        "such as `s3://bucket/mlflow`, or paths. They take the place of the server's own artifact root; what the "
+        "MLflow server hands on itself (`mlflow-artifacts:`) is always allowed.",
+        (),
+        shown="the server's own artifact root",
+        form="addresses of folders, such as s3://bucket/mlflow or /srv/mlflow, separated by commas",
     )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 
