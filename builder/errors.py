@@ -8,7 +8,7 @@ podFailurePolicy can tell a hopeless input from a service that is away.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from builder.shown import one_line as one_line  # noqa: PLC0414 -- who raises an error quotes others in it
 
@@ -39,6 +39,8 @@ class BuilderError(Exception):
     """
 
     exit_code = ExitCode.SOFTWARE
+    # Whether the version's author is to blame although the exit code alone does not say so.
+    of_version: ClassVar[bool] = False
 
     def __init__(self, what: str, *, remedy: str = "") -> None:
         super().__init__(what)
@@ -105,10 +107,22 @@ class PermissionRefused(BuilderError):
     exit_code = ExitCode.NO_PERMISSION
 
 
+class RootRefused(PermissionRefused):
+    """A version's artifacts are where the settings do not allow the publisher's credentials to be used."""
+
+    of_version = True
+
+
 class InvalidSettings(BuilderError):
     """One or more settings are missing or malformed."""
 
     exit_code = ExitCode.CONFIG
+
+
+class StoreNotSupported(InvalidSettings):
+    """A version's artifacts are in a kind of store for which nothing is installed."""
+
+    of_version = True
 
 
 def cause_of(error: BaseException, *kinds: type[Cause]) -> Cause | None:

@@ -89,7 +89,7 @@ class Record:
         try:
             yield
         except BuilderError as error:
-            self._failed(error.one_line(), own_fault=error.exit_code in _OWN_FAULTS)
+            self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
             self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=True)

@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
 )
 
+from builder.artifact_uri import ArtifactUri, parse_roots
 from builder.base_pattern import BasePattern
 from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
 from builder.errors import BuilderError, InvalidSettings
@@ -93,6 +94,7 @@ _PLATFORMS = _parsed(parse_platforms)
 _PATTERNS = _parsed(_patterns)
 _LIST = _parsed(_list)
 _REPOSITORY = _parsed(Repository.parse_prefix)
+_ARTIFACT_ROOTS = _parsed(parse_roots)
 
 
 def _setting(
@@ -305,6 +307,15 @@ class CatalogSettings(CommonSettings):
         (),
         shown="none",
         form="patterns separated by commas, such as docker.io/library/python:3.*,quay.io/team/*",
+    )
+    allowed_artifact_roots: Annotated[tuple[ArtifactUri, ...], _ARTIFACT_ROOTS] = _setting(
+        "ALLOWED_ARTIFACT_ROOTS",
+        "Artifact folders, separated by commas, that versions may be read from with the publisher's credentials: URIs "
+        "such as `s3://bucket/mlflow`, or paths. They take the place of the server's own artifact root; what the "
+        "MLflow server hands on itself (`mlflow-artifacts:`) is always allowed.",
+        (),
+        shown="the server's own artifact root",
+        form="addresses of folders, such as s3://bucket/mlflow or /srv/mlflow, separated by commas",
     )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 

@@ -11,6 +11,7 @@ pytest_plugins = [
     "tests.servers.backends",
     "tests.servers.registries",
     "tests.servers.mlflow",
+    "tests.servers.mlflow_releases",
     "tests.servers.images",
     "tests.servers.containers",
     "tests.servers.small",

@@ -6,44 +6,16 @@ import hashlib
 import os
 import re
 import stat
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from builder.errors import InvalidVersion
+from builder.safe_open import open_beneath
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 # A relative path that means the same in a Dockerfile, a shell and a requirements file.
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
-
-
-@contextmanager
-def _opened(root: Path, relative: str) -> Iterator[int | None]:
-    """Open `root / relative` step by step, and yield its descriptor, or None where there is nothing."""
-    descriptor = os.open(root, os.O_PATH | os.O_DIRECTORY)
-    try:
-        *folders, name = relative.split("/")
-        try:
-            for folder in folders:
-                descriptor = _step(descriptor, folder, os.O_PATH | os.O_DIRECTORY)
-            descriptor = _step(descriptor, name, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            yield None
-        except OSError as error:
-            message = f"{relative!r} of the version's artifacts cannot be read: {error.strerror}."
-            raise InvalidVersion(message, remedy="It must be a file in a folder; links are not followed.") from error
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _step(parent: int, name: str, flags: int) -> int:
-    child = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    os.close(parent)
-    return child
 
 
 def read_beneath(root: Path, relative: str, limit: int) -> bytes | None:
@@ -57,7 +29,7 @@ def read_beneath(root: Path, relative: str, limit: int) -> bytes | None:
     Raises:
         InvalidVersion: there is a link on the way, something else than a file, or a file that is larger.
     """
-    with _opened(root, relative) as descriptor:
+    with open_beneath(root, relative) as descriptor:
         if descriptor is None:
             return None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -75,7 +47,7 @@ def read_beneath(root: Path, relative: str, limit: int) -> bytes | None:
 def exists_beneath(root: Path, relative: str) -> bool:
     """Return whether `root / relative` is a file or a folder, and no link on the way to it."""
     try:
-        with _opened(root, relative) as descriptor:
+        with open_beneath(root, relative) as descriptor:
             return descriptor is not None
     except InvalidVersion:
         return False
@@ -87,7 +59,7 @@ def digest_beneath(root: Path, relative: str) -> tuple[str, int] | None:
     Raises:
         InvalidVersion: there is a link on the way, or something else than a file.
     """
-    with _opened(root, relative) as descriptor:
+    with open_beneath(root, relative) as descriptor:
         if descriptor is None:
             return None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,8 +1,9 @@
 """Domino: the two headers by which its MLflow knows a user and a run, through MLflow's own plug-in point.
 
-MLflow finds `DominoHeaders` by the entry point `mlflow.request_header_provider` of this package and asks it before
-every request. The class has the two methods that MLflow calls and does not derive from MLflow's abstract class: MLflow
-loads it while it is itself being imported, so a module that imports MLflow first could not be loaded there.
+MLflow finds `DominoAuth` by the entry point `mlflow.request_auth_provider` of this package, asks it only where
+MLFLOW_TRACKING_AUTH is `domino`, and applies what it gives to each request of its own, so that the request's address is
+known: a header provider would be asked without one, and its headers go to whatever server a client talks to. The
+classes do not derive from MLflow's or requests' own: MLflow loads this module while it is itself being imported.
 """
 
 from __future__ import annotations
@@ -10,25 +11,71 @@ from __future__ import annotations
 import os
 import warnings
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from builder.errors import InvalidSettings
 
 # Not a secret: Domino's public examples sign with this word. The token names a run; what proves the user is the key.
 _SIGNED_WITH: Final = "secret"
+_NAME: Final = "domino"
+_CHOICE: Final = "MLFLOW_TRACKING_AUTH"
+_SERVERS: Final = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_PORTS: Final = {"http": 80, "https": 443}
+
+
+class DominoAuth:
+    """MLflow's request authentication `domino`."""
+
+    def get_name(self) -> str:
+        """Return the value of MLFLOW_TRACKING_AUTH that chooses this."""
+        return _NAME
+
+    def get_auth(self) -> DominoHeaders:
+        """Return what adds the headers to a request."""
+        return DominoHeaders()
 
 
 class DominoHeaders:
-    """X-Domino-Api-Key and X-Domino-Execution, where DOMINO_USER_API_KEY and DOMINO_RUN_ID are both set."""
+    """X-Domino-Api-Key and X-Domino-Execution, where DOMINO_USER_API_KEY and DOMINO_RUN_ID are both set.
 
-    def in_context(self) -> bool:
-        """Return whether both variables are set."""
-        return all(_variables())
+    They go to the server of MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI, and to no other.
+    """
 
-    def request_headers(self) -> dict[str, str]:
-        """Return the two headers; none where a variable is missing."""
+    def __call__(self, request: Any) -> Any:  # requests.PreparedRequest, which must not be imported to be named
+        """Return the request, with the headers if it goes to that server."""
         key, run_id = _variables()
-        if not (key and run_id):
-            return {}
-        return {"X-Domino-Api-Key": key, "X-Domino-Execution": _execution(run_id)}
+        origins = {origin for name in _SERVERS if (origin := _origin(os.environ.get(name, "")))}
+        if key and run_id and _origin(request.url) in origins:
+            request.headers.update({"X-Domino-Api-Key": key, "X-Domino-Execution": _execution(run_id)})
+        return request
+
+
+def use_domino() -> None:
+    """Have MLflow's clients of this process send the headers, if both variables are in the environment.
+
+    Raises:
+        InvalidSettings: MLFLOW_TRACKING_AUTH names another authentication, and MLflow knows one at a time.
+    """
+    if not all(_variables()):
+        return
+    chosen = os.environ.setdefault(_CHOICE, _NAME)
+    if chosen != _NAME:
+        message = f"{_CHOICE} is {chosen!r}, and DOMINO_USER_API_KEY is set: MLflow takes one of them."
+        raise InvalidSettings(message, remedy=f"Unset {_CHOICE}, or DOMINO_USER_API_KEY and DOMINO_RUN_ID.")
+    # requests takes only Authorization off a request that is redirected to another host, not Domino's key.
+    os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
+
+
+def _origin(uri: str) -> tuple[str, str, int] | None:
+    """Return scheme, host and port of a web server's address; None for any other."""
+    try:
+        split = urlsplit(uri)
+        if split.scheme not in _PORTS or not split.hostname:
+            return None
+        return split.scheme, split.hostname, split.port or _PORTS[split.scheme]
+    except ValueError:
+        return None
 
 
 def _variables() -> tuple[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from builder.models.domino import use_domino
+
 if TYPE_CHECKING:
     from builder.settings import CatalogSettings
 
@@ -26,9 +28,14 @@ _DEFAULTS = {
 
 
 def quiet_client() -> None:
-    """Set what MLflow's client should do by itself, unless the user has set it."""
+    """Set what MLflow's client should do by itself, unless the user has set it.
+
+    Raises:
+        InvalidSettings: as `domino.use_domino`.
+    """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    use_domino()
 
 
 def export(settings: CatalogSettings) -> None:
@@ -44,8 +51,6 @@ def export(settings: CatalogSettings) -> None:
     if settings.domino_user_api_key and settings.domino_run_id:
         values["DOMINO_USER_API_KEY"] = settings.domino_user_api_key.get_secret_value()
         values["DOMINO_RUN_ID"] = settings.domino_run_id.get_secret_value()
-        # requests takes only Authorization off a request that is redirected to another host, not Domino's key.
-        os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
     os.environ.update(values)
     if settings.ssl_cert_file:
         bundle = str(settings.ssl_cert_file)

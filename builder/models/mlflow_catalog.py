@@ -5,19 +5,21 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from builder.errors import InvalidVersion, VersionNotFound, one_line
+from builder.errors import InvalidVersion, PermissionRefused, VersionNotFound, one_line
 from builder.log import get_logger
 from builder.models.answers import answering
 from builder.models.artifacts import union
 from builder.models.environment import export, quiet_client
 from builder.models.origin import LOGGED_MODEL, Origin
+from builder.models.roots import ArtifactRoots
 from builder.models.store import ArtifactStore
 from builder.models.version import Inputs, ModelVersion, check_version_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from builder.artifact_uri import ArtifactUri
     from builder.models.catalog import Artifact
     from builder.settings import CatalogSettings
 
@@ -31,20 +33,37 @@ class MlflowCatalog:
 
     Args:
         tracking_uri: as MLFLOW_TRACKING_URI; MLflow's own variables, MLFLOW_REGISTRY_URI among them, count as ever.
+        registry_uri: as MLFLOW_REGISTRY_URI; empty where it is not set.
+        artifact_roots: as ALLOWED_ARTIFACT_ROOTS; empty for the server's own.
         page_size: how many versions a page of a search has.
     """
 
-    def __init__(self, tracking_uri: str, *, page_size: int = _PAGE) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        *,
+        registry_uri: str = "",
+        artifact_roots: Sequence[ArtifactUri] = (),
+        page_size: int = _PAGE,
+    ) -> None:
         quiet_client()
         self.tracking_uri = tracking_uri
         self._page_size = page_size
-        self.store = ArtifactStore(tracking_uri)
+        roots = ArtifactRoots(
+            tracking_uri, registry_uri, named=artifact_roots, default_experiment=self._default_experiment
+        )
+        self.store = ArtifactStore(tracking_uri, roots)
 
     @classmethod
     def from_settings(cls, settings: CatalogSettings) -> Self:
         """Return the catalog of the settings' server. It sets variables in `os.environ`: see `environment.export`."""
         export(settings)
-        return cls(settings.mlflow_tracking_uri)
+        registry = settings.mlflow_variables.get("MLFLOW_REGISTRY_URI")
+        return cls(
+            settings.mlflow_tracking_uri,
+            registry_uri=registry.get_secret_value() if registry else "",
+            artifact_roots=settings.allowed_artifact_roots,
+        )
 
     @property
     def server(self) -> str:
@@ -58,6 +77,15 @@ class MlflowCatalog:
 
         with answering("open MLflow's client", server=self.server):
             return MlflowClient(tracking_uri=self.tracking_uri)
+
+    def _default_experiment(self) -> str:
+        """Return where the experiment that MLflow makes itself keeps its artifacts; the empty string for none."""
+        try:
+            with answering("find the Default experiment", server=self.server):
+                return str(self.client.get_experiment("0").artifact_location or "")
+        except (VersionNotFound, PermissionRefused, InvalidVersion) as error:
+            _log.info("MLflow does not tell its artifact root", reason=error.what)
+            return ""
 
     def find(self, name: str, version: str) -> ModelVersion:
         """Return one version, by number or by alias as `@alias`; errors as in `Catalog.find`."""
@@ -122,11 +150,17 @@ class MlflowCatalog:
     def artifacts(self, version: ModelVersion) -> tuple[Artifact, ...]:
         """Return the files of the version's context; see `Catalog.artifacts`."""
         inputs = Inputs.of(version)
-        roots = Origin(self.client, self.find, self.server).roots(version, inputs)
+        roots = Origin(self.client, self.find, self.server, check=self.store.folder).roots(version, inputs)
         found = union(
             (file for root in roots for file in self.store.files(root)), same=self.store.same, whose=str(version)
         )
         if not found:
+            if missing := [root.uri for root in roots if self.store.is_missing(root)]:
+                message = f"{version} has no artifacts here: there is no folder {one_line(missing[-1], 200)!r}."
+                remedy = (
+                    "It is on the machine that logged the model. Log it to the MLflow server, and register it again."
+                )
+                raise InvalidVersion(message, remedy=remedy)
             message = f"{version} has no artifacts."
             raise InvalidVersion(message, remedy="Log its files and register it again.")
         return found

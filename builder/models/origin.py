@@ -14,7 +14,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import InvalidVersion, VersionNotFound
+from builder.errors import BuilderError, InvalidVersion, VersionNotFound
 from builder.models.answers import answering
 from builder.models.artifacts import checked_path
 from builder.models.store import Root
@@ -29,6 +29,8 @@ LOGGED_MODEL = re.compile(r"models:/+(m-[0-9A-Za-z]+)/?")
 _OTHER_VERSION = re.compile(r"models:/+(?P<name>[^/].*)/(?P<version>[0-9]+)/?", re.DOTALL)
 _IN_RUN = re.compile(r"runs:/+(?P<run>[^/]+)/(?P<name>[^/]+).*", re.DOTALL)
 _MOST_COPIES = 20
+# MLflow's client puts it into the path of a request as it is.
+_MODEL_ID = re.compile(r"[0-9A-Za-z_-]{1,100}")
 
 
 class Origin:
@@ -38,33 +40,47 @@ class Origin:
         client: MLflow's client.
         find: finds a version by name and number.
         server: the server, as errors name it.
+        check: raises for an artifact folder that may not be read; called for each before it is used for anything.
     """
 
-    def __init__(self, client: Any, find: Callable[[str, str], ModelVersion], server: str) -> None:
+    def __init__(
+        self,
+        client: Any,
+        find: Callable[[str, str], ModelVersion],
+        server: str,
+        check: Callable[[str], object],
+    ) -> None:
         self._client = client
         self._find = find
         self._server = server
+        self._check = check
 
     def roots(self, version: ModelVersion, inputs: Inputs) -> list[Root]:
         """Return the artifact folders a version is made of: the run's first, then the one its model is in.
 
         Raises:
             InvalidVersion: run or logged model no longer exist, or the model's folder has no name.
+            BuilderError: what `check` raises.
         """
         source, run_id = self._source(version)
         run = self._run(run_id, version)
         model = self._logged_model(version, source, run)
         if model and not run:
             run = self._run(model.source_run_id or "", version)
-        roots = [Root(str(run.info.artifact_uri), "")] if run else []
+        roots = [Root(self._checked(run.info.artifact_uri), "")] if run else []
         if model:
-            roots.append(Root(str(model.artifact_location), inputs.model_folder or checked_path(str(model.name))))
+            location = self._checked(model.artifact_location)
+            roots.append(Root(location, inputs.model_folder or checked_path(str(model.name))))
         elif _is_folder(source) and not (run and _within(source, roots[0].uri)):
-            roots.append(Root(source, self._folder_name(version, source, inputs)))
+            roots.append(Root(self._checked(source), self._folder_name(version, source, inputs)))
         if not roots:
             message = f"{version} was registered from {source[:200]!r}, and that run no longer exists."
             raise InvalidVersion(message, remedy="Register it again from a run that exists.")
         return roots
+
+    def _checked(self, uri: object) -> str:
+        self._check(str(uri))
+        return str(uri)
 
     def _source(self, version: ModelVersion) -> tuple[str, str]:
         """Return source and run id of a version, or of the one that it was copied from."""
@@ -96,9 +112,7 @@ class Origin:
         named = LOGGED_MODEL.fullmatch(source)
         model_id = named[1] if named else version.model_id
         if model_id:
-            what = f"find the logged model {model_id} of {version}"
-            with answering(what, server=self._server, gone=InvalidVersion):
-                return self._client.get_logged_model(model_id)
+            return self._logged_model_by_id(model_id, version, gone=InvalidVersion)
         in_run = _IN_RUN.fullmatch(source)
         for model in self._models_of(run, version):
             if model.artifact_location.rstrip("/") == source.rstrip("/") or (in_run and model.name == in_run["name"]):
@@ -109,9 +123,15 @@ class Origin:
         """Yield the models that a run logged, the last one first. MLflow 2 knows none."""
         for output in reversed(getattr(getattr(run, "outputs", None), "model_outputs", None) or []):
             # A logged model can be deleted under its run.
-            what = f"find the logged model {output.model_id} of {version}"
-            with suppress(VersionNotFound), answering(what, server=self._server):
-                yield self._client.get_logged_model(output.model_id)
+            with suppress(VersionNotFound):
+                yield self._logged_model_by_id(output.model_id, version, gone=VersionNotFound)
+
+    def _logged_model_by_id(self, model_id: str, version: ModelVersion, *, gone: type[BuilderError]) -> Any:
+        if not _MODEL_ID.fullmatch(model_id):
+            message = f"{version} has the logged model {model_id[:200]!r}, which is no id."
+            raise InvalidVersion(message, remedy="Register it from its run or its logged model.")
+        with answering(f"find the logged model {model_id} of {version}", server=self._server, gone=gone):
+            return self._client.get_logged_model(model_id)
 
     def _folder_name(self, version: ModelVersion, source: str, inputs: Inputs) -> str:
         """Return the folder of the context for files that belong to no run and no logged model."""

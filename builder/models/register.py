@@ -166,6 +166,8 @@ def _send(
         run = client.create_run(experiment_id, run_name=name[:250])
     run_id = run.info.run_id
     try:
+        # Whoever made the experiment chose where its artifacts go, and it is this user's credential that goes there.
+        catalog.store.folder(run.info.artifact_uri)
         for folder, path in folders.items():
             with answering(f"log {str(path)!r} in run {run_id}", server=server, gone=InvalidVersion):
                 client.log_artifacts(run_id, str(path), folder)

@@ -1,11 +1,11 @@
 """Artifact stores: list what is in a folder, and bring one file here, whole.
 
-MLflow's artifact repositories do the reading, so that every kind of store works, those of plug-ins too.
+MLflow's artifact repositories do the reading, so that every kind of store works, those of plug-ins too; only a folder
+on this machine is read by `local_store`. Every folder is on the list of `roots` before anything is asked.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,20 +14,27 @@ from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from builder.errors import Defect, InvalidVersion, ServiceUnavailable, one_line
+from builder.errors import Defect, InvalidVersion, ServiceUnavailable, StoreNotSupported, one_line
 from builder.models.answers import answering, on_disk
 from builder.models.artifacts import MOST_FILES, MOST_FOLDERS_DEEP, checked_path
 from builder.models.catalog import Artifact
+from builder.models.local_store import copy_file, list_folder, there
+from builder.models.roots import ArtifactRoots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
+
+    from builder.models.roots import Folder
 
 _LISTERS = 8
 _SHOWN = 200
 _DOWNLOAD = ["remote_file_path", "local_path"]
+# Where a plug-in of MLflow's reads a kind of store: the package that brings it.
+_PLUG_INS = {"azureml": "azureml-mlflow", "oss": "aliyunstoreplugin"}
 # Each time MLflow's client has already tried thrice.
 _attempts = retry(
     retry=retry_if_exception_type(ServiceUnavailable),
@@ -55,33 +62,62 @@ class Root:
 
 
 class ArtifactStore:
-    """Reads artifact folders of any kind by MLflow's artifact repositories.
+    """Reads artifact folders of any kind, if they are on the list.
 
     Args:
         tracking_uri: the server that hands `mlflow-artifacts:` folders on.
+        roots: the list; without one there is what that server hands on, and nothing else.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, roots: ArtifactRoots | None = None) -> None:
         self._tracking_uri = tracking_uri
+        self._roots = roots or ArtifactRoots(tracking_uri)
+        self._folders: dict[str, Folder] = {}
         self._repositories: dict[str, Any] = {}
         self._lock = Lock()
 
-    def _repository(self, uri: str) -> Any:
+    def folder(self, uri: str) -> Folder:
+        """Return the artifact folder at an address; nothing is asked of its store.
+
+        Raises:
+            RootRefused: it is not on the list, or the address can be read in two ways.
+            InvalidVersion: it is a folder of another machine.
+            StoreNotSupported: nothing is installed that reads this kind of store.
+            ServiceUnavailable: MLflow is away, so that nobody can tell its own root.
+        """
+        if uri not in self._folders:
+            scheme = uri.partition(":")[0].lower()
+            if scheme in _PLUG_INS:
+                _check_supported(scheme, uri)
+            folder = self._roots.folder(uri)
+            if not folder.base:
+                _check_supported(scheme, uri)
+            self._folders[uri] = folder
+        return self._folders[uri]
+
+    def is_missing(self, root: Root) -> bool:
+        """Return whether an artifact folder on this machine is not there; False for every other store."""
+        folder = self.folder(root.uri)
+        return bool(folder.base) and not there(folder)
+
+    def _repository(self, folder: Folder) -> Any:
         """Return MLflow's artifact repository for an artifact folder; one for each URI."""
-        with self._lock, answering(f"open the artifact store {_shown(uri)}", server="the artifact store"):
-            if uri not in self._repositories:
+        with self._lock, answering(f"open the artifact store {_shown(folder.uri)}", server="the artifact store"):
+            if folder.uri not in self._repositories:
                 from mlflow.store.artifact import artifact_repository_registry
 
-                self._repositories[uri] = artifact_repository_registry.get_artifact_repository(
-                    uri, tracking_uri=self._tracking_uri
+                self._repositories[folder.uri] = artifact_repository_registry.get_artifact_repository(
+                    folder.uri, tracking_uri=self._tracking_uri
                 )
-            return self._repositories[uri]
+            return self._repositories[folder.uri]
 
     def files(self, root: Root) -> list[Artifact]:
         """Return the files of an artifact folder, in no order; its folders are listed side by side.
 
         Raises:
-            InvalidVersion: a path may not stand in a context, a link leaves the folder, or there are too many files.
+            InvalidVersion: a path may not stand in a context, a folder on this machine holds a link, or there are too
+                many files.
+            RootRefused: the folder is not on the list of roots.
         """
         # The first listing makes connections and clients, which not every store does safely in several threads.
         entries = self._list(root.uri, "")
@@ -106,13 +142,13 @@ class ArtifactStore:
             pool.shutdown(cancel_futures=True)
 
     @_attempts
-    def _list(self, uri: str, folder: str) -> list[Any]:
-        repository = self._repository(uri)
-        with answering(f"list the artifacts in {folder!r}", server=_shown(uri), gone=InvalidVersion):
-            entries = list(repository.list_artifacts(folder or None))
-            _check_links(repository, (entry.path for entry in entries))
+    def _list(self, uri: str, path: str) -> list[Any]:
+        folder = self.folder(uri)
+        repository = None if folder.base else self._repository(folder)
+        with answering(f"list the artifacts in {path!r}", server=_shown(uri), gone=InvalidVersion):
+            entries = list(repository.list_artifacts(path or None)) if repository else list_folder(folder, path)
         # Some stores list a folder within itself.
-        return [entry for entry in entries if entry.path not in {folder, ".", ""}]
+        return [entry for entry in entries if entry.path not in {path, ".", ""}]
 
     def download(self, artifact: Artifact, destination: Path) -> None:
         """Write one artifact's bytes to the file `destination`, whose folder exists: whole, or not at all.
@@ -120,7 +156,7 @@ class ArtifactStore:
         It is tried again where the store is away, and its size is compared with the one that was listed.
 
         Raises:
-            InvalidVersion: the file is no longer in the store, or it is a link that leaves the artifact folder.
+            InvalidVersion: the file is no longer in the store, or it is a link.
             ServiceUnavailable, PermissionRefused, TryAgain: as in `answers.answering`.
         """
         # S3's client writes to names of its own beside the one it is given, so they get a folder.
@@ -134,11 +170,16 @@ class ArtifactStore:
 
     @_attempts
     def _download(self, artifact: Artifact, part: Path) -> None:
-        repository = self._repository(artifact.root)
+        folder = self.folder(artifact.root)
+        repository = None if folder.base else self._repository(folder)
         what = f"download the artifact {artifact.path!r}"
         with answering(what, server=_shown(artifact.root), gone=InvalidVersion):
-            _check_links(repository, (artifact.remote,))
-            _downloader(repository)(artifact.remote, str(part))
+            if repository is None:
+                copy_file(folder, artifact.remote, part, most=(artifact.size or 0) + 1)
+            else:
+                # A name is data: MLflow puts it into the URL as it is, where `%2e%2e` and `?` would mean something.
+                remote = quote(artifact.remote) if folder.over_http else artifact.remote
+                _downloader(repository)(remote, str(part))
             size = part.stat().st_size
         if artifact.size is not None and size != artifact.size:
             message = f"The artifact {artifact.path!r} came with {size} bytes instead of {artifact.size}."
@@ -196,16 +237,14 @@ def _downloader(repository: Any) -> Callable[[str, str], None]:
     return found
 
 
-def _check_links(repository: Any, remotes: Iterable[str]) -> None:
-    """Refuse a link that leaves the artifact folder, where that folder is on this machine.
+def _check_supported(scheme: str, uri: str) -> None:
+    """Raise StoreNotSupported unless MLflow knows who reads this kind of store; it is imported for that."""
+    with answering(f"open the artifact store {_shown(uri)}", server="the artifact store"):
+        from mlflow.store.artifact import artifact_repository_registry
 
-    Links within it are read as the files they lead to.
-    """
-    folder = getattr(repository, "artifact_dir", None)
-    if folder is None:
-        return
-    base = os.path.realpath(folder)
-    for remote in remotes:
-        if os.path.commonpath([base, os.path.realpath(Path(base, remote))]) != base:
-            message = f"The artifact {remote[:_SHOWN]!r} is a link that leaves the artifact folder."
-            raise InvalidVersion(message, remedy="Log the file itself and register the model again.")
+        known = artifact_repository_registry.get_registered_artifact_repositories()
+    if scheme not in known:
+        package = _PLUG_INS.get(scheme)
+        message = f"The artifacts are in {_shown(uri)}, and nothing is installed that reads {scheme}: addresses."
+        remedy = f"Install the package {package}" if package else "Install the plug-in of MLflow that does"
+        raise StoreNotSupported(message, remedy=f"{remedy} beside model-image-builder, or log the model elsewhere.")

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 
+import boto3
 import pytest
 
+from builder.artifact_uri import parse_roots
 from builder.errors import (
     InvalidSettings,
     InvalidVersion,
@@ -22,6 +24,7 @@ from builder.errors import (
 from builder.models.answers import answering, on_disk
 from builder.models.catalog import Artifact
 from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.roots import ArtifactRoots
 from builder.models.store import ArtifactStore
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.certificates import self_signed
@@ -155,9 +158,12 @@ def test_a_download_is_tried_again_where_the_store_is_away(monkeypatch, tmp_path
 def test_an_object_store_without_a_credential(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
+    # What another test's object store took would be remembered.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     artifact = Artifact(path="a", size=1, root="s3://bucket/folder", remote="a")
+    roots = ArtifactRoots("http://127.0.0.1:1", named=parse_roots("s3://bucket"))
     with pytest.raises(PermissionRefused, match="download the artifact 'a'"):
-        ArtifactStore("http://127.0.0.1:1").download(artifact, tmp_path / "a")
+        ArtifactStore("http://127.0.0.1:1", roots).download(artifact, tmp_path / "a")
 
 
 def test_an_object_store_without_its_library_names_the_extra(tmp_path):
@@ -168,8 +174,11 @@ from pathlib import Path
 from builder.errors import InvalidSettings
 from builder.models.catalog import Artifact
 from builder.models.store import ArtifactStore
+from builder.artifact_uri import parse_roots
+from builder.models.roots import ArtifactRoots
+store = ArtifactStore("http://127.0.0.1:1", ArtifactRoots("http://127.0.0.1:1", named=parse_roots("s3://bucket")))
 try:
-    ArtifactStore("http://127.0.0.1:1").download(Artifact(path="a", size=1, root="s3://b/f", remote="a"), Path("a"))
+    store.download(Artifact(path="a", size=1, root="s3://bucket/f", remote="a"), Path("a"))
 except InvalidSettings as error:
     print(error)
 """

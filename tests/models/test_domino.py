@@ -6,13 +6,17 @@ import base64
 import hmac
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import requests
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
-from builder.errors import BuilderError
-from builder.models.domino import DominoHeaders
+from builder.errors import BuilderError, InvalidSettings
+from builder.models.domino import DominoAuth
 from builder.models.mlflow_catalog import MlflowCatalog
 from tests.models.http_answers import Answers, answering_server
 
@@ -24,10 +28,21 @@ def set_both(monkeypatch):
     monkeypatch.setenv("DOMINO_RUN_ID", RUN)
 
 
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """Take back whatever a test, or a catalog, puts into the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def headers_sent():
     answers = Answers(status=404)
-    with answering_server(answers) as uri, pytest.raises(BuilderError):
-        MlflowCatalog(uri).find("m", "1")
+    with answering_server(answers) as uri:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        with pytest.raises(BuilderError):
+            MlflowCatalog(uri).find("m", "1")
     return answers.headers[0]
 
 
@@ -36,8 +51,8 @@ def decoded(part):
 
 
 def test_mlflow_finds_the_plug_in():
-    (found,) = importlib.metadata.entry_points(group="mlflow.request_header_provider", name="domino")
-    assert found.load() is DominoHeaders
+    (found,) = importlib.metadata.entry_points(group="mlflow.request_auth_provider", name="domino")
+    assert found.load() is DominoAuth
 
 
 def test_both_headers_are_sent_with_every_request(monkeypatch):
@@ -58,8 +73,61 @@ def test_without_both_variables_there_is_neither_header(monkeypatch, missing, va
         monkeypatch.delenv(missing)
     else:
         monkeypatch.setenv(missing, value)
-    assert not [name for name in headers_sent() if name.lower().startswith("x-domino")]
-    assert not DominoHeaders().in_context()
+    assert not dominos(headers_sent())
+
+
+def test_no_other_server_is_sent_them(monkeypatch):
+    """A notebook that has published asks another server by MLflow's own client."""
+    set_both(monkeypatch)
+    other = Answers(status=404)
+    headers_sent()
+    with answering_server(other) as uri, pytest.raises(MlflowException):
+        MlflowClient(uri).get_experiment("1")
+    assert other.headers
+    assert not dominos(other.headers[0])
+
+
+def test_a_client_that_did_not_ask_for_them_sends_none(monkeypatch):
+    """The wheel is installed, and the variables are set: that alone is no reason."""
+    set_both(monkeypatch)
+    asked = Answers(status=404)
+    with answering_server(asked) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(MlflowException):
+            MlflowClient(uri).get_experiment("1")
+    assert asked.headers
+    assert not dominos(asked.headers[0])
+
+
+@pytest.mark.parametrize(
+    ("named", "asked", "sent"),
+    [
+        ("https://d", "https://d/api", True),
+        ("https://d", "https://D:443/api", True),
+        ("https://d:443/x", "https://d/api", True),
+        ("https://d", "http://d/api", False),
+        ("https://d", "https://d:8443/api", False),
+        ("https://d", "https://d@other/api", False),
+        ("https://d", "https://d.other/api", False),
+        ("databricks", "https://d/api", False),
+    ],
+)
+def test_they_go_to_one_origin(monkeypatch, named, asked, sent):
+    set_both(monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    request = DominoAuth().get_auth()(requests.Request("GET", asked).prepare())
+    assert bool(dominos(request.headers)) is sent
+
+
+def test_another_authentication_beside_them_is_a_matter_of_settings(monkeypatch):
+    set_both(monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "kubernetes")
+    with pytest.raises(InvalidSettings, match="MLFLOW_TRACKING_AUTH"):
+        MlflowCatalog("https://d")
+
+
+def dominos(headers):
+    return [name for name in headers if name.lower().startswith("x-domino")]
 
 
 def test_mlflows_own_credential_still_works_beside_them(monkeypatch):
