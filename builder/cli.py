@@ -199,6 +199,7 @@ def plan(
     """Print what a publish would do, and touch nothing."""
     from builder import show
     from builder.settings import Settings
+    from builder.smoke.policy import SmokeTests
     from builder.survey import engine_here, preview
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
@@ -206,7 +207,9 @@ def plan(
     if as_json:
         invocation.product(json_visible(masked(planned.model_dump_json(indent=2))))
     else:
-        invocation.product(show.plan(planned, engine=engine_here(settings), push_checked=check_push))
+        tested = SmokeTests(settings).describe(planned.all_platforms)
+        engine = engine_here(settings)
+        invocation.product(show.plan(planned, engine=engine, push_checked=check_push, smoke_test=tested))
 
 
 @builder.command()

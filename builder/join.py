@@ -1,22 +1,29 @@
-"""From layouts and recipes to one tag: each platform's image pushed, all of them joined, the tag moved last."""
+"""From layouts and recipes to one tag: each platform's image pushed, one of them run, the tag moved last."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from builder.errors import TryAgain, VersionNotFound, one_line
 from builder.images import manifest as manifests
-from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, from_bytes
+from builder.images.base import base_image
+from builder.images.blob import Blob
+from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, from_bytes, to_bytes
 from builder.images.layout import MOST_BYTES, LayoutImage, open_layout
 from builder.images.profile import check, profile_for
 from builder.images.push import move_tag, push_image
+from builder.images.registry import Registry, RemoteBlob
 from builder.log import get_logger
 from builder.models.context import listing_digest
 from builder.models.version import ModelVersion
 from builder.plan import Base, Plan, PlatformPlan
+from builder.record import Record
 from builder.reference import Digest, Platform, Reference, Repository
 from builder.services import Services
 from builder.settings import Settings
+from builder.smoke.content import Content
+from builder.smoke.policy import Candidate
 from builder.stages import stage
 from builder.survey import existing_image
 from builder.workspace import Workspace
@@ -24,7 +31,9 @@ from builder.workspace import Workspace
 log = get_logger("join")
 
 
-def push_and_tag(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Digest:
+def push_and_tag(
+    settings: Settings, services: Services, workspace: Workspace, plan: Plan, record: Record
+) -> Digest:  # fmt: skip
     """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version.
 
     Args:
@@ -32,6 +41,7 @@ def push_and_tag(settings: Settings, services: Services, workspace: Workspace, p
         services: the registry, and MLflow, which is asked whether the version is still there.
         workspace: holds layouts, and the recipe.
         plan: what is to be pushed where; nothing else is believed.
+        record: knows what was run already, and takes what came of it.
 
     Returns:
         The digest that the tag names now.
@@ -56,6 +66,14 @@ def push_and_tag(settings: Settings, services: Services, workspace: Workspace, p
     images = [image for _, image, _ in built]
     if plan.made_by("wheels"):
         images += _push_assembled(settings, services, workspace, plan)
+    with stage("smoke test"):
+        local = {blob.digest: blob for layout, _, _ in built for blob in layout.blobs()}
+        services.smoke_tests.run(
+            _candidates(registry, plan.reference.repository, images, kept, local),
+            before=record.smoke_test,
+            folder=workspace.folder,
+            record=record.smoke_tested,
+        )
     descriptors = [*kept.values(), *(image.descriptor for image in images)]
     if len(descriptors) == 1:
         (image,) = images
@@ -68,6 +86,35 @@ def push_and_tag(settings: Settings, services: Services, workspace: Workspace, p
     with stage("tag"):
         same_version(services, plan)
         return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+
+
+def _candidates(
+    registry: Registry,
+    repository: Repository,
+    images: Sequence[manifests.Image],
+    kept: Mapping[Platform, Descriptor],
+    local: Mapping[Digest, Blob],
+) -> list[Candidate]:
+    """Return what may be run of all that will stand under the tag; layers that are not here are downloaded."""
+
+    def blobs(layers: Sequence[Descriptor]) -> list[tuple[Descriptor, Blob]]:
+        remote = (RemoteBlob(registry=registry, repository=repository, descriptor=layer) for layer in layers)
+        return [(blob.descriptor, local.get(blob.digest, blob)) for blob in remote]
+
+    def made(image: manifests.Image) -> Content:
+        return Content(config=image.config, layers=blobs(image.layers))
+
+    def found(platform: Platform, digest: Digest) -> Content:
+        image = base_image(registry, repository.digest(digest), platform)
+        if image is None:
+            message = f"{repository.digest(digest)} was removed while another platform was being published."
+            raise TryAgain(message, remedy="Publish it again: it starts from what is there then.")
+        return Content(config=to_bytes(image.config), layers=blobs(image.layers))
+
+    return [
+        *(Candidate(image.platform, image.descriptor.digest, partial(made, image)) for image in images),
+        *(Candidate(platform, each.digest, partial(found, platform, each.digest)) for platform, each in kept.items()),
+    ]
 
 
 def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:

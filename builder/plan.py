@@ -134,6 +134,11 @@ class Plan(BaseModel):
         """The platforms whose image has to be made."""
         return tuple(step.platform for step in self.platforms if step.action == "build")
 
+    @property
+    def all_platforms(self) -> tuple[Platform, ...]:
+        """The platforms that stand under the tag afterwards."""
+        return tuple(step.platform for step in self.platforms)
+
     def made_by(self, method: Method) -> tuple[PlatformPlan, ...]:
         """Return the steps whose image has to be made by a method."""
         return tuple(step for step in self.platforms if step.action == "build" and step.method == method)

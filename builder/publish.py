@@ -26,7 +26,7 @@ from builder.errors import (
 from builder.join import push_and_tag, same_version
 from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, write_context
-from builder.models.version import ModelVersion
+from builder.models.version import TAG_PLATFORMS, ModelVersion
 from builder.network import network
 from builder.plan import Plan
 from builder.record import Record
@@ -158,6 +158,7 @@ def fetch(
         workspace.prepare(keep_context=bool(plan.builds))
         if plan.builds:
             record.started(plan)
+            services.smoke_tests.refuse(plan.all_platforms, asked_by_version=bool(version.tags.get(TAG_PLATFORMS)))
             artifacts = services.catalog.artifacts(version)
             if plan.action == "extend" and artifacts_changed(plan, artifacts):
                 message = f"{version} has other artifacts now than its image was made from."
@@ -302,7 +303,7 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
             log.info("nothing to do", reference=str(tag), reason=plan.reason)
             digest = plan.observed
         else:
-            digest = push_and_tag(settings, services, workspace, plan)
+            digest = push_and_tag(settings, services, workspace, plan, record)
     pinned = tag.repository.digest(digest)
     record.succeeded(plan, pinned)
     platforms = tuple(str(step.platform) for step in plan.platforms)

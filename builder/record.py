@@ -55,7 +55,17 @@ class Record:
             wanted=wanted,
             error="",
             attempts=self._before.attempts + 1 if again else 1,
+            smoke_test=self._before.smoke_test if self._again else "",
         )
+
+    @property
+    def smoke_test(self) -> str:
+        """What is known of the image's smoke test: what the version's tags say, or what came of it since."""
+        return self._before.smoke_test
+
+    def smoke_tested(self, text: str) -> None:
+        """Keep what came of the image's smoke test; it is written with the outcome, whatever that is."""
+        self._before = self._before.model_copy(update={"smoke_test": text})
 
     def succeeded(self, plan: Plan, pinned: Reference) -> None:
         """Record what stands in the registry; a version whose tags say so already is left untouched."""

@@ -11,6 +11,7 @@ from builder.images.retry import Patience
 from builder.models.catalog import Catalog
 from builder.models.mlflow_catalog import MlflowCatalog
 from builder.settings import Settings
+from builder.smoke.policy import SmokeTests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +22,13 @@ class Services:
         catalog: the model registry.
         registries: where images go, and what stands there.
         bases: the registries of base images, which an engine may reach another way: they are not waited for.
+        smoke_tests: runs images before their tags move.
     """
 
     catalog: Catalog
     registries: Registries
     bases: Registries
+    smoke_tests: SmokeTests
 
 
 @contextmanager
@@ -34,4 +37,5 @@ def connected(settings: Settings) -> Iterator[Services]:
     with ExitStack() as stack:
         registries = stack.enter_context(Registries.from_settings(settings))
         bases = stack.enter_context(Registries.from_settings(settings, patience=Patience(attempts=2, deadline=20)))
-        yield Services(catalog=MlflowCatalog.from_settings(settings), registries=registries, bases=bases)
+        catalog = MlflowCatalog.from_settings(settings)
+        yield Services(catalog=catalog, registries=registries, bases=bases, smoke_tests=SmokeTests(settings))

@@ -60,6 +60,15 @@ INDEX_VARIABLES = (
     "PIP_FIND_LINKS",
     "PIP_NO_INDEX",
 )
+# What leads podman to its storage and Docker's client to its daemon.
+_CONTAINER_VARIABLES = (
+    "HOME",
+    "XDG_RUNTIME_DIR",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "DOCKER_HOST",
+    "DOCKER_TLS_VERIFY",
+    "DOCKER_CERT_PATH",
+)
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 IN_IMAGE_WORKSPACE = Path("/kaniko/workspace")
 _IN_IMAGE_MARK = Path("/kaniko/builder")
@@ -191,6 +200,7 @@ class CommonSettings(BaseModel):
             for name, value in values.items()
             if _MLFLOW_VARIABLE.fullmatch(name) and name != "MLFLOW_TRACKING_URI"
         }
+        values["container_variables"] = {name: str(values[name]) for name in _CONTAINER_VARIABLES if values.get(name)}
         _mask(values, environ.get("HOME", ""), from_files)
         values["holds_credential"] = any(_is_credential(name, value) for name, value in values.items()) or bool(
             values["DOCKER_CONFIG"] and (Path(values["DOCKER_CONFIG"]) / "config.json").exists()
@@ -425,6 +435,28 @@ class Settings(CatalogSettings, BuildSettings):
         3,
         form="a positive number",
     )
+    smoke_test: Literal["auto", "required", "off"] = _setting(
+        "SMOKE_TEST",
+        "Whether an image is run and asked before its tag moves: `auto` where podman or Docker can run it here, "
+        "`required` or `off`.",
+        "auto",
+        form="auto, required or off",
+    )
+    smoke_test_timeout: Annotated[int, Field(gt=0)] = _setting(
+        "SMOKE_TEST_TIMEOUT",
+        "Seconds that an image may take from its start to its answers.",
+        180,
+        form="a positive number of seconds",
+    )
+    smoke_test_memory: Annotated[int, Field(gt=0)] | None = _setting(
+        "SMOKE_TEST_MEMORY",
+        "Megabytes (MiB) that an image may use in its smoke test; one that needs more fails it. Without it, one that "
+        "needs more than the machine can spare counts as not tested.",
+        None,
+        shown="three quarters of what is free",
+        form="a positive number of megabytes",
+    )
+    container_variables: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("registry_url")
     @classmethod

@@ -38,13 +38,14 @@ def size(count: float | None) -> str:
     raise AssertionError
 
 
-def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
+def plan(planned: Plan, *, engine: str, push_checked: bool, smoke_test: str) -> str:
     """Return a plan as text.
 
     Args:
         planned: the plan.
         engine: the engine that would build here.
         push_checked: whether it was seen that the credential may push.
+        smoke_test: what would be done to see that the image answers.
     """
     version = planned.version
     name = one_line(version.name, 200)
@@ -67,6 +68,8 @@ def plan(planned: Plan, *, engine: str, push_checked: bool) -> str:
             if len(layers.missing) > _MOST_FILES:
                 rows.append(("", f"  … and {len(layers.missing) - _MOST_FILES} more; --json lists them all"))
             rows.append(("", f"model: {size(layers.model)} to send, less what is there"))
+    if planned.builds:
+        rows.append(("smoke test", smoke_test))
     known = sum(artifact.size or 0 for artifact in planned.artifacts)
     rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
     width = max(len(name) for name, _ in rows)

@@ -51,7 +51,7 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.times: list[tuple[str, float]] = []
-        self.environ = clean_environ(LOG_FORMAT="text", TERM="dumb", **machine.pip_configuration())
+        self.environ = clean_environ(LOG_FORMAT="text", SMOKE_TEST="auto", TERM="dumb", **machine.pip_configuration())
         self.tools: Tools = find_tools()
 
     @contextlib.contextmanager

@@ -35,6 +35,7 @@ TAIL = """\
 | `MLFLOW_…`, `AWS_…`, `AZURE_…`, `DATABRICKS_…`, `GOOGLE_APPLICATION_CREDENTIALS` | MLflow's client and the artifact store's, under their own names; from SECRETS_DIR too |
 | `PIP_INDEX_URL`, `PIP_EXTRA_INDEX_URL`, `PIP_TRUSTED_HOST`, `UV_INDEX`, `UV_DEFAULT_INDEX`, `UV_INDEX_URL`, `UV_EXTRA_INDEX_URL` | RUN steps, as configuration files that are not in the image |
 | `HTTP_PROXY`, `HTTPS_PROXY`, `NO_PROXY` (lower case too) | every connection, and RUN steps |
+| `DOCKER_HOST`, `DOCKER_TLS_VERIFY`, `DOCKER_CERT_PATH` | Docker's client, for the smoke test |
 | `NO_COLOR` | the log on a terminal |
 """  # noqa: E501 - a table's row is one line
 

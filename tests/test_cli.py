@@ -25,6 +25,7 @@ def builder(mlflow_server, registry, tmp_path):
         "HOME": str(tmp_path),
         "MLFLOW_TRACKING_URI": mlflow_server.uri,
         "REGISTRY_URL": f"{registry.host}/cli",
+        "SMOKE_TEST": "off",
     }
 
     def run(*arguments, **environ):

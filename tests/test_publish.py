@@ -78,6 +78,7 @@ def test_the_whole_job(settings, new, base_image, crane, registry):
         "platforms": "linux/amd64",
         "wanted": "linux/amd64",
         "attempts": "1",
+        "smoke_test": "off",
     }
 
 

@@ -36,6 +36,8 @@ class Outcome(BaseModel):
         wanted: platforms that were asked for when work on it last began.
         attempts: how often this source was tried since it last came to something.
         finished: when it ended, RFC 3339 in UTC.
+        smoke_test: what came of running the image: `passed: …` or `failed: …` with the platform and the digest of what
+            was run, `not possible: …` with the reason, or `off`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +52,7 @@ class Outcome(BaseModel):
     wanted: tuple[str, ...] = ()
     attempts: int = 0
     finished: str = ""
+    smoke_test: str = ""
 
     @classmethod
     def of(cls, version: ModelVersion, target: str) -> Outcome:
@@ -73,6 +76,7 @@ class Outcome(BaseModel):
             error=tag("error"),
             attempts=int(attempts) if _NUMBER.fullmatch(attempts) else 0,
             finished=tag("finished"),
+            smoke_test=tag("smoke_test"),
         )
 
     def values(self) -> dict[str, str]:
@@ -86,6 +90,7 @@ class Outcome(BaseModel):
             "wanted": ",".join(self.wanted),
             "attempts": str(self.attempts),
             "finished": self.finished,
+            "smoke_test": self.smoke_test,
             "state": self.state,
         }
 

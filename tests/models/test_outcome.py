@@ -18,6 +18,7 @@ PUBLISHED = Outcome(
     platforms=("linux/amd64", "linux/arm64"),
     attempts=1,
     finished="2026-01-02T03:04:05Z",
+    smoke_test=f"passed: linux/amd64 sha256:{'c' * 64} runs after 2.1 s",
 )
 FAILED = PUBLISHED.model_copy(update={"state": "failed", "image": "", "error": "BuildFailed: RUN false", "attempts": 2})
 
@@ -35,7 +36,18 @@ def test_tags_are_read_back(outcome):
 def test_the_tags_are_those_of_the_contract_and_the_state_comes_last():
     assert list(PUBLISHED.tags()) == [
         f"publish.pltr_foundry.{name}"
-        for name in ("image", "tag", "source", "platforms", "error", "wanted", "attempts", "finished", "state")
+        for name in (
+            "image",
+            "tag",
+            "source",
+            "platforms",
+            "error",
+            "wanted",
+            "attempts",
+            "finished",
+            "smoke_test",
+            "state",
+        )
     ]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from builder import masking
 from builder.images.retry import Patience
+from builder.settings import Settings
 from scripts.launch import ambient
 
 
@@ -20,6 +21,7 @@ def _clean_environment(monkeypatch):
     for name in list(os.environ):
         if ambient(name):
             monkeypatch.delenv(name)
+    _run_no_image(monkeypatch)
     yield
     if "mlflow" in sys.modules:
         # `mlflow.set_tracking_uri` is kept in the module, and would lead the next test to this test's server.
@@ -27,6 +29,20 @@ def _clean_environment(monkeypatch):
 
         mlflow.set_tracking_uri(None)
         mlflow.set_registry_uri(None)
+
+
+def _run_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set SMOKE_TEST=off, in this process and for its children, wherever a test does not set it itself.
+
+    Most images of the tests do not serve, and each would cost seconds.
+    """
+    monkeypatch.setenv("SMOKE_TEST", "off")
+    read = Settings.from_environ.__func__  # type: ignore[attr-defined]
+
+    def from_environ(cls, environ, *arguments, **options):
+        return read(cls, {"SMOKE_TEST": "off", **environ}, *arguments, **options)
+
+    monkeypatch.setattr(Settings, "from_environ", classmethod(from_environ))
 
 
 @pytest.fixture

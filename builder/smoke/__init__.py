@@ -1,0 +1,1 @@
+"""The smoke test: an image is run and asked before its tag moves."""
