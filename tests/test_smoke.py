@@ -431,11 +431,13 @@ def test_what_a_stranger_says_is_bounded():
 def test_what_an_image_is_asked_is_read_from_its_config():
     serves = {
         "Env": ["A=1", "__pyfunc_model_path__=/app/m"],
-        "Cmd": ["python", "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app"],
-        "ExposedPorts": {"8080/tcp": {}},
+        "Cmd": ["python", "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--port", "8080"],
+        "ExposedPorts": {"5000/tcp": {}, "8080/tcp": {}},
     }
     assert Question.of({"config": serves}) == Question(ports=(8080,), model="/app/m")
-    assert Question.of({"config": {**serves, "Cmd": ["python", "client/app.py"]}}) == Question(ports=(8080,))
+    assert Question.of({"config": {**serves, "Cmd": ["python", "client/app.py"]}}) == Question(ports=(5000, 8080))
+    bound = ["python", "-m", "gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app", "--bind", "0.0.0.0:8080"]
+    assert Question.of({"config": {**serves, "Cmd": bound}}) == Question(ports=(8080,), model="/app/m")
     odd = {
         "Env": 7,
         "Cmd": "x",

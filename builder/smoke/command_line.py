@@ -68,33 +68,15 @@ class CommandLine:
         """Return whether the program is installed."""
         return shutil.which(self.name, path=_PATH) is not None
 
-    def load(self, content: Content, name: str, folder: Path) -> None:
-        """Take an image."""
-        if said := self._load(content, name, folder):
-            self.check()
-            message = f"{self.name} could not load the image: {said}"
-            raise CannotRun(message)
-
-    def start(self, name: str, limits: Limits) -> None:
-        """Start a container in the background; the ways to run one here are tried until one works."""
-        said = self._start(name, limits)
-        if said and self._way is None:
-            if not self.check():
-                message = f"{self.name} did not start it: {said}"
-                raise CannotRun(message)
-            said = self._start(name, limits)
-        if said:
-            raise CannotStart(said)
-
     def check(self) -> bool:
-        """Run the smallest image, to see that containers can be run here.
+        """Run the smallest image, once: containers can be run here, and are run in the way that worked for it.
 
         Returns:
             False where that cannot be told, since no such image is known for the platform.
         """
         content, name = probe(self._platform), new_name(time.time() + _SHORT, secrets.token_hex(6))
-        if content is None:
-            return False
+        if self._way is not None or content is None:
+            return self._way is not None
         with tempfile.TemporaryDirectory(prefix="builder-probe-") as folder:
             try:
                 if said := self._load(content, name, Path(folder)) or self._start(name, _PROBE):
@@ -103,6 +85,21 @@ class CommandLine:
             finally:
                 self.remove(name)
         return True
+
+    def load(self, content: Content, name: str, folder: Path) -> None:
+        """Take an image."""
+        if said := self._load(content, name, folder):
+            message = f"{self.name} could not load the image: {said}"
+            raise CannotRun(message)
+
+    def start(self, name: str, limits: Limits) -> None:
+        """Start a container in the background."""
+        known = self._way is not None
+        if said := self._start(name, limits):
+            if known:
+                raise CannotStart(said)
+            message = f"{self.name} did not start it: {said}"
+            raise CannotRun(message)
 
     def execute(self, name: str, argv: Sequence[str], output: Output, *, timeout: float) -> int | None:
         """Run a program within a container."""

@@ -61,7 +61,14 @@ class ContainerRuntime(Protocol):
         ...
 
     def check(self) -> bool:
-        """Run the smallest image; return whether that could be tried, and raise `NoContainers` where it did not run."""
+        """Run the smallest image, once, so that a container which does not start is known to be at fault itself.
+
+        Returns:
+            Whether that could be tried.
+
+        Raises:
+            NoContainers: it does not run.
+        """
         ...
 
     def load(self, content: Content, name: str, folder: Path) -> None:
@@ -82,8 +89,8 @@ class ContainerRuntime(Protocol):
         """Start a container of the image of that name in the background; it is called so, too.
 
         Raises:
-            CannotRun: no container can be run here.
-            CannotStart: this one cannot.
+            CannotRun: perhaps no container can be run here: none was seen to.
+            CannotStart: others can, and this one cannot.
         """
         ...
 

@@ -157,6 +157,7 @@ class SmokeTests:
         for runtime in usable:
             with tempfile.TemporaryDirectory(prefix="smoke-", dir=folder) as place:
                 try:
+                    runtime.check()
                     runtime.sweep(time.time())
                     runtime.load(content, name, Path(place))
                     passed = Trial(runtime, name, question, timeout=self._timeout).run(self._limits(question.volumes))

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from builder.errors import one_line
@@ -55,12 +56,16 @@ class Question:
         command = [word for name in ("Entrypoint", "Cmd") for word in _words(runtime.get(name))]
         entries = [entry.partition("=") for entry in _words(runtime.get("Env"))]
         model = next((value for name, _, value in entries if name == _MODEL_PATH), "")
-        serves = any(word.startswith(_SERVER) for word in command) and len(ports) == 1
+        port = _serving_port(command) if any(word.startswith(_SERVER) for word in command) else 0
+        if model and port in ports:
+            ports = (port,)
+        else:
+            model = ""
         volumes = runtime.get("Volumes")
         names = list(volumes)[:_MOST_VOLUMES] if isinstance(volumes, Mapping) else []
         return cls(
             ports=ports,
-            model=model if serves else "",
+            model=model,
             volumes=tuple(name for name in names if _VOLUME.fullmatch(name) and ".." not in name.split("/")),
         )
 
@@ -137,6 +142,14 @@ def _ports(exposed: object) -> tuple[int, ...]:
         if match := _PORT.fullmatch(str(name)):
             found += range(int(match[1]), min(int(match[2] or match[1]), int(match[1]) + _MOST_PORTS) + 1)
     return tuple(sorted({port for port in found if 0 < port <= _LAST_PORT})[:_MOST_PORTS])
+
+
+def _serving_port(command: Sequence[str]) -> int:
+    """Return the port that uvicorn or gunicorn is told to listen on; 0 where it is none."""
+    for option, value in pairwise(command):
+        if option in {"--port", "--bind"} and re.fullmatch(r"(?:.*:)?[0-9]{1,5}", value):
+            return int(value.rpartition(":")[2])
+    return 0
 
 
 def _words(value: object) -> list[str]:
