@@ -422,12 +422,16 @@ class Settings(CatalogSettings, BuildSettings):
     allowed_indexes: Annotated[tuple[str, ...], _LIST] = _setting(
         "ALLOWED_INDEXES",
         "Addresses, separated by commas, of package indexes and wheels that a model's requirements may name; each "
-        "allows what is below it, `*` allows any.",
+        "allows what is below it, `*` allows any that no credential is sent to.",
         (),
         shown="those that are configured for pip or uv",
     )
     netrc: Path | None = _setting(
-        "NETRC", "File with credentials for package indexes, as pip reads it.", None, shown="~/.netrc where that exists"
+        "NETRC",
+        "File with credentials for package indexes: of hosts that an index or ALLOWED_INDEXES names; `default` is for "
+        "indexes alone.",
+        None,
+        shown="~/.netrc where that exists",
     )
     sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
         "SWEEP_ATTEMPTS",
