@@ -78,6 +78,14 @@ class InvalidVersion(BuilderError):
     exit_code = ExitCode.DATA
 
 
+class OverBudget(InvalidVersion):
+    """A version takes more time, memory or space than one version may."""
+
+
+class VersionCrashed(InvalidVersion):
+    """The process that worked on a version ended without an outcome."""
+
+
 class VersionNotFound(BuilderError):
     """No such registered model, version or alias."""
 

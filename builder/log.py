@@ -32,6 +32,11 @@ def mask(secrets: Iterable[str]) -> None:
     _secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
 
 
+def known_secrets() -> frozenset[str]:
+    """Return the values that no log line may show: a child that logs for this process has to know them as well."""
+    return frozenset(_secrets)
+
+
 def masked(text: str) -> str:
     """Return `text` with every known secret replaced by asterisks."""
     # The longest first: one secret may begin another.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from builder.budget import out_of_memory
 from builder.errors import BuilderError, ExitCode, Terminated
 from builder.log import masked
 from builder.models.catalog import Catalog
@@ -84,6 +85,27 @@ class Record:
         if self._before.model_copy(update=facts) != self._before:
             self._write(**facts, finished=_now())
 
+    def ended(self, error: BuilderError, *, tag: str, wanted: tuple[str, ...]) -> None:
+        """Record for a process that was ended while it worked on the version: that was one attempt.
+
+        It counts as one whether or not that process had recorded its start; this record was made before that.
+
+        Args:
+            error: what ended it.
+            tag: where the version was to be published; empty where nobody can tell.
+            wanted: the platforms it was to be published for; empty where nobody can tell.
+        """
+        again = self._again and self._before.wanted in {wanted, ()}
+        self._write(
+            state="failed",
+            source_id=self._source_id,
+            tag=tag or self._before.tag,
+            wanted=wanted,
+            error=masked(error.one_line()),
+            attempts=self._before.attempts + 1 if again else 1,
+            finished=_now(),
+        )
+
     @contextmanager
     def failures(self) -> Iterator[None]:
         """Record what fails inside, whatever it is, and let it through."""
@@ -93,7 +115,10 @@ class Record:
             self._failed(masked(error.one_line()), own_fault=error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
-            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=True)
+            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=False)
+            raise
+        except MemoryError:
+            self._failed(out_of_memory(self._version).one_line(), own_fault=True)
             raise
         except Exception as error:
             self._failed(f"Defect: {masked(type(error).__name__)}. The publisher's log has more.", own_fault=True)
