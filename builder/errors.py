@@ -122,6 +122,23 @@ class InvalidSettings(BuilderError):
     exit_code = ExitCode.CONFIG
 
 
+def of_kind(name: str, code: int, what: str, remedy: str) -> BuilderError:
+    """Return an error that another process has raised.
+
+    Args:
+        name: its class's name; one that is not known is taken for a defect.
+        code: its exit code, which decides where the class has another one.
+        what: what failed.
+        remedy: what to do about it.
+    """
+    waiting, kinds = [BuilderError], {}
+    while waiting:
+        kind = waiting.pop()
+        kinds[kind.__name__, int(kind.exit_code)] = kind
+        waiting += kind.__subclasses__()
+    return kinds.get((name, code), Defect)(what, remedy=remedy)
+
+
 def one_line(text: str, limit: int = 1000) -> str:
     """Return `text` on one line: control characters become blanks, a URL's credential is cut out.
 
