@@ -58,7 +58,7 @@ _OUT_OF_MEMORY = 12
 # What a logger's call has as names of its own.
 _RESERVED = frozenset({"event", "level", "exc_info", "stack_info", "stacklevel", "extra", "args", "self"})
 _REPORT = (
-    "The log has more. Remove the version's target tag until it is understood; what its files hold ends the process."
+    "Something in the version's files or tags ends the process; the log has more. Correct it, or remove the target tag."
 )
 _KILLED = (
     "The publisher did not send that: probably memory ran out. Give the container more memory, or lower VERSION_MEMORY "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from builder.build.indexes import Indexes
-from builder.build.process import Runner
+from builder.build.process import Limits, Runner
 from builder.build.requirements import Requirements
 from builder.errors import (
     BuilderError,
@@ -30,6 +31,9 @@ from builder.reference import Platform
 _log = get_logger("lock")
 CREDENTIAL = "Put the credential into the index's address (PIP_INDEX_URL, UV_INDEX, pip.conf) or into netrc."
 _MOST_LINES = 200
+# uv takes 300 MB for what MLflow, scikit-learn, pandas and xgboost require, and some seconds.
+_LIMITS = Limits(memory=2 << 30, processor=600)
+_NO_MEMORY = re.compile(r"^memory allocation of [0-9]+ bytes failed|^(?:ERROR: )?MemoryError", re.MULTILINE)
 _CERTIFICATE = re.compile(r"invalid peer certificate|certificate[ _]verify[ _]failed", re.IGNORECASE)
 _REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden|Client Error)|valid authentication credentials")
 _AWAY = re.compile(
@@ -115,6 +119,9 @@ def run_tool(
         tool: how to run it.
         folder: its home and working folder.
         env: variables beside the ones every child gets.
+
+    Raises:
+        BuildFailed: it cannot be started, or takes more time, processor time or memory than it may.
     """
     said: list[str] = []
 
@@ -129,12 +136,32 @@ def run_tool(
     common = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
     try:
         code = tool.runner(
-            argv, env={**common, **proxies, **netrc, **env}, cwd=folder, timeout=tool.timeout, output=output, name=name
+            argv,
+            env={**common, **proxies, **netrc, **env},
+            cwd=folder,
+            timeout=tool.timeout,
+            output=output,
+            name=name,
+            limits=_LIMITS,
         )
     except BuildFailed as error:
         remedy = "Raise BUILD_TIMEOUT, or see that the package index answers." if "longer" in error.what else ""
         raise BuildFailed(error.what, remedy=remedy or "Install the builder with all its dependencies.") from error
-    return code, "\n".join(said)
+    text = "\n".join(said)
+    _check_limits(name, code, text)
+    return code, text
+
+
+def _check_limits(name: str, code: int, said: str) -> None:
+    """Raise BuildFailed if a resolver was ended by its limits."""
+    if code == -signal.SIGXCPU:
+        why = f"it took more than {_LIMITS.processor} seconds of processor time"
+    elif code and _NO_MEMORY.search(said):
+        why = f"it took more than {_LIMITS.memory >> 20} MiB of memory"
+    else:
+        return
+    message = f"{name} could not resolve the requirements: {why}."
+    raise BuildFailed(message, remedy="Pin more of the model's requirements, so that there is less to try.")
 
 
 def _clean(line: str, indexes: Indexes) -> str:
