@@ -49,7 +49,12 @@ from builder.warden import main
 main(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
 """
 # No work here computes with several threads, and a process that is to fork must have one alone.
-_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 
 
 _RESULT, _EVENT = b"R", b"E"

@@ -108,7 +108,11 @@ class Record:
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Record what fails inside, whatever it is, and let it through."""
+        """Record what fails inside, whatever it is, and let it through.
+
+        Raises:
+            OverBudget: in place of a MemoryError.
+        """
         try:
             yield
         except BuilderError as error:
@@ -117,9 +121,10 @@ class Record:
         except Terminated:
             self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=False)
             raise
-        except MemoryError:
-            self._failed(out_of_memory(self._version).one_line(), own_fault=True)
-            raise
+        except MemoryError as error:
+            exceeded = out_of_memory(self._version)
+            self._failed(exceeded.one_line(), own_fault=True)
+            raise exceeded from error
         except Exception as error:
             self._failed(f"Defect: {masked(type(error).__name__)}. The publisher's log has more.", own_fault=True)
             raise

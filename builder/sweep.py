@@ -27,7 +27,7 @@ from builder.workspace import Workspace
 
 log = get_logger("sweep")
 # What takes long to import, and every publish needs.
-_MODULES = ("mlflow", "builder.sweep", "builder.methods", "builder.assemble")
+MODULES = ("mlflow", "builder.sweep", "builder.methods", "builder.assemble")
 
 # `published` was made now; `current` was there; `gone` was deleted, or its tag withdrawn, under our hands; `waiting`
 # failed too often and is left until somebody changes it.
@@ -92,7 +92,7 @@ def sweep(settings: Settings, options: Options | None = None) -> Iterator[Swept]
         refuse_untrusted(settings)
     catalog = MlflowCatalog.from_settings(settings)
     versions = natural_order(catalog.tagged(settings.target_tag))
-    with Children(Budget.of(settings), modules=_MODULES) as children:
+    with Children(Budget.of(settings), modules=MODULES) as children:
         # What has failed, or has taken the whole process with it, comes last: it must not keep the others waiting.
         for version in sorted(versions, key=lambda version: _in_vain(settings, version)):
             yield _sweep_one(settings, catalog, children, version, options)

@@ -46,6 +46,8 @@ _END = 10.0
 # Measuring takes at most a fiftieth of the time, walking folders too.
 _EVERY = 0.2
 _SHARE = 50
+_MOMENT = 0.002
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
 # What a process may reserve beyond what it may have: stacks of threads, what an allocator keeps.
 _RESERVED = 512 << 20
 
@@ -158,12 +160,15 @@ class _Watch:
     def _watched(self, alive: int) -> End | None:
         waiting = [alive, self._control.fileno()]
         killed_at = math.inf
+        closed = math.inf
         while not self._exited():
-            ready = select.select(waiting, [], [], self._usage.pause)[0]
+            # What holds `alive` open has ended, and a moment is left of it; who closes it on purpose is watched on.
+            ending = alive not in waiting and time.monotonic() - closed < 1
+            ready = select.select(waiting, [], [], _MOMENT if ending else self._usage.pause)[0]
             if alive in ready:
-                # It has ended, or a moment is left of it; what closes this on purpose is looked at as before.
                 waiting.remove(alive)
-                time.sleep(0.001)
+                closed = time.monotonic()
+            if ending or alive in ready:
                 continue
             if self._control.fileno() in ready:
                 if self._control.recv(1) != TERMINATE:
@@ -176,12 +181,18 @@ class _Watch:
             self._usage.measure(self._pid, (Path(self._folder), *self._work.folders))
             if exceeded := self._usage.exceeded(self._work.budget):
                 return End(code=-signal.SIGKILL, bound=exceeded[0], amount=exceeded[1])
-        _, status = os.waitpid(self._pid, 0)
-        return End(code=os.waitstatus_to_exitcode(status))
+        return End(code=self._code())
 
     def _exited(self) -> bool:
         """Return whether the child has ended; it stays a zombie, so that its group's number is not given away."""
         return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _code(self) -> int:
+        """Return the exit code of the child, which has ended and stays a zombie; negative is a signal."""
+        ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        if ended is None:
+            raise AssertionError
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 @dataclass
@@ -255,6 +266,7 @@ def _be_child(work: Work, descriptors: Sequence[int], folder: str, parent: int) 
         os.setsid()
         end_with_parent(parent)
         answers, output = descriptors
+        os.set_inheritable(answers, False)  # noqa: FBT003  # the name says it
         _stand_alone(output, folder)
         _bound(work.budget)
         call: Callable[[int], int] = pickle.loads(work.call)  # noqa: S301  # see Work
@@ -293,8 +305,11 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
 def _bound(budget: Budget) -> None:
     """Limit what this process, and what it starts, may reserve; whatever is started can lift the limit of memory.
 
-    Between two measurements a process can take gigabytes.
+    Between two measurements a process can take gigabytes. Where memory runs out nevertheless, the kernel should choose
+    this process and not its parents.
     """
+    with suppress(OSError):
+        _OOM_SCORE.write_text("500")
     for what, amount in ((resource.RLIMIT_DATA, budget.memory + _RESERVED), (resource.RLIMIT_CORE, 0)):
         _, hard = resource.getrlimit(what)
         with suppress(ValueError, OSError):
