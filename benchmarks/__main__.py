@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import kaniko, plot, report, startup
+from benchmarks import children, kaniko, plot, report, startup
 from benchmarks.environments import Environment, environments
 from benchmarks.jobs import JobSkipped, Outcome
 from benchmarks.results import Results
@@ -20,7 +20,7 @@ from benchmarks.site import CHECKOUT, Round, Site, new_round, site
 from benchmarks.wheels import ours
 
 JOBS: dict[str, Rival] = {**RIVALS, "ours": ours}
-DOCKERFILE, STARTUP = "dockerfile", "startup"
+DOCKERFILE, STARTUP, CHILDREN = "dockerfile", "startup", "children"
 LOG = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     wanted = [name for name in JOBS if name in options.only] or list(JOBS)
     everything: list[Results] = []
-    if not options.only or not set(options.only) <= {DOCKERFILE, STARTUP}:
+    if not options.only or not set(options.only) <= {DOCKERFILE, STARTUP, CHILDREN}:
         with site() as place:
             for environment in chosen:
                 results = measure(place, environment, wanted, options.runs)
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kaniko.main()
     if not options.only or STARTUP in options.only:
         startup.main()
+    if not options.only or CHILDREN in options.only:
+        children.main()
     return 0
 
 
@@ -58,11 +60,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Publish model versions with ours and its rivals, in turn, on servers of this machine; print "
         "tables, and write docs/benchmarks.md and docs/benchmarks.svg.",
         epilog=f"Environments: {', '.join(each.name for each in environments())}. Jobs: {', '.join(JOBS)}. And "
-        f"{DOCKERFILE}: our dockerfile method beside bare Kaniko; {STARTUP}: a publish with nothing to do. "
+        f"{DOCKERFILE}: our dockerfile method beside bare Kaniko; {STARTUP}: a publish with nothing to do; "
+        f"{CHILDREN}: a child for each version of a sweep. "
         "KANIKO_IMAGE names Kaniko's image or its archive; "
         "BENCH_TORCH_INDEX an index of CPU builds of torch. The figures never decide the exit code.",
     )
-    names = [*(each.name for each in environments()), *JOBS, DOCKERFILE, STARTUP]
+    names = [*(each.name for each in environments()), *JOBS, DOCKERFILE, STARTUP, CHILDREN]
     parser.add_argument(
         "--only",
         nargs="+",

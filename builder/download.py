@@ -9,21 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from builder.budget import Budget, check_listing
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE
-from builder.errors import BuilderError, Defect, ExitCode, InvalidVersion, VersionNotFound
-from builder.log import get_logger
+from builder.children import Children
+from builder.errors import BuilderError, Defect, ExitCode, InvalidVersion, VersionNotFound, of_kind
+from builder.log import get_logger, masked
 from builder.models.answers import on_disk
 from builder.models.catalog import Artifact, Catalog
 from builder.models.context import listing_digest, write_context
 from builder.models.mlflow_catalog import MlflowCatalog
-from builder.models.version import Inputs, ModelVersion, check_version_text
+from builder.models.version import Inputs, ModelVersion, check_version_text, natural_order
 from builder.reference import repository_component
 from builder.rendering import rendered
 from builder.settings import CatalogSettings
@@ -32,9 +34,12 @@ DOCKERFILE = "Dockerfile"
 SCRIPT = "create_docker_image.sh"
 # Gives the files to add to a version's folder, by name; none where the version has no templates.
 Render = Callable[[ModelVersion, Path], Mapping[str, bytes]]
+# Raises where a version has more artifacts than it may.
+CheckListing = Callable[[Sequence[Artifact]], None]
 State = Literal["new", "changed", "unchanged", "gone", "failed"]
 # Part of what a folder was made from: raised when the same version would come out otherwise.
 _LAYOUT = 1
+_MODULES = ("mlflow", "builder.download")
 _log = get_logger("download")
 
 
@@ -76,12 +81,19 @@ def download_all(
         ServiceUnavailable, PermissionRefused: MLflow cannot be asked for the versions.
     """
     catalog = MlflowCatalog.from_settings(settings)
-    versions: Iterable[ModelVersion]
     if name and version:
         versions = [catalog.find(name, check_version_text(version))]
     else:
-        versions = [found for found in catalog.tagged(settings.target_tag) if name in {"", found.name}]
-    return download(catalog, destination, versions, render=partial(own_templates, settings))
+        versions = natural_order(found for found in catalog.tagged(settings.target_tag) if name in {"", found.name})
+    return _in_children(settings, destination.absolute(), versions)
+
+
+def _in_children(
+    settings: CatalogSettings, destination: Path, versions: Iterable[ModelVersion]
+) -> Iterator[DownloadResult]:
+    with Children(Budget.of(settings), modules=_MODULES) as children:
+        for version in versions:
+            yield _in_child(settings, children, destination, version)
 
 
 def download(
@@ -96,21 +108,85 @@ def download(
         render: see `Render`.
     """
     for version in versions:
-        folder = destination / repository_component(version.name) / f"v{int(version.version)}"
-        try:
-            state = _download(catalog, version, folder, render)
-        except VersionNotFound as error:
-            _log.info("the version was deleted meanwhile", version=str(version), reason=error.what)
-            yield DownloadResult(version=version, folder=folder, state="gone")
-        except BuilderError as error:
-            _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
-            yield DownloadResult(version=version, folder=folder, state="failed", error=error)
-        except Exception as error:  # noqa: BLE001 - one version's surprise must not keep the others from coming
-            _log.exception("the version could not be downloaded", version=str(version))
-            defect = Defect(f"{type(error).__name__} while {version} was downloaded.", remedy="See the log.")
-            yield DownloadResult(version=version, folder=folder, state="failed", error=defect)
-        else:
-            yield DownloadResult(version=version, folder=folder, state=state)
+        yield _guarded(catalog, destination, version, render)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """A result as a child answers it."""
+
+    state: State
+    exit_code: int = 0
+    error: str = ""
+    what: str = ""
+    remedy: str = ""
+
+
+def _in_child(
+    settings: CatalogSettings, children: Children, destination: Path, version: ModelVersion
+) -> DownloadResult:
+    """Download a version in a child of its own."""
+    folder = _folder(destination, version)
+    unfinished = _unfinished(folder)
+    try:
+        work = partial(_answer, settings, destination, version)
+        answer = children.run(work, _Answer, whose=str(version), folders=(unfinished,))
+    except BuilderError as error:
+        _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return DownloadResult(version=version, folder=folder, state="failed", error=error)
+    failure = of_kind(answer.error, answer.exit_code, answer.what, answer.remedy) if answer.error else None
+    return DownloadResult(version=version, folder=folder, state=answer.state, error=failure)
+
+
+def _answer(settings: CatalogSettings, destination: Path, version: ModelVersion) -> _Answer:
+    """Download a version: this is what a child does."""
+
+    def render(version: ModelVersion, folder: Path) -> Mapping[str, bytes]:
+        return own_templates(settings, version, folder)
+
+    check = partial(check_listing, settings, version)
+    result = _guarded(MlflowCatalog.from_settings(settings), destination, version, render, check=check)
+    if result.error is None:
+        return _Answer(state=result.state)
+    error = result.error
+    return _Answer(
+        state=result.state,
+        exit_code=error.exit_code,
+        error=type(error).__name__,
+        what=masked(error.what),
+        remedy=masked(error.remedy),
+    )
+
+
+def _guarded(
+    catalog: Catalog, destination: Path, version: ModelVersion, render: Render, *, check: CheckListing | None = None
+) -> DownloadResult:
+    """Return what became of a version, its failure included: one must not keep the others from coming."""
+    folder = _folder(destination, version)
+    try:
+        state = _download(catalog, version, folder, render, check)
+    except VersionNotFound as error:
+        _log.info("the version was deleted meanwhile", version=str(version), reason=error.what)
+        return DownloadResult(version=version, folder=folder, state="gone")
+    except BuilderError as error:
+        _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
+        return DownloadResult(version=version, folder=folder, state="failed", error=error)
+    except MemoryError:
+        raise  # `Children` knows what it means
+    except Exception as error:  # noqa: BLE001  # see above
+        _log.exception("the version could not be downloaded", version=str(version))
+        defect = Defect(f"{type(error).__name__} while {version} was downloaded.", remedy="See the log.")
+        return DownloadResult(version=version, folder=folder, state="failed", error=defect)
+    return DownloadResult(version=version, folder=folder, state=state)
+
+
+def _folder(destination: Path, version: ModelVersion) -> Path:
+    return destination / repository_component(version.name) / f"v{version.version}"
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.new")
 
 
 def own_templates(settings: CatalogSettings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
@@ -131,15 +207,19 @@ def own_templates(settings: CatalogSettings, version: ModelVersion, folder: Path
     return {DOCKERFILE: files.dockerfile, SCRIPT: files.script}
 
 
-def _download(catalog: Catalog, version: ModelVersion, folder: Path, render: Render) -> State:
+def _download(
+    catalog: Catalog, version: ModelVersion, folder: Path, render: Render, check: CheckListing | None
+) -> State:
     """Make a version's folder, unless it is there and was made from the same."""
     artifacts = catalog.artifacts(version)
+    if check:
+        check(artifacts)
     made_from = _made_from(version, artifacts)
     note = folder.with_name(f".{folder.name}.json")
     there = folder.is_dir()
     if there and _noted(note) == made_from:
         return "unchanged"
-    new = folder.with_name(f".{folder.name}.new")
+    new = _unfinished(folder)
     with on_disk(f"write {version} to {str(folder)!r}"):
         try:
             write_context(catalog, artifacts, new)

@@ -77,6 +77,14 @@ class InvalidVersion(BuilderError):
     exit_code = ExitCode.DATA
 
 
+class OverBudget(InvalidVersion):
+    """A version takes more time, memory or space than one version may."""
+
+
+class VersionCrashed(InvalidVersion):
+    """The process that worked on a version ended without an outcome."""
+
+
 class VersionNotFound(BuilderError):
     """No such registered model, version or alias."""
 
@@ -117,6 +125,23 @@ class InvalidSettings(BuilderError):
     """One or more settings are missing or malformed."""
 
     exit_code = ExitCode.CONFIG
+
+
+def of_kind(name: str, code: int, what: str, remedy: str) -> BuilderError:
+    """Return an error that another process has raised.
+
+    Args:
+        name: its class's name; one that is not known is taken for a defect.
+        code: its exit code, which decides where the class has another one.
+        what: what failed.
+        remedy: what to do about it.
+    """
+    waiting, kinds = [BuilderError], {}
+    while waiting:
+        kind = waiting.pop()
+        kinds[kind.__name__, int(kind.exit_code)] = kind
+        waiting += kind.__subclasses__()
+    return kinds.get((name, code), Defect)(what, remedy=remedy)
 
 
 class StoreNotSupported(InvalidSettings):

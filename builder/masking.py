@@ -11,13 +11,13 @@ import base64
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from urllib.parse import quote, quote_plus
 
 MASK = "*****"
 # Shorter values are words that stand everywhere: to mask them would hide the log, not the secret. They are masked where
-# a user or the word `password` stands beside them; docs/decisions/0040-what-is-masked.md.
+# a user or the word `password` stands beside them; docs/decisions/0041-what-is-masked.md.
 _SHORTEST = 6
 _SHORTEST_LINE = 12
 _HEAD = 4
@@ -35,7 +35,7 @@ class _Known:
     """The forms that are searched for, by their first characters, and the blocks of those of which a part counts."""
 
     def __init__(self) -> None:
-        self.forms: set[str] = set()
+        self.forms: dict[str, bool] = {}
         self.heads: dict[str, list[str]] = {}
         self.blocks: dict[str, list[tuple[str, int]]] = {}
         self._lock = threading.Lock()
@@ -45,7 +45,7 @@ class _Known:
         with self._lock:
             if form in self.forms or len(form) < _HEAD:
                 return
-            self.forms.add(form)
+            self.forms[form] = parts
             self.heads.setdefault(form[:_HEAD], []).append(form)
             if not parts:
                 return
@@ -101,6 +101,17 @@ def mask_token(token: str) -> None:
     """Add a token that is good for minutes and that no file holds: as it is sent, and in no other form."""
     if len(token) >= _SHORTEST:
         _known.add(token, parts=False)
+
+
+def known_secrets() -> dict[str, bool]:
+    """Return the forms that nothing may show, for `mask_forms`: what a child shows, it has to mask as this process."""
+    return dict(_known.forms)
+
+
+def mask_forms(forms: Mapping[str, bool]) -> None:
+    """Add the forms that another process knows: those of `known_secrets`, each with whether its parts count."""
+    for form, parts in forms.items():
+        _known.add(form, parts=parts)
 
 
 def masked(text: str) -> str:

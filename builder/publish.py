@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from builder.budget import check_listing
 from builder.build.engine import BuildJob, Engine
 from builder.build.engines import select_engine
 from builder.errors import (
@@ -160,6 +161,7 @@ def fetch(
             record.started(plan)
             services.smoke_tests.refuse(plan.all_platforms, asked_by_version=bool(version.tags.get(TAG_PLATFORMS)))
             artifacts = services.catalog.artifacts(version)
+            check_listing(settings, version, artifacts)
             if plan.action == "extend" and artifacts_changed(plan, artifacts):
                 message = f"{version} has other artifacts now than its image was made from."
                 remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from builder.budget import out_of_memory
 from builder.errors import BuilderError, ExitCode, Terminated
 from builder.models.catalog import Catalog
 from builder.models.outcome import Outcome
@@ -93,17 +94,46 @@ class Record:
         if self._before.model_copy(update=facts) != self._before:
             self._write(**facts, finished=_now())
 
+    def ended(self, error: BuilderError, *, tag: str, wanted: tuple[str, ...]) -> None:
+        """Record for a process that was ended while it worked on the version: that was one attempt.
+
+        It counts as one whether or not that process had recorded its start; this record was made before that.
+
+        Args:
+            error: what ended it.
+            tag: where the version was to be published; empty where nobody can tell.
+            wanted: the platforms it was to be published for; empty where nobody can tell.
+        """
+        again = self._again and self._before.wanted in {wanted, ()}
+        self._write(
+            state="failed",
+            source_id=self._source_id,
+            tag=tag or self._before.tag,
+            wanted=wanted,
+            error=error.one_line(),
+            attempts=self._before.attempts + 1 if again else 1,
+            finished=_now(),
+        )
+
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Record what fails inside, whatever it is, and let it through."""
+        """Record what fails inside, whatever it is, and let it through.
+
+        Raises:
+            OverBudget: in place of a MemoryError.
+        """
         try:
             yield
         except BuilderError as error:
             self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
-            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=True)
+            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=False)
             raise
+        except MemoryError as error:
+            exceeded = out_of_memory(self._version)
+            self._failed(exceeded.one_line(), own_fault=True)
+            raise exceeded from error
         except Exception as error:
             self._failed(f"Defect: {type(error).__name__}. The publisher's log has more.", own_fault=True)
             raise

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     SecretStr,
@@ -226,13 +227,15 @@ class CommonSettings(BaseModel):
         """Return what pydantic cannot see, one sentence each: files that are not there, half of a pair."""
         return _unreadable("SSL_CERT_FILE", values, "file")
 
+    @property
+    def named_workspace(self) -> Path | None:
+        """The workspace; None where it is a temporary folder."""
+        return self.workspace or (IN_IMAGE_WORKSPACE if _IN_IMAGE_MARK.is_dir() else None)
+
     def workspace_or_temporary(self) -> tuple[Path, bool]:
         """Return the workspace, and whether it is a temporary folder of this process that it should remove."""
-        if self.workspace:
-            return self.workspace, False
-        if _IN_IMAGE_MARK.is_dir():
-            return IN_IMAGE_WORKSPACE, False
-        return Path(tempfile.mkdtemp(prefix="builder-")), True
+        named = self.named_workspace
+        return (named, False) if named else (Path(tempfile.mkdtemp(prefix="builder-")), True)
 
 
 class BuildSettings(CommonSettings):
@@ -326,6 +329,37 @@ class CatalogSettings(CommonSettings):
         (),
         shown="the server's own artifact root",
         form="addresses of folders, such as s3://bucket/mlflow or /srv/mlflow, separated by commas",
+    )
+    version_timeout: Annotated[int, Field(gt=0)] = _setting(
+        "VERSION_TIMEOUT",
+        "Seconds that one version may take; the time of an engine does not count, which has BUILD_TIMEOUT.",
+        7200,
+        form="a positive number of seconds",
+    )
+    version_processor_time: Annotated[int, Field(gt=0)] = _setting(
+        "VERSION_PROCESSOR_TIME",
+        "Seconds of processor time that one version may take, those of resolvers and compilers included.",
+        3600,
+        form="a positive number of seconds",
+    )
+    version_memory: Annotated[ByteSize, Field(ge=256 << 20)] = _setting(
+        "VERSION_MEMORY",
+        "Memory that one version may take, resolvers and compilers included: at most three quarters of what the "
+        "container has.",
+        ByteSize(4 << 30),
+        shown="`4GiB`",
+        form="a size such as 4GiB, of at least 256MiB",
+    )
+    version_bytes: Annotated[ByteSize, Field(gt=0)] = _setting(
+        "VERSION_BYTES",
+        "Size of one version: of its artifacts, and of all that is written to the workspace and the temporary folder "
+        "for it.",
+        ByteSize(256 << 30),
+        shown="`256GiB`",
+        form="a size such as 20GiB",
+    )
+    version_files: Annotated[int, Field(gt=0)] = _setting(
+        "VERSION_FILES", "The most artifacts that one version may have.", 100_000, form="a positive number"
     )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 

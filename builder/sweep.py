@@ -1,22 +1,33 @@
-"""The sweep: every version that carries the target tag, published one after another in this process."""
+"""The sweep: every version that carries the target tag, published one after another, each in a child of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from builder.errors import BuilderError, ExitCode, InvalidVersion, VersionNotFound
+from builder.budget import Budget
+from builder.children import Children
+from builder.errors import BuilderError, ExitCode, InvalidVersion, OverBudget, VersionCrashed, VersionNotFound
 from builder.log import get_logger, masked
+from builder.models.catalog import Catalog
+from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.outcome import Outcome
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
 from builder.publish import publish_version, refuse_untrusted, workspace_of
+from builder.record import Record
 from builder.reference import Reference
-from builder.services import Services, connected
+from builder.services import connected
 from builder.settings import Settings
 from builder.survey import reference_of
+from builder.workspace import Workspace
 
 log = get_logger("sweep")
+# What takes long to import, and every publish needs.
+MODULES = ("mlflow", "builder.sweep", "builder.methods", "builder.assemble")
 
 # `published` was made now; `current` was there; `gone` was deleted, or its tag withdrawn, under our hands; `waiting`
 # failed too often and is left until somebody changes it.
@@ -79,23 +90,75 @@ def sweep(settings: Settings, options: Options | None = None) -> Iterator[Swept]
     options = options or Options()
     if settings.build_method != "wheels":
         refuse_untrusted(settings)
-    with connected(settings) as services:
-        versions = natural_order(services.catalog.tagged(settings.target_tag))
+    catalog = MlflowCatalog.from_settings(settings)
+    versions = natural_order(catalog.tagged(settings.target_tag))
+    with Children(Budget.of(settings), modules=MODULES) as children:
         # What has failed, or has taken the whole process with it, comes last: it must not keep the others waiting.
         for version in sorted(versions, key=lambda version: _in_vain(settings, version)):
-            yield _sweep_one(settings, services, version, options)
+            yield _sweep_one(settings, catalog, children, version, options)
 
 
-def _sweep_one(settings: Settings, services: Services, version: ModelVersion, options: Options) -> Swept:
+def _sweep_one(
+    settings: Settings, catalog: Catalog, children: Children, version: ModelVersion, options: Options
+) -> Swept:
     try:
         settled = None if options.asks else _settled(settings, version, retry=options.retry_failed)
         if settled:
             return settled
         # The listing may be hours old by now.
-        version = services.catalog.find(version.name, version.version)
+        version = catalog.find(version.name, version.version)
         if not version.selected_by(settings.target_tag):
             return Swept(version=version, state="gone", detail="no longer carries the target tag")
-        with workspace_of(settings) as workspace:
+        return _in_child(settings, catalog, children, version, options)
+    except VersionNotFound as error:
+        log.info("gone", version=str(version), detail=error.what)
+        return Swept(version=version, state="gone", detail=error.one_line())
+    except BuilderError as error:
+        return _failed(version, error)
+    except Exception as error:
+        # One version's surprise must not keep the others from being published.
+        log.exception("defect", version=str(version))
+        return _defect(version, error)
+
+
+def _in_child(
+    settings: Settings, catalog: Catalog, children: Children, version: ModelVersion, options: Options
+) -> Swept:
+    """Publish a version in a child, and record what the child could not."""
+    work = partial(_published, settings, options, version)
+    try:
+        swept = children.run(work, Swept, whose=str(version), folders=_folders(settings))
+        if swept.reference and swept.reference.repository != reference_of(settings, version).repository:
+            message = f"The publisher's process for {version} says that it published {swept.reference}."
+            raise VersionCrashed(message, remedy="See the log, and report this.")  # noqa: TRY301  # is handled alike
+    except (OverBudget, VersionCrashed) as error:
+        _record_end(settings, catalog, version, error)
+        return _failed(version, error)
+    return replace(swept, version=version)
+
+
+def _folders(settings: Settings) -> tuple[Path, ...]:
+    return (settings.named_workspace,) if settings.named_workspace else ()
+
+
+def _record_end(settings: Settings, catalog: Catalog, version: ModelVersion, error: BuilderError) -> None:
+    """Record what the child could not, as it was ended, and remove what it left."""
+    tag = ""
+    wanted: tuple[str, ...] = ()
+    with suppress(BuilderError):
+        tag = str(reference_of(settings, version))
+        wanted = tuple(str(platform) for platform in wanted_platforms(version, settings.target_platforms))
+    record = Record(catalog, version, settings.target, version.source_id(settings.build_method))
+    record.ended(error, tag=tag, wanted=wanted)
+    for folder in _folders(settings):
+        with suppress(BuilderError):
+            Workspace(folder).discard()
+
+
+def _published(settings: Settings, options: Options, version: ModelVersion) -> Swept:
+    """Publish a version: this is what a child does."""
+    try:
+        with connected(settings) as services, workspace_of(settings) as workspace:
             published = publish_version(
                 settings, services, workspace, version, force=options.force, rebuild=options.rebuild
             )
@@ -103,14 +166,12 @@ def _sweep_one(settings: Settings, services: Services, version: ModelVersion, op
         log.info("gone", version=str(version), detail=error.what)
         return Swept(version=version, state="gone", detail=error.one_line())
     except BuilderError as error:
-        log.error("failed", version=str(version), error=masked(error.one_line()))
-        return Swept(version=version, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)
+        return _failed(version, error)
+    except MemoryError:
+        raise  # `Children` knows what it means
     except Exception as error:
-        # One version's surprise must not keep the others from being published.
         log.exception("defect", version=str(version))
-        return Swept(
-            version=version, state="failed", detail=f"Defect: {type(error).__name__}", exit_code=ExitCode.SOFTWARE
-        )
+        return _defect(version, error)
     if published.reference is None:
         return Swept(version=version, state="foreign", detail=f"{published.tag} was not made by this publisher")
     if not published.changed:
@@ -120,10 +181,20 @@ def _sweep_one(settings: Settings, services: Services, version: ModelVersion, op
     )
 
 
-def _in_vain(settings: Settings, version: ModelVersion) -> int:
-    """Return how often a version was tried in vain."""
+def _failed(version: ModelVersion, error: BuilderError) -> Swept:
+    log.error("failed", version=str(version), error=masked(error.one_line()))
+    return Swept(version=version, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)
+
+
+def _defect(version: ModelVersion, error: Exception) -> Swept:
+    return Swept(version=version, state="failed", detail=f"Defect: {type(error).__name__}", exit_code=ExitCode.SOFTWARE)
+
+
+def _in_vain(settings: Settings, version: ModelVersion) -> tuple[int, bool]:
+    """Return how often a version was tried in vain, and whether it was last ended before anybody could tell."""
     outcome = Outcome.of(version, settings.target)
-    return outcome.attempts if outcome.state in {"running", "failed"} else 0
+    tried = outcome.state in {"running", "failed"}
+    return (outcome.attempts if tried else 0, tried)
 
 
 def _settled(settings: Settings, version: ModelVersion, *, retry: bool) -> Swept | None:

@@ -6,7 +6,7 @@ a lock not resolved again. Here both are. Nothing is written, so that what was e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,13 +71,14 @@ class Verification:
     Args:
         settings: what the environment says.
         registries: those of the layers and of base images.
+        seen: what was checked of other environments, by its tag.
     """
 
-    def __init__(self, settings: Settings, registries: Registries) -> None:
+    def __init__(self, settings: Settings, registries: Registries, seen: Mapping[str, Check] | None = None) -> None:
         self._settings = settings
         self._registries = registries
         self._store = wheels.layer_store(settings, registries)
-        self._seen: dict[str, Check] = {}
+        self._seen: dict[str, Check] = dict(seen or {})
 
     def environment(self, source: Source, platforms: Sequence[Platform]) -> Verified:
         """Return what is kept for an environment, checked.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from builder import wheels
+from builder.budget import Budget, check_listing
 from builder.build.unsatisfied import NoWheel
+from builder.children import Children
 from builder.errors import BuilderError, ExitCode, InvalidVersion, UsageError
 from builder.log import get_logger, masked
 from builder.models.context import sketch_context
+from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
 from builder.reference import Platform
 from builder.services import Services, connected
@@ -27,6 +30,8 @@ log = get_logger("warm")
 # `warm`: all is there now. `verified`: all that is there is what it should be. `different`: something is not.
 # `unproven`: a layer cannot be made again, so that nobody can tell. `passed over`: it is not made of wheel layers.
 State = Literal["warm", "verified", "different", "unproven", "passed over", "failed"]
+# What takes long to import, and every environment needs.
+_MODULES = ("mlflow", "builder.warm")
 _MOST_BYTES = 1 << 20
 _CORRECT = "Correct the file; what it names by -r, -c or a path has to stand in it."
 _EXCHANGED = (
@@ -71,10 +76,14 @@ def warm(settings: Settings, *, verify: bool = False) -> Iterator[Warmed]:
     Raises:
         BuilderError: the listing failed. What fails of one version is yielded, not raised.
     """
-    with connected(settings) as services:
-        warming = _Warming(settings, services, verify=verify)
-        for version in natural_order(services.catalog.tagged(settings.target_tag)):
-            yield _guarded(str(version), partial(warming.version, version))
+    versions = natural_order(MlflowCatalog.from_settings(settings).tagged(settings.target_tag))
+    seen: dict[str, Check] = {}
+    with Children(Budget.of(settings), modules=_MODULES) as children:
+        for version in versions:
+            work = partial(_version, settings, version, verify=verify, seen=seen)
+            warmed = _guarded(str(version), partial(children.run, work, Warmed, whose=str(version)))
+            seen.update({check.tag.tag: check for check in warmed.checks})
+            yield warmed
 
 
 def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bool = False) -> Warmed:
@@ -120,17 +129,27 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
         return _Warming(settings, services, verify=verify).environment(str(file), source, settings.target_platforms)
 
 
+def _version(settings: Settings, version: ModelVersion, *, verify: bool, seen: Mapping[str, Check]) -> Warmed:
+    """Make, or verify, what a version's images are made of: this is what a child does."""
+    with connected(settings) as services:
+        warming = _Warming(settings, services, verify=verify, seen=seen)
+        return _guarded(str(version), partial(warming.version, version))
+
+
 class _Warming:
     """One run over some environments."""
 
-    def __init__(self, settings: Settings, services: Services, *, verify: bool) -> None:
+    def __init__(
+        self, settings: Settings, services: Services, *, verify: bool, seen: Mapping[str, Check] | None = None
+    ) -> None:
         self._settings = settings
         self._services = services
-        self._verification = Verification(settings, services.registries) if verify else None
+        self._verification = Verification(settings, services.registries, seen) if verify else None
 
     def version(self, version: ModelVersion) -> Warmed:
         """Make, or verify, what a version's images are made of."""
         artifacts = self._services.catalog.artifacts(version)
+        check_listing(self._settings, version, artifacts)
         paths = [artifact.path for artifact in artifacts]
         if chosen_method(self._settings, version, paths) != "wheels":
             return Warmed(name=str(version), state="passed over", detail="an engine builds it")
@@ -194,6 +213,8 @@ def _guarded(name: str, work: Callable[[], Warmed]) -> Warmed:
     except BuilderError as error:
         log.error("failed", of=name, error=masked(error.one_line()))
         return Warmed(name=name, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)
+    except MemoryError:
+        raise  # `Children` knows what it means
     except Exception as error:
         log.exception("defect", of=name)
         return Warmed(name=name, state="failed", detail=f"Defect: {type(error).__name__}", exit_code=ExitCode.SOFTWARE)

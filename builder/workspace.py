@@ -252,6 +252,18 @@ class Workspace:
             message = "The build phase left no result that can be read."
             raise BuildFailed(message, remedy="See its log; the phases run in the order fetch, build, push.") from error
 
+    def discard(self) -> None:
+        """Remove what a publish left that was ended in the midst; what cannot be removed stays.
+
+        Raises:
+            TryAgain, InvalidSettings: as `locked`.
+        """
+        if not self.folder.is_dir():
+            return
+        with self.locked():
+            for name in ("layouts", "context", ".context.unfinished"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
     def remove(self) -> None:
         """Remove the whole folder; what cannot be removed stays."""
         shutil.rmtree(self.folder, ignore_errors=True)

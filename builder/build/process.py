@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import os
+import resource
 import select
 import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,17 +30,45 @@ _POLL = 0.2
 _CHUNK = 1 << 16
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What each process of a program may take.
+
+    Attributes:
+        memory: bytes that it may reserve for itself (RLIMIT_DATA).
+        processor: seconds of processor time; SIGXCPU ends a process that takes more.
+    """
+
+    memory: int
+    processor: int
+
+
 class Runner(Protocol):
     """Runs a program; `run` is the one that does, and a test may pass its own to an engine."""
 
     def __call__(  # noqa: D102  # `run` says it
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout: float, output: Output, name: str
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        timeout: float,
+        output: Output,
+        name: str,
+        limits: Limits | None = None,
     ) -> int: ...
 
 
 def run(
-    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout: float, output: Output, name: str
-) -> int:  # fmt: skip
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout: float,
+    output: Output,
+    name: str,
+    limits: Limits | None = None,
+) -> int:
     """Run a program and return its exit code.
 
     The child has a session and process group of its own, reads nothing, and sees `env` and no other variable. Its
@@ -54,6 +84,8 @@ def run(
         output: called with each line, without its newline. A line that a carriage return overwrites is not shown,
             bytes that are not UTF-8 are replaced, and a line is cut after 4,000 characters.
         name: what messages call the program.
+        limits: what its processes may take, where the system can limit those of others (Linux); None frees them of
+            the limit of memory that this process has, as an engine's steps need what they need.
 
     Returns:
         The exit code; negative is the signal that ended the child.
@@ -77,6 +109,7 @@ def run(
         raise BuildFailed(message, remedy="Install it, or choose another engine with BUILD_ENGINE.") from error
     stream = _Stream(child)
     try:
+        _limit(child.pid, limits)
         for line in stream.lines(time.monotonic() + timeout):
             output(line)
         if not stream.exited():
@@ -85,6 +118,24 @@ def run(
     finally:
         stream.end()
     return child.returncode
+
+
+def _limit(pid: int, limits: Limits | None) -> None:
+    """Set a new process's limits: from here, as no code may run between fork and exec beside other threads."""
+    wanted = {resource.RLIMIT_DATA: (limits.memory, 0) if limits else (resource.RLIM_INFINITY, 0)}
+    if limits:
+        # A second between the two: who ignores SIGXCPU gets SIGKILL.
+        wanted[resource.RLIMIT_CPU] = (limits.processor, 1)
+    for what, (amount, more) in wanted.items():
+        # It may have ended by now. A hard limit can be lowered only.
+        with suppress(OSError, ValueError, AttributeError):
+            _, hard = resource.prlimit(pid, what)
+            soft = hard if amount == resource.RLIM_INFINITY else _least(amount, hard)
+            resource.prlimit(pid, what, (soft, _least(amount + more, hard) if limits else hard))
+
+
+def _least(amount: int, hard: int) -> int:
+    return amount if hard == resource.RLIM_INFINITY else min(amount, hard)
 
 
 class _Stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import ssl
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from packaging.version import Version
 
 from builder.build.indexes import Indexes, built_in_index
 from builder.build.locked import Origin
-from builder.build.process import Runner
+from builder.build.process import Limits, Runner
 from builder.build.requirement import NAME, Required
 from builder.build.requirements import Requirements
 from builder.build.tags import marker_environment
@@ -42,6 +43,9 @@ _MOST_LINES = 200
 _CERTIFICATE = re.compile(
     r"invalid peer certificate|certificate[ _]verify[ _]failed|No CA certificates were loaded", re.IGNORECASE
 )
+# uv takes 300 MB for what MLflow, scikit-learn, pandas and xgboost require, and some seconds.
+_LIMITS = Limits(memory=2 << 30, processor=600)
+_NO_MEMORY = re.compile(r"^memory allocation of [0-9]+ bytes failed|^(?:ERROR: )?MemoryError", re.MULTILINE)
 _REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden|Client Error)|valid authentication credentials")
 _AWAY = re.compile(
     r"error sending request|connection (?:refused|reset|timed out)|dns error|timed out|status server error|"
@@ -177,6 +181,9 @@ def run_tool(
         tool: how to run it.
         folder: its home and working folder.
         env: variables beside the ones every child gets.
+
+    Raises:
+        BuildFailed: it cannot be started, or takes more time, processor time or memory than it may.
     """
     said: list[str] = []
     secrets = tool.indexes.secrets
@@ -192,11 +199,27 @@ def run_tool(
     common = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
     variables = {**common, **_authorities(tool.indexes), **proxies, **env}
     try:
-        code = tool.runner(argv, env=variables, cwd=folder, timeout=tool.timeout, output=output, name=name)
+        code = tool.runner(
+            argv, env=variables, cwd=folder, timeout=tool.timeout, output=output, name=name, limits=_LIMITS
+        )
     except BuildFailed as error:
         remedy = "Raise BUILD_TIMEOUT, or see that the package index answers." if "longer" in error.what else ""
         raise BuildFailed(error.what, remedy=remedy or "Install the builder with all its dependencies.") from error
-    return code, "\n".join(said)
+    text = "\n".join(said)
+    _check_limits(name, code, text)
+    return code, text
+
+
+def _check_limits(name: str, code: int, said: str) -> None:
+    """Raise BuildFailed if a resolver was ended by its limits."""
+    if code == -signal.SIGXCPU:
+        why = f"it took more than {_LIMITS.processor} seconds of processor time"
+    elif code and _NO_MEMORY.search(said):
+        why = f"it took more than {_LIMITS.memory >> 20} MiB of memory"
+    else:
+        return
+    message = f"{name} could not resolve the requirements: {why}."
+    raise BuildFailed(message, remedy="Pin more of the model's requirements, so that there is less to try.")
 
 
 def _authorities(indexes: Indexes) -> dict[str, str]:

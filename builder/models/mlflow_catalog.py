@@ -142,8 +142,10 @@ class MlflowCatalog:
     def _readable(found: Any) -> ModelVersion | None:
         """Return our version for MLflow's; None, and a line in the log, for one that no publish could be made of."""
         try:
-            return _version(found)
-        except (TypeError, ValueError) as error:
+            version = _version(found)
+            check_version_text(version.version)
+            return version  # noqa: TRY300  # reads in order
+        except (TypeError, ValueError, VersionNotFound) as error:
             _log.warning("a version is passed over: MLflow's answer on it cannot be read", error=type(error).__name__)
             return None
 

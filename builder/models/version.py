@@ -216,4 +216,5 @@ def template_variables(version: ModelVersion, inputs: Inputs, repository: str) -
 
 def natural_order(versions: Iterable[ModelVersion]) -> list[ModelVersion]:
     """Return versions ordered by model name, then by number."""
-    return sorted(versions, key=lambda version: (version.name, int(version.version)))
+    # By the digits, since a number of thousands of them is none to Python.
+    return sorted(versions, key=lambda version: (version.name, len(version.version), version.version))

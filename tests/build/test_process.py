@@ -1,6 +1,7 @@
 """`run` against real processes: streams, ends, and leaves nothing."""
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.build.process import LONGEST_LINE, Lines, run
+from builder.build.process import LONGEST_LINE, Limits, Lines, run
 from builder.errors import BuildFailed, Terminated
 from tests.waiting import HANG, ended, growing
 
@@ -194,3 +195,40 @@ def test_no_line_is_longer_than_the_limit_or_holds_a_line_break(chunks, limit):
     seen = [line for chunk in chunks for line in reader.feed(chunk)] + list(reader.rest())
     assert all(len(line) <= limit and "\n" not in line and "\r" not in line for line in seen)
     assert len(seen) in {b"".join(chunks).count(b"\n"), b"".join(chunks).count(b"\n") + 1}
+
+
+LIMITS = Limits(memory=500 << 20, processor=1)
+# A limit is set as soon as the program runs: it waits until it has it.
+WAIT = "import resource, time\nwhile resource.getrlimit(resource.RLIMIT_DATA)[0] != {}: time.sleep(0.01)\n"
+
+
+def limited(code, tmp_path, limits):
+    lines = []
+    argv = [sys.executable, "-c", code]
+    return run(argv, env=PATH, cwd=tmp_path, timeout=60, output=lines.append, name="it", limits=limits), lines
+
+
+def test_memory_is_limited_for_what_a_program_starts_as_well(tmp_path):
+    inner = "import subprocess, sys; b = 'x' * (700 << 20)"
+    code, lines = limited(f"{WAIT.format(LIMITS.memory)}import subprocess, sys\n"
+                          f"sys.exit(subprocess.run([sys.executable, '-c', {inner!r}]).returncode)", tmp_path, LIMITS)  # fmt: skip
+    assert code == 1
+    assert lines[-1] == "MemoryError"
+
+
+def test_processor_time_is_limited(tmp_path):
+    assert limited("while True: pass", tmp_path, LIMITS)[0] == -signal.SIGXCPU
+
+
+def test_who_ignores_the_limit_of_processor_time_is_killed(tmp_path):
+    code = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert limited(code, tmp_path, LIMITS)[0] == -signal.SIGKILL
+
+
+def test_an_engine_is_free_of_the_limit_that_we_have(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, before[1]))
+    try:
+        assert limited(WAIT.format(before[1]), tmp_path, None) == (0, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -1,0 +1,1 @@
+"""What a hostile author writes, by kind."""

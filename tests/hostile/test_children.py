@@ -1,0 +1,213 @@
+"""Work in a child of its own: however it ends, it says so, leaves nothing, and the next is done."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from builder import log
+from builder.budget import Budget
+from builder.children import Children
+from builder.errors import ExitCode, OverBudget, Terminated, TryAgain, VersionCrashed
+
+GENEROUS = Budget(seconds=120, processor=120, memory=2 << 30, size=1 << 30)
+CRASHES = {
+    "signal.raise_signal(signal.SIGSEGV)": "was killed by SIGSEGV",
+    "signal.raise_signal(signal.SIGABRT)": "was killed by SIGABRT",
+    "os.kill(os.getpid(), signal.SIGKILL)": "was killed by SIGKILL.*probably memory ran out",
+    "os._exit(0)": "ended with exit code 0, and gave no outcome",
+    "os._exit(7)": "ended with exit code 7",
+    "sys.exit(3)": "ended with exit code 70",
+    "1 // 0": "ended with exit code 70",
+    # Not of the type that was asked for.
+    "[1, 2]": "answered what cannot be read",
+}
+
+
+def code(text):
+    """Return work that runs Python code, whose last line is an expression: what it answers."""
+    *lines, last = text.strip().splitlines()
+    names = "import os, pathlib, signal, subprocess, sys, tempfile, threading, time"
+    return partial(eval, f"(exec({names + chr(10) + chr(10).join(lines)!r}, g := {{}}), eval({last!r}, g))[1]")
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture
+def children():
+    with Children(GENEROUS) as made:
+        yield made
+
+
+def run(children, text, kind=str, **options):
+    return children.run(code(text), kind, whose="model 'x' version 1", **options)
+
+
+def test_what_work_returns_comes_back(children):
+    assert [run(children, f"{number} + 1", int) for number in range(3)] == [1, 2, 3]
+    assert run(children, "str(os.getpid())") != run(children, "str(os.getpid())")
+
+
+@pytest.mark.parametrize(("text", "said"), CRASHES.items())
+def test_a_crash_says_how_it_ended_and_the_next_is_done(children, text, said):
+    with pytest.raises(VersionCrashed, match=f"model 'x' version 1.*{said}") as caught:
+        run(children, text)
+    assert caught.value.exit_code == ExitCode.DATA
+    assert run(children, "'next'") == "next"
+
+
+@pytest.mark.parametrize(
+    ("bound", "budget", "text"),
+    [
+        ("VERSION_TIMEOUT", {"seconds": 0.5}, "time.sleep(600)"),
+        ("VERSION_PROCESSOR_TIME", {"processor": 0.5}, "[None for _ in iter(int, 1)]"),
+        # In a process of its own as well: what counts is the sum.
+        (
+            "VERSION_PROCESSOR_TIME",
+            {"processor": 1},
+            "subprocess.run([sys.executable, '-c', 'while True: pass'])",
+        ),
+        ("VERSION_MEMORY", {"memory": 300 << 20}, "(b'x' * (400 << 20), time.sleep(600))"),
+        (
+            "VERSION_MEMORY",
+            {"memory": 300 << 20},
+            (
+                "[subprocess.Popen([sys.executable, '-c', 'import time; x = b\"x\" * (120 << 20); time.sleep(600)'])"
+                " for _ in range(3)][0].wait()"
+            ),
+        ),
+        (
+            "VERSION_BYTES",
+            {"size": 50 << 20},
+            "(pathlib.Path(tempfile.mkdtemp(), 'big').write_bytes(b'x' * (60 << 20)), time.sleep(600))",
+        ),
+    ],
+)
+def test_who_takes_too_much_is_ended_and_told_the_bound(bound, budget, text):
+    with Children(replace(GENEROUS, **budget)) as children:
+        with pytest.raises(OverBudget, match=rf"model 'x' version 1.*\({bound}\).*raise {bound}"):
+            run(children, text)
+        if bound != "VERSION_TIMEOUT":  # half a second may be too little for what is honest, too
+            assert run(children, "'next'") == "next"
+
+
+def test_memory_that_is_taken_at_once_is_refused(children):
+    # 20 GiB would be there before anybody measures.
+    with pytest.raises(OverBudget, match="VERSION_MEMORY"):
+        run(children, "b'x' * (20 << 30)")
+
+
+def test_nothing_of_the_work_is_left(children, tmp_path):
+    text = f"""
+processes = [subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"], start_new_session=True)]
+# One whose parent has ended, in a session of its own.
+subprocess.run(["sh", "-c", "setsid sleep 600 & echo $! > {tmp_path}/orphan; echo"], stdout=subprocess.DEVNULL)
+pathlib.Path("{tmp_path}/folder").write_text(tempfile.mkdtemp())
+pathlib.Path("{tmp_path}/pids").write_text(" ".join(str(each.pid) for each in processes))
+signal.raise_signal(signal.SIGSEGV)
+"""
+    with pytest.raises(VersionCrashed):
+        run(children, text)
+    pids = [int(pid) for name in ("pids", "orphan") for pid in (tmp_path / name).read_text().split()]
+    assert len(pids) == 3
+    assert not any(map(alive, pids))
+    assert not Path((tmp_path / "folder").read_text()).exists()
+
+
+def test_what_a_child_logs_and_prints_is_logged_here_masked_and_bounded(children, caplog, monkeypatch):
+    log.mask(["a-secret-of-ours"])
+    monkeypatch.setattr("builder.children._MOST_LOGGED", 200_000)
+    text = """
+exec("from builder.log import get_logger; get_logger('publish').error('it is a-secret-of-ours', n=1, odd=chr(0xdc80))")
+exec("print('printed a-secret-of-ours \\\\x1b[31m'); sys.stdout.flush()", globals())
+exec("from builder.log import get_logger; [get_logger('publish').error('flood ' + 'x' * 1000) for _ in range(5000)]")
+'done'
+"""
+    with caplog.at_level(logging.WARNING, "builder"):
+        logging.getLogger("builder").propagate = True
+        assert run(children, text) == "done"
+    assert "a-secret-of-ours" not in caplog.text
+    assert "it is *****" in caplog.text
+    assert "\x1b" not in caplog.text
+    assert "printed *****" in caplog.text
+    assert "logged too much" in caplog.text
+    assert caplog.text.count("flood") < 300
+
+
+def test_a_child_that_is_asked_to_end_by_others_is_no_attempt(children):
+    with pytest.raises(TryAgain, match="asked to end"):
+        run(children, "os.kill(os.getpid(), signal.SIGTERM)")
+
+
+def test_a_request_to_end_reaches_the_child_first(children, tmp_path):
+    """The child hears of it, ends what it does in its own way, and only then it is raised here."""
+    text = f"""
+def work():
+    from builder.errors import Terminated
+    try:
+        os.kill(os.getppid_of_ours, signal.SIGTERM)
+        time.sleep(600)
+    except Terminated:
+        pathlib.Path("{tmp_path}/recorded").touch()
+        raise
+os.getppid_of_ours = {os.getpid()}
+work()
+"""
+
+    def terminated(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        with pytest.raises(Terminated):
+            run(children, text)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "recorded").exists()
+
+
+def test_who_is_killed_takes_the_child_with_it(tmp_path):
+    text = f"""
+import os, pathlib
+from functools import partial
+from builder.budget import Budget
+from builder.children import Children
+from tests.hostile.test_children import code
+work = code('''
+child = subprocess.Popen(["sleep", "600"])
+pathlib.Path("{tmp_path}/folder").write_text(tempfile.mkdtemp())
+pathlib.Path("{tmp_path}/new").write_text(f"{{os.getpid()}} {{child.pid}}")
+pathlib.Path("{tmp_path}/new").rename("{tmp_path}/pids")
+time.sleep(600)
+''')
+with Children(Budget(seconds=600, processor=600, memory=1 << 31, size=1 << 31)) as children:
+    children.run(work, str, whose="x")
+"""
+    parent = subprocess.Popen([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    pids = tmp_path / "pids"
+    while not pids.exists():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    numbers = [int(pid) for pid in pids.read_text().split()]
+    folder = Path((tmp_path / "folder").read_text())
+    while (any(map(alive, numbers)) or folder.exists()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, numbers))
+    assert not folder.exists()
