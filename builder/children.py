@@ -31,7 +31,7 @@ from builder.budget import Budget, out_of_memory
 from builder.build.process import Lines
 from builder.errors import BuilderError, Defect, ExitCode, TryAgain, VersionCrashed
 from builder.masking import known_secrets, mask_forms
-from builder.warden import GRACE, HEAD, TERMINATE, End, Work
+from builder.supervisor import GRACE, HEAD, TERMINATE, End, Work
 
 Result = TypeVar("Result")
 
@@ -47,7 +47,7 @@ _START = """\
 import json, socket, sys
 sys.path[:] = json.loads(sys.argv[1])
 from builder.masking import known_secrets, mask_forms
-from builder.warden import main
+from builder.supervisor import main
 main(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
 """
 # No work here computes with several threads, and a process that is to fork must have one alone.
@@ -105,7 +105,7 @@ class Children:
         self._budget = budget
         self._modules = modules
         self._control: socket.socket | None = None
-        self._warden: subprocess.Popen[bytes] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -113,13 +113,13 @@ class Children:
 
     def __exit__(self, *_: object) -> None:
         """End the helper process, and with it whatever is being done."""
-        if self._control and self._warden:
+        if self._control and self._supervisor:
             self._control.close()
             with suppress(subprocess.TimeoutExpired):
-                self._warden.wait(GRACE)
-            self._warden.kill()
-            self._warden.wait()
-        self._control = self._warden = None
+                self._supervisor.wait(GRACE)
+            self._supervisor.kill()
+            self._supervisor.wait()
+        self._control = self._supervisor = None
 
     def run(
         self, call: Callable[[], Result], kind: type[Result], *, whose: str, folders: Sequence[Path] = ()
@@ -168,7 +168,7 @@ class Children:
             self._control, theirs = socket.socketpair()
             argv = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), str(theirs.fileno()), *self._modules]
             with theirs:
-                self._warden = subprocess.Popen(
+                self._supervisor = subprocess.Popen(
                     argv,
                     env={**os.environ, **_ONE_THREAD},
                     stdin=subprocess.DEVNULL,

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 from builder.budget import Bound, Budget
 from builder.errors import ExitCode, Terminated
-from builder.tree import adopt_orphans, descendants, end_with_parent, is_bounded, kill_descendants, memory_of
+from builder.process_tree import adopt_orphans, descendants, end_with_parent, is_bounded, kill_descendants, memory_of
 
 if TYPE_CHECKING:
     from types import FrameType
