@@ -9,13 +9,14 @@ import ssl
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from packaging.markers import Marker
+from packaging.utils import InvalidWheelFilename
 from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
@@ -26,6 +27,7 @@ from builder.build.requirement import NAME, Required
 from builder.build.requirements import Requirements
 from builder.build.tags import marker_environment
 from builder.build.tool_files import lines_of, requirement_line
+from builder.build.wheel_name import parse_wheel_name
 from builder.errors import (
     BuilderError,
     BuildFailed,
@@ -58,7 +60,8 @@ _STATUS = re.compile(
     r"(?:Client Error|Server Error|while getting|Unauthorized|Forbidden|Not Found|Too Many Requests|Bad Gateway|"
     r"Internal Server Error|Service Unavailable|Gateway Time-?out)"
 )
-_READING = re.compile(r"`([a-z0-9-]{1,200})==([^`\s]{1,100})`")
+_WHEEL = re.compile(r"(?:^|[\s/`'])([A-Za-z0-9_.+!-]{1,250}\.whl)\b")
+_READING = re.compile(r"`([a-z0-9-]{1,200})==([^`\s]{1,100})`|Wheel '([a-z0-9-]{1,200})' located at")
 _FULL = re.compile(r"no space left on device|disk quota exceeded|os error 28", re.IGNORECASE)
 _REASONS = (
     (_FULL, "the disk is full"),
@@ -286,12 +289,17 @@ def _named_index(said: str, indexes: Indexes) -> str:
 
 
 def _package(said: str) -> str:
-    """Return the package and version that a resolver was reading when it failed, where it says so."""
+    """Return the wheel, or the package and version, that a resolver was reading when it failed, where it says so."""
+    if found := _WHEEL.search(said):
+        with suppress(InvalidWheelFilename):
+            parse_wheel_name(found[1])
+            return f"while it read {found[1]}"
     found = _READING.search(said)
-    if not found or not NAME.fullmatch(found[1]):
+    name = found and (found[1] or found[3])
+    if not found or not NAME.fullmatch(name or ""):
         return ""
     try:
-        return f"while it read {found[1]} {Version(found[2])}"
+        return f"while it read {name}{f' {Version(found[2])}' if found[2] else ''}"
     except NotAVersion:
         return ""
 
