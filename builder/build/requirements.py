@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
-from builder.build.environment import REQUIREMENTS, Environment
+from builder.build.environment import REQUIREMENTS, Environment, read_description
 from builder.build.indexes import Indexes
 from builder.build.requirement_lines import Required, Unusable, checked_url, logical_lines, parse_line
 from builder.errors import InvalidVersion, one_line
+from builder.yaml_file import Yaml
 
 _LIMIT = 1 << 20
 _MOST_FILES = 20
 _MOST_PROBLEMS = 10
-_MLFLOW = re.compile(r"^mlflow_version:[ \t]*['\"]?([0-9]+(?:\.[0-9]+)+)['\"]?[ \t\r]*$", re.MULTILINE)
 _CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
 _CONDA_KNOWN = frozenset({"python", "pip"})
 _TEMPLATE = (
@@ -103,12 +103,10 @@ class Requirements:
         if client_folder and read_beneath(context, f"{client_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.client(client_folder)
         reader.refuse()
-        logged = _MLFLOW.search(
-            (read_beneath(context, f"{model_folder}/MLmodel", _LIMIT) or b"").decode(errors="replace")
-        )
+        environment = Environment.read(context, model_folder)
         return cls(
-            python_version=Environment.read(context, model_folder).python_version,
-            mlflow_version=logged[1] if logged else "",
+            python_version=environment.python_version,
+            mlflow_version=environment.mlflow_version,
             required=_ordered(reader.required),
             constraints=_ordered(reader.constraints),
             local=tuple(reader.local[path] for path in sorted(reader.local)),
@@ -188,20 +186,10 @@ class _Reader:
             message = f"The model's requirements cannot be installed: {told}."
             raise InvalidVersion(message, remedy=_CORRECT)
 
-    def yaml(self, name: str) -> dict[str, Any]:  # YAML holds anything
+    def yaml(self, name: str) -> dict[str, Yaml]:
         """Return a YAML file's mapping; empty where there is no file."""
         assert self._context is not None  # noqa: S101  # only `read` asks
-        content = read_beneath(self._context, f"{self._folder}/{name}", _LIMIT)
-        if content is None:
-            return {}
-        import yaml
-
-        try:
-            document = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  # both are safe
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            message = f"{self._folder}/{name} is not YAML that can be read: {one_line(str(error), 200)}"
-            raise InvalidVersion(message, remedy="Log the model again.") from error
-        return document if isinstance(document, dict) else {}
+        return read_description(self._context, self._folder, name)
 
     def strings(self, value: object, name: str) -> list[str]:
         """Return a list of strings from YAML, each on one line."""
@@ -217,7 +205,7 @@ class _Reader:
                 )
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
-    def conda(self, document: dict[str, Any]) -> list[str]:
+    def conda(self, document: dict[str, Yaml]) -> list[str]:
         """Return conda.yaml's pip section.
 
         Raises:
