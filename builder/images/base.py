@@ -23,6 +23,9 @@ from builder.images.manifest import config_of, engine_config, images_of, read_co
 from builder.images.registry import FetchedManifest, Registry
 from builder.reference import Digest, Platform, Reference, Repository
 
+# The newest first: each runs the programs of those behind it.
+_ARM_VARIANTS = ("v8", "v7", "v6", "v5")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundImage:
@@ -156,11 +159,8 @@ def _no_image(reference: Reference, error: Malformed) -> InvalidVersion:
 
 def _entry(images: Mapping[Platform, Descriptor], platform: Platform, reference: Reference) -> Descriptor:
     """Return the image for a platform; an older variant of arm runs on a newer one, as engines take it too."""
-    older = (
-        [f"v{number}" for number in range(int(platform.variant[1:] or "0") - 1, 4, -1)]
-        if (platform.architecture == "arm" and platform.variant[1:].isdigit())
-        else []
-    )
+    known = platform.architecture == "arm" and platform.variant in _ARM_VARIANTS
+    older = _ARM_VARIANTS[_ARM_VARIANTS.index(platform.variant) + 1 :] if known else ()
     for variant in (platform.variant, *older):
         if found := images.get(replace(platform, variant=variant)):
             return found
