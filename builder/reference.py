@@ -19,6 +19,24 @@ _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+# What an image can be made for, with the variants that OCI and containerd know beside the default one. The sources are
+# https://github.com/opencontainers/image-spec, "Platform variants", and containerd's platforms package.
+_VARIANTS = {
+    "386": (),
+    "amd64": ("v2", "v3", "v4"),
+    "arm": ("v5", "v6", "v7", "v8"),
+    "arm64": ("v9",),
+    "loong64": (),
+    "mips": (),
+    "mips64": (),
+    "mips64le": (),
+    "mipsle": (),
+    "ppc64": (),
+    "ppc64le": (),
+    "riscv64": ("rva20u64", "rva22u64", "rva23u64"),
+    "s390x": (),
+}
+_MOST_PLATFORMS = 32
 
 # A name that is not a valid component by itself becomes `<slug>--x<hash>`; one that only looks so is hashed as well,
 # so that no two names can meet.
@@ -74,12 +92,14 @@ class Platform:
         default variants are those that containerd normalises to: `linux/arm` is `linux/arm/v7`, `linux/arm64/v8` is
         `linux/arm64`.
 
+        It need not be one that exists: image indexes of others name what they like. `parse_platforms` knows which do.
+
         Raises:
             InvalidVersion: the text is not of that form.
         """
         parts = text.strip().lower().split("/")
         if len(parts) not in {2, 3} or not all(_WORD.fullmatch(part) for part in parts):
-            message = f"{text!r} is not a platform."
+            message = f"{text[:100]!r} is not a platform."
             raise InvalidVersion(
                 message, remedy="A platform is os/architecture or os/architecture/variant: linux/amd64."
             )
@@ -107,12 +127,23 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
     """Return the platforms of a comma-separated list, each once, in the order of the list.
 
     Raises:
-        InvalidVersion: one is not a platform, or there is none.
+        InvalidVersion: one is not a platform that images can be made for; there is none, or there are more than 32.
     """
-    platforms = dict.fromkeys(Platform.parse(part) for part in text.split(",") if part.strip())
-    if not platforms:
-        message = f"{text!r} names no platform."
-        raise InvalidVersion(message, remedy="Name one or more, separated by commas: linux/amd64,linux/arm64.")
+    parts = [part for part in text.split(",") if part.strip()]
+    if not parts or len(parts) > _MOST_PLATFORMS:
+        message = f"{text[:100]!r} names no platform." if not parts else f"It names {len(parts):,} platforms."
+        remedy = f"Name one or more, at most {_MOST_PLATFORMS}, separated by commas: linux/amd64,linux/arm64."
+        raise InvalidVersion(message, remedy=remedy)
+    platforms = dict.fromkeys(Platform.parse(part) for part in parts)
+    for platform in platforms:
+        known = _VARIANTS.get(platform.architecture) if platform.os == "linux" else None
+        if known is None or platform.variant not in ("", *known):
+            message = f"{platform} is not a platform that images can be made for."
+            there = ", ".join(
+                f"linux/{name} (/{', /'.join(variants)})" if variants else f"linux/{name}"
+                for name, variants in _VARIANTS.items()
+            )
+            raise InvalidVersion(message, remedy=f"Known ones are {there}.")
     return tuple(platforms)
 
 

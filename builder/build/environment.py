@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Self
 
 from builder.build.beneath import SAFE_PATH, exists_beneath, read_beneath
 from builder.errors import InvalidVersion
+from builder.yaml_file import MOST_BYTES, read_mapping
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from builder.yaml_file import Yaml
+
 REQUIREMENTS = "requirements.txt"
+MLMODEL, PYTHON_ENV, CONDA = "MLmodel", "python_env.yaml", "conda.yaml"
 _LIMIT = 1 << 20
-_PYTHON = re.compile(r"^[ \t-]*(?:python|python_version)[ \t]*[:=][ \t=]*['\"]?(3\.[0-9]{1,2})(?![0-9])", re.MULTILINE)
-# A release as MLflow writes it: Python reads no number of more than 4,300 digits, and no release has a long one.
-_RELEASE = r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}"
-MLFLOW_VERSION = re.compile(rf"^mlflow_version:[ \t]*['\"]?({_RELEASE})['\"]?[ \t\r]*$", re.MULTILINE)
-_PINNED = re.compile(rf"==\s*({_RELEASE})(?![0-9])")
-# The most words of requirements.txt that are looked for in the model folder.
-_MOST_WORDS = 20_000
+# Words of requirements.txt that could be paths, each of which is looked for in the model folder.
+_MOST_PATHS = 10_000
+_PYTHON = re.compile(r"(3\.[0-9]{1,2})(?![0-9])")
+_CONDA_PYTHON = re.compile(r"(?:[^\s:]{1,99}::)?python[ \t]{0,9}={1,2}[ \t]{0,9}(3\.[0-9]{1,2})(?![0-9])")
+_MLFLOW = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
+_PINNED = re.compile(r"==\s*([0-9]{1,9}(?:\.[0-9]{1,9}){1,9})(?![0-9])")
 _REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
 # From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
 _FIRST_ASGI = (2, 21)
@@ -34,6 +37,7 @@ class Environment:
 
     Attributes:
         python_version: major and minor, `3.11`; empty where no file tells.
+        mlflow_version: the release of MLflow that logged the model; empty where MLmodel does not tell.
         has_requirements: whether there is a requirements.txt.
         requirement_inputs: what pip reads beside it, relative to the model folder: constraints, further requirement
             files, local wheels and source folders that it names.
@@ -42,6 +46,7 @@ class Environment:
     """
 
     python_version: str = ""
+    mlflow_version: str = ""
     has_requirements: bool = False
     requirement_inputs: tuple[str, ...] = ()
     server_requirements: tuple[str, ...] = ()
@@ -52,36 +57,59 @@ class Environment:
         """Return the environment of the model in `context / model_folder`; files that are not there tell nothing.
 
         Raises:
-            InvalidVersion: a file is a link, larger than 1 MiB, or requirements.txt is not UTF-8 or has too many words.
+            InvalidVersion: a file is a link, too large or not YAML; requirements.txt is not UTF-8, or has too many
+                words that could be paths.
         """
-
-        def text(name: str) -> str:
-            return (read_beneath(context, f"{model_folder}/{name}", _LIMIT) or b"").decode(errors="replace")
-
-        model = text("MLmodel")
-        python = next(
-            (
-                match[1]
-                for name in ("python_env.yaml", "MLmodel", "conda.yaml")
-                if (match := _PYTHON.search(text(name)))
-            ),
-            "",
-        )
+        model = read_description(context, model_folder, MLMODEL)
+        logged = model.get("mlflow_version")
+        mlflow = logged if isinstance(logged, str) and _MLFLOW.fullmatch(logged) else ""
         raw = read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT)
         try:
             lines = [] if raw is None else _requirement_lines(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             message = f"{model_folder}/{REQUIREMENTS} is not UTF-8."
             raise InvalidVersion(message, remedy="Log the model again with a requirements.txt in UTF-8.") from error
-        logged = MLFLOW_VERSION.search(model)
-        server, needs = _scoring_server(lines, logged[1] if logged else "")
+        server, needs = _scoring_server(lines, mlflow)
         return cls(
-            python_version=python,
+            python_version=_python(context, model_folder, model),
+            mlflow_version=mlflow,
             has_requirements=raw is not None,
             requirement_inputs=tuple(_inputs(lines, context, model_folder)),
             server_requirements=needs,
             server=server,
         )
+
+
+def read_description(context: Path, model_folder: str, name: str) -> dict[str, Yaml]:
+    """Return the mapping in a YAML file of the model folder; empty where there is no file, or something else in it.
+
+    Args:
+        context: folder of the version's artifacts.
+        model_folder: the model's folder in it.
+        name: MLMODEL, PYTHON_ENV or CONDA.
+
+    Raises:
+        InvalidVersion: it is a link, too large, or not YAML that can be read.
+    """
+    content = read_beneath(context, f"{model_folder}/{name}", MOST_BYTES if name == MLMODEL else _LIMIT)
+    return {} if content is None else read_mapping(content, f"{model_folder}/{name}")
+
+
+def _python(context: Path, model_folder: str, model: dict[str, Yaml]) -> str:
+    """Return the model's Python, major and minor: of python_env.yaml, else of MLmodel, else of conda.yaml."""
+    flavors = model.get("flavors")
+    pyfunc = flavors.get("python_function") if isinstance(flavors, dict) else None
+    for told in (
+        read_description(context, model_folder, PYTHON_ENV).get("python"),
+        pyfunc.get("python_version") if isinstance(pyfunc, dict) else None,
+    ):
+        if isinstance(told, str) and (found := _PYTHON.match(told)):
+            return found[1]
+    entries = read_description(context, model_folder, CONDA).get("dependencies")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, str) and (found := _CONDA_PYTHON.match(entry)):
+            return found[1]
+    return ""
 
 
 def _requirement_lines(text: str) -> list[str]:
@@ -92,24 +120,16 @@ def _requirement_lines(text: str) -> list[str]:
 
 def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
     """Return the paths that requirement lines name and that stand in the model folder, each once, in order."""
-    found: dict[str, None] = {}
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     for line in lines:
         for word in re.split(r"[\s=]+|(?<=^-[rce])|file:(?://)?", line):
             path = (word or "").removeprefix("./").rstrip("/")
-            if path in seen:
-                continue
-            seen.add(path)
-            if len(seen) > _MOST_WORDS:
-                message = f"{model_folder}/{REQUIREMENTS} has more than {_MOST_WORDS:,} different words."
-                raise InvalidVersion(message, remedy="Log the model again with the requirements that it needs.")
-            if (
-                path not in {"", REQUIREMENTS}
-                and SAFE_PATH.fullmatch(path)
-                and exists_beneath(context, f"{model_folder}/{path}")
-            ):
-                found[path] = None
-    return list(found)
+            if path not in {"", REQUIREMENTS} and SAFE_PATH.fullmatch(path):
+                seen[path] = None
+    if len(seen) > _MOST_PATHS:
+        message = f"{model_folder}/{REQUIREMENTS} has more than {_MOST_PATHS:,} words that could be files."
+        raise InvalidVersion(message, remedy="Log the model again with the packages that it needs.")
+    return [path for path in seen if exists_beneath(context, f"{model_folder}/{path}")]
 
 
 def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

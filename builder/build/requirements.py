@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
-from builder.build.environment import MLFLOW_VERSION, REQUIREMENTS, Environment
+from builder.build.environment import REQUIREMENTS, Environment, read_description
 from builder.build.indexes import Indexes
 from builder.build.requirement import Required, Unusable, checked_url
 from builder.build.requirement_lines import logical_lines, parse_line
 from builder.errors import InvalidVersion, one_line
+from builder.yaml_file import Yaml
 
 _LIMIT = 1 << 20
 # Of one model, all files together; a large environment has some hundred requirements.
@@ -106,12 +107,10 @@ class Requirements:
         if client_folder and read_beneath(context, f"{client_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.client(client_folder)
         reader.refuse()
-        logged = MLFLOW_VERSION.search(
-            (read_beneath(context, f"{model_folder}/MLmodel", _LIMIT) or b"").decode(errors="replace")
-        )
+        environment = Environment.read(context, model_folder)
         return cls(
-            python_version=Environment.read(context, model_folder).python_version,
-            mlflow_version=logged[1] if logged else "",
+            python_version=environment.python_version,
+            mlflow_version=environment.mlflow_version,
             required=_ordered(reader.required),
             constraints=_ordered(reader.constraints),
             local=tuple(reader.local[path] for path in sorted(reader.local)),
@@ -203,20 +202,10 @@ class _Reader:
         if self._count <= _MOST_PROBLEMS:
             self._problems.append(what)
 
-    def yaml(self, name: str) -> dict[str, Any]:  # YAML holds anything
+    def yaml(self, name: str) -> dict[str, Yaml]:
         """Return a YAML file's mapping; empty where there is no file."""
         assert self._context is not None  # noqa: S101  # only `read` asks
-        content = read_beneath(self._context, f"{self._folder}/{name}", _LIMIT)
-        if content is None:
-            return {}
-        import yaml
-
-        try:
-            document = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  # both are safe
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            message = f"{self._folder}/{name} is not YAML that can be read: {one_line(str(error), 200)}"
-            raise InvalidVersion(message, remedy="Log the model again.") from error
-        return document if isinstance(document, dict) else {}
+        return read_description(self._context, self._folder, name)
 
     def strings(self, value: object, name: str) -> list[str]:
         """Return a list of strings from YAML, each on one line."""
@@ -230,7 +219,7 @@ class _Reader:
                 self._problem(f"{name} has a requirement that is not one line of text: {_shown(entry, 80)}")
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
-    def conda(self, document: dict[str, Any]) -> list[str]:
+    def conda(self, document: dict[str, Yaml]) -> list[str]:
         """Return conda.yaml's pip section.
 
         Raises:

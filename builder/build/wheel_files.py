@@ -81,6 +81,15 @@ class Scheme:
         }
         self.root = self._folders["purelib"]
 
+    @property
+    def folders(self) -> Iterator[str]:
+        """Every directory of the environment, with those that they lie in."""
+        for folder in {*self._folders.values(), f"{ENVIRONMENT}/lib64"}:
+            above = folder
+            while above:
+                yield above
+                above = above.rpartition("/")[0]
+
     def place(self, key: str, path: str, *, member: Member | None = None, executable: bool = False) -> Place:
         """Return where a file of a scheme's key goes.
 
@@ -136,7 +145,8 @@ def places(scheme: Scheme, members: tuple[Member, ...], metadata: Metadata) -> t
             replace a part of the environment, or there are too many directories.
     """
     found: dict[str, Place] = {}
-    folders: set[str] = set()
+    # Where no wheel puts a file, whether or not this one has any below.
+    folders = set(scheme.folders)
     for place in _all(scheme, members, metadata):
         # Deeper in the environment the archive's own paths have been checked, but not what they make together.
         check_path(place.path)
@@ -150,10 +160,10 @@ def places(scheme: Scheme, members: tuple[Member, ...], metadata: Metadata) -> t
         while above and above not in folders:
             folders.add(above)
             above = above.rpartition("/")[0]
+        if len(folders) > MOST_MEMBERS:
+            refuse(f"it has more than {MOST_MEMBERS:,} directories")
     if both := folders & found.keys():
         refuse(f"{min(both)!r} is a file and a directory")
-    if len(folders) > MOST_MEMBERS:
-        refuse(f"it has more than {MOST_MEMBERS:,} directories")
     return tuple(found[path] for path in sorted(found))
 
 

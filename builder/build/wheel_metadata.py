@@ -7,29 +7,33 @@ of `packaging` and `installer`.
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 from collections.abc import Iterable, Mapping
-from configparser import Error as ConfigError
 from dataclasses import dataclass
-from email.parser import HeaderParser
 
-from installer.records import Hash, InvalidRecordEntry, RecordEntry, parse_record_file
+from installer.records import Hash, RecordEntry
 from installer.scripts import Script
-from installer.utils import parse_entrypoints, parse_metadata_file
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from builder.build.wheel_directory import MOST_MEMBERS, BadArchive, check_path, refuse
+from builder.build.wheel_directory import LONGEST_NAME, BadArchive, refuse
+from builder.build.wheel_texts import (
+    MOST_ENTRY_POINTS,
+    MOST_METADATA,
+    MOST_RECORD,
+    MOST_WHEEL,
+    headers,
+    record,
+    required,
+    scripts,
+    value,
+)
 from builder.build.wheel_zip import Archive, Member
 
 # The specification wants "sha256 or better".
 _HASHES = frozenset({"sha256", "sha384", "sha512"})
 # Signatures of RECORD, which it cannot list.
 _SIGNATURES = frozenset({"RECORD.jws", "RECORD.p7s"})
-_SMALL, _LARGE = 1 << 20, 32 << 20
-# Some RECORDs list the bytecode, too, that an installer will make.
-_MOST_ROWS = 2 * MOST_MEMBERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,8 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
     Raises:
         BadArchive: a part is missing or malformed, or two of them contradict each other.
     """
+    if len(filename) > LONGEST_NAME:
+        refuse(f"its file's name has more than {LONGEST_NAME} characters")
     try:
         name, version, _, _ = parse_wheel_filename(filename)
     except (InvalidWheelFilename, InvalidVersion) as error:
@@ -79,20 +85,21 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
             message = f"{dist_info}/{part} is not UTF-8"
             raise BadArchive(message) from error
 
-    wheel = parse_metadata_file(text("WHEEL", _SMALL))
-    if str(wheel["Wheel-Version"]).strip().partition(".")[0] != "1":
-        refuse(f"its format is version {wheel['Wheel-Version']}; only 1.x is known")
-    requires = _requires(text("METADATA", _LARGE), name, version)
-    scripts: tuple[Script, ...] = ()
+    wheel = headers(text("WHEEL", MOST_WHEEL), "WHEEL")
+    its_format = value(wheel, "Wheel-Version")
+    if its_format.strip().partition(".")[0] != "1":
+        refuse(f"its format is version {its_format[:60]}; only 1.x is known")
+    requires = _requires(text("METADATA", MOST_METADATA), name, version)
+    found: tuple[Script, ...] = ()
     if f"{dist_info}/entry_points.txt" in members:
-        scripts = _scripts(text("entry_points.txt", _SMALL))
+        found = scripts(text("entry_points.txt", MOST_ENTRY_POINTS))
     return Metadata(
         name=name,
         version=version,
         dist_info=dist_info,
-        purelib=str(wheel["Root-Is-Purelib"]).strip().lower() == "true",
-        record=_record(text("RECORD", _LARGE), archive.members, dist_info),
-        scripts=scripts,
+        purelib=value(wheel, "Root-Is-Purelib").strip().lower() == "true",
+        record=_record(text("RECORD", MOST_RECORD), archive.members, dist_info),
+        scripts=found,
         requires=requires,
     )
 
@@ -145,57 +152,29 @@ def _dist_info(names: Iterable[str], name: str, version: Version) -> str:
 
 def _requires(metadata: str, name: str, version: Version) -> tuple[str, ...]:
     """Return what METADATA says that a distribution requires, if it is that of the distribution."""
-    headers = HeaderParser().parsestr(metadata)
+    said = headers(metadata, "METADATA")
+    its_name, its_version = value(said, "Name"), value(said, "Version")
     try:
-        same = canonicalize_name(str(headers["Name"])) == name and Version(str(headers["Version"])) == version
+        same = canonicalize_name(its_name) == name and Version(its_version) == version
     except InvalidVersion:
         same = False
     if not same:
-        refuse(f"its METADATA names {headers['Name']} {headers['Version']}")
-    return tuple(str(line) for line in headers.get_all("Requires-Dist", []))
+        refuse(f"its METADATA names {its_name[:60]} {its_version[:60]}")
+    return required(said)
 
 
 def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str, RecordEntry]:
     """Return RECORD's entries by path, if each of the archive's files has one with a hash."""
-    record: dict[str, RecordEntry] = {}
-    try:
-        for row in parse_record_file(text.splitlines()):
-            entry = RecordEntry.from_elements(*row)
-            if entry.path in record:
-                refuse(f"RECORD lists {entry.path!r} twice")
-            record[entry.path] = entry
-            if len(record) > _MOST_ROWS:
-                refuse(f"its RECORD has more than {_MOST_ROWS:,} rows")
-    except (InvalidRecordEntry, csv.Error, ValueError) as error:
-        message = f"its RECORD cannot be read ({error})"
-        raise BadArchive(message) from error
+    listed = record(text)
     for member in members:
         folder, _, last = member.name.rpartition("/")
         if folder == dist_info and last in _SIGNATURES | {"RECORD"}:
             continue
-        listed = record.get(member.name)
-        if listed is None or listed.hash_ is None:
+        entry = listed.get(member.name)
+        if entry is None or entry.hash_ is None:
             refuse(f"RECORD has no hash of {member.name!r}")
-        if listed.hash_.name not in _HASHES:
-            refuse(f"RECORD has only a weak hash ({listed.hash_.name}) of {member.name!r}")
-        if listed.size is not None and listed.size != member.size:
-            refuse(f"{member.name!r} has {member.size} bytes, and RECORD says {listed.size}")
-    return record
-
-
-def _scripts(text: str) -> tuple[Script, ...]:
-    """Return the scripts of console and GUI entry points."""
-    scripts: list[Script] = []
-    try:
-        # `installer` asserts the grammar, and an optimised Python asserts nothing.
-        scripts += [Script(*entry) for entry in parse_entrypoints(text)]
-    except (ConfigError, AssertionError, AttributeError, ValueError) as error:
-        message = f"its entry points cannot be read ({error or 'one is not module:function'})"
-        raise BadArchive(message) from error
-    names: set[str] = set()
-    for script in scripts:
-        check_path(script.name)
-        if "/" in script.name or script.name in names:
-            refuse(f"its entry point {script.name!r} is there twice, or is a path")
-        names.add(script.name)
-    return tuple(scripts)
+        if entry.hash_.name not in _HASHES:
+            refuse(f"RECORD has only a weak hash ({entry.hash_.name[:60]}) of {member.name!r}")
+        if entry.size is not None and entry.size != member.size:
+            refuse(f"{member.name!r} has {member.size} bytes, and RECORD says {entry.size}")
+    return listed

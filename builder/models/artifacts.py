@@ -13,7 +13,7 @@ from builder.errors import InvalidVersion
 from builder.models.version import FOLDER, TAG_MODEL_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from builder.models.catalog import Artifact
     from builder.models.version import Inputs
@@ -128,9 +128,7 @@ def find_model_folder(paths: Iterable[str], inputs: Inputs) -> str:
             raise InvalidVersion(message, remedy=f"Set {TAG_MODEL_FOLDER} to the folder that holds {MODEL_FILE}.")
         return inputs.model_folder
     holders = {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == MODEL_FILE}
-    outer = sorted(
-        folder for folder in holders if not any(folder.startswith(f"{other}/") for other in holders if other)
-    )
+    outer = sorted(folder for folder in holders if holders.isdisjoint(_above(folder)))
     if not outer:
         message = f"No artifact is called {MODEL_FILE}, so there is no model folder."
         raise InvalidVersion(message, remedy=f"Log a model, or name its folder by the tag {TAG_MODEL_FOLDER}.")
@@ -147,3 +145,11 @@ def find_model_folder(paths: Iterable[str], inputs: Inputs) -> str:
             f"a logged model's folder can be named by the tag {TAG_MODEL_FOLDER}.",
         )
     return folder
+
+
+def _above(folder: str) -> Iterator[str]:
+    """Yield the folders that a folder lies in, itself and the root apart."""
+    end = folder.find("/")
+    while end >= 0:
+        yield folder[:end]
+        end = folder.find("/", end + 1)

@@ -43,6 +43,8 @@ DEFAULT_TEMPLATES_FOLDER = "templates"
 FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
 # A command line may hold blanks, '=' and ',' beside that.
 _COMMAND_LINE = re.compile(r"[A-Za-z0-9_./@%+=:, -]*")
+# MLflow takes tags of 100,000 characters. A path of a file has at most 4,096, a reference fewer.
+_LONGEST_TAG = 4096
 _VERSION = re.compile(r"[0-9]{1,10}")
 _ALIAS = re.compile(r"@[^\s/:@]{1,255}")
 
@@ -136,7 +138,9 @@ class Inputs(BaseModel):
                 return default
             if tag != TAG_EXECUTE_PATH:
                 value = value.strip("/") if tag != TAG_ENTRY_POINT else value
-            if not pattern.fullmatch(value) or ".." in value.split("/"):
+            if len(value) > _LONGEST_TAG:
+                problems.append(f"{tag} has {len(value):,} characters, but {_LONGEST_TAG:,} are the most")
+            elif not pattern.fullmatch(value) or ".." in value.split("/"):
                 problems.append(f"{tag} is {value[:100]!r}, but {hint}")
             return value
 
