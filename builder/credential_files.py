@@ -19,7 +19,7 @@ from builder.masking import mask, url_credentials
 _MOST_BYTES = 4 << 20
 # What a key of JSON or of an INI file is called where its value is a secret.
 _SECRET_KEY = re.compile(
-    r".*(?:token|password|passwd|secret|private_?key|access_?key|api_?key|account_?key|signature|auth|pwd).*",
+    r"token|password|passwd|secret|private_?key|access_?key|api_?key|account_?key|signature|auth|pwd",
     re.IGNORECASE,
 )
 _IN_HOME = (
@@ -111,11 +111,16 @@ def in_text(text: str) -> Iterator[Secret]:
     yield from _in_lines(text)
 
 
-def in_urls(text: str) -> Iterator[Secret]:
-    """Yield the passwords of a text's URLs, and users without one: either may be a token."""
+def in_urls(text: str, *, quotes: bool = True) -> Iterator[Secret]:
+    """Yield the passwords of a text's URLs, and users without one: either may be a token.
+
+    Args:
+        text: any text.
+        quotes: whether a quotation mark ends a URL; in a variable it is part of one.
+    """
     from urllib.parse import unquote
 
-    for begin, end in url_credentials(text):
+    for begin, end in url_credentials(text, quotes=quotes):
         user, _, password = text[begin : end - 1].partition(":")
         for form in {password or user, unquote(password or user)}:
             yield Secret(form, unquote(user) if password else "")
@@ -129,7 +134,7 @@ def in_json(entry: Mapping[str, Any]) -> Iterator[Secret]:
         if isinstance(one, dict):
             user = next((one[name] for name in ("username", "Username") if isinstance(one.get(name), str)), "")
             for name, value in one.items():
-                if isinstance(value, str) and (_SECRET_KEY.fullmatch(str(name)) or one is entry.get("HttpHeaders")):
+                if isinstance(value, str) and (_SECRET_KEY.search(str(name)) or one is entry.get("HttpHeaders")):
                     yield Secret(value, user)
                     yield from _decoded(value) if name == "auth" else ()
                 elif isinstance(value, dict | list):
@@ -142,7 +147,7 @@ def in_connection_string(text: str) -> Iterator[Secret]:
     """Yield the secrets of `name=value;name=value`, as Azure writes it."""
     for part in text.split(";"):
         name, _, value = part.partition("=")
-        if value and (_SECRET_KEY.fullmatch(name) or name.lower().endswith("key")):
+        if value and (_SECRET_KEY.search(name) or name.lower().endswith("key")):
             yield Secret(value)
 
 
@@ -171,7 +176,7 @@ def _in_lines(text: str) -> Iterator[Secret]:
     for line in text.splitlines():
         name, equals, value = line.partition("=") if "=" in line else line.partition(":")
         value = value.strip().strip("\"'")
-        if equals and value and "://" not in value and _SECRET_KEY.fullmatch(name.strip()):
+        if equals and value and "://" not in value and _SECRET_KEY.search(name.strip()):
             yield Secret(value)
 
 

@@ -7,13 +7,9 @@ every position of a text is looked up in a table of the forms' first characters.
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from html import escape
-from urllib.parse import quote, quote_plus
 
 MASK = "*****"
 # Shorter values are words that stand everywhere: to mask them would hide the log, not the secret. They are masked where
@@ -28,6 +24,11 @@ _RUN = re.compile(r"[A-Za-z0-9+/=_-]{12,}")
 # What is larger is taken for a text of which every line may be one.
 _LONGEST = 64 << 10
 _LINE_BREAK = re.compile(r"[\r\n]+|\\n")
+_WORD = re.compile(r"[^\s'\"]*")
+_UNQUOTED = re.compile(r"\S*")
+_AUTHORITY = re.compile(r"[^/?#\\]*")
+_HOST_AND_PORT = re.compile(r"[^:@]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]*\](?::[0-9]*)?")
+_URL_SAFE = str.maketrans("+/", "-_")
 _PERCENT = re.compile(r"%[0-9A-F]{2}")
 
 
@@ -126,26 +127,26 @@ def masked(text: str) -> str:
     return "".join([*pieces, text[max(end, 0) :]])
 
 
-def url_credentials(text: str) -> Iterator[tuple[int, int]]:
+def url_credentials(text: str, *, quotes: bool = True) -> Iterator[tuple[int, int]]:
     """Yield where the credentials of a text's URLs stand: from behind `://` to behind the `@`; linear in its length.
 
     What stands before an `@` in the authority is one. Behind the authority's first slash an `@` begins a revision or a
     digest, unless what stands before the slash is no host: `user:pass/word@host` is a password that nobody encoded.
+
+    Args:
+        text: any text.
+        quotes: whether a quotation mark ends a URL, as in prose and in files; in a variable it is part of one.
     """
+    pattern = _WORD if quotes else _UNQUOTED
     at = text.find("://")
     while at >= 0:
         start = at + 3
         following = text.find("://", start)
-        word = _WORD.match(text, start, following if following >= 0 else len(text))
+        word = pattern.match(text, start, following if following >= 0 else len(text))
         end = _credential_end(word[0] if word else "")
         if end:
             yield start, start + end
         at = following
-
-
-_WORD = re.compile(r"[^\s'\"]*")
-_AUTHORITY = re.compile(r"[^/?#\\]*")
-_HOST_AND_PORT = re.compile(r"[^:@]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]*\](?::[0-9]*)?")
 
 
 def _credential_end(word: str) -> int:
@@ -176,7 +177,7 @@ def _extended(text: str, at: int, form: str, offset: int, reach: int) -> tuple[i
 
 def _forms(secret: str, user: str) -> Iterator[str]:
     """Yield the forms in which a secret may be quoted."""
-    secret = secret.strip("\r\n")
+    secret = secret.strip()
     if len(secret) < _SHORTEST:
         yield from _beside(secret, user)
         return
@@ -184,7 +185,7 @@ def _forms(secret: str, user: str) -> Iterator[str]:
     if len(secret) <= _LONGEST:
         yield from _encoded(secret)
         if user:
-            yield _base64(f"{user}:{secret}".encode(errors="surrogateescape"))
+            yield _base64(_bytes(f"{user}:{secret}"))
         for line in lines if len(lines) > 1 else ():
             if len(line) >= _SHORTEST_LINE and not line.startswith("-----"):
                 yield from _encoded(line)
@@ -201,12 +202,17 @@ def _beside(secret: str, user: str) -> Iterator[str]:
         yield f"password{between}{secret}"
     if user:
         yield f"{user}:{secret}"
-        yield _base64(f"{user}:{secret}".encode(errors="surrogateescape"))
+        yield _base64(_bytes(f"{user}:{secret}"))
 
 
 def _encoded(secret: str) -> Iterator[str]:
-    """Yield a secret as it is, and as URLs, JSON, Python, C, HTML and base64 write it."""
-    raw = secret.encode(errors="surrogateescape")
+    """Yield a secret as it is, and as URLs, JSON, Python, shells, HTML and base64 write it."""
+    # `builder --help` has no secret, and need not wait for these.
+    import json
+    from html import escape
+    from urllib.parse import quote, quote_plus
+
+    raw = _bytes(secret)
     yield secret
     yield " ".join(secret.split())
     for quoted in (quote(raw, safe=""), quote(raw, safe="/"), quote_plus(raw), quote(quote(raw, safe=""), safe="")):
@@ -234,9 +240,16 @@ def _encoded(secret: str) -> Iterator[str]:
                 yield quote(form, safe="")
 
 
-_URL_SAFE = str.maketrans("+/", "-_")
+def _bytes(text: str) -> bytes:
+    """Return text in UTF-8, bytes that a variable or a file's name could not hold as text among it."""
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # JSON can hold half of a character
+        return text.encode(errors="replace")
 
 
 def _base64(raw: bytes) -> str:
     """Return base64 without padding, which may stand or be left out."""
+    import base64
+
     return base64.b64encode(raw).decode().rstrip("=")

@@ -560,7 +560,7 @@ def _is_credential(name: str, value: object) -> bool:
 
 def _holds_url_credential(value: str) -> bool:
     """Return whether a URL in a value holds a credential."""
-    return any(url_credentials(value))
+    return any(url_credentials(value, quotes=False))
 
 
 def _mask(values: Mapping[str, Any], home: str, from_files: Collection[str]) -> None:
@@ -576,7 +576,8 @@ def _mask(values: Mapping[str, Any], home: str, from_files: Collection[str]) -> 
         if not isinstance(value, str) or name in PATH_VARIABLES:
             continue
         # curl takes a proxy without a scheme.
-        mask_secrets(in_urls(value if "://" in value or name not in PROXY_VARIABLES else f"http://{value}"))
+        url = value if "://" in value or name not in PROXY_VARIABLES else f"http://{value}"
+        mask_secrets(in_urls(url, quotes=False))
         secret = _CREDENTIAL_VARIABLE.fullmatch(name) and not _PLAIN_VARIABLE.fullmatch(name)
         setting = name in plain or name in INDEX_VARIABLES or bool(_MLFLOW_VARIABLE.fullmatch(name))
         if secret or name == "DOMINO_RUN_ID" or (name in from_files and not setting):

@@ -215,8 +215,21 @@ def test_what_a_credential_file_holds_is_masked_before_anybody_asks_for_it(place
 
 
 def test_a_password_that_nobody_encoded_is_a_secret_too():
-    Settings.from_environ({**GOOD, "PIP_INDEX_URL": "https://me:slash/and@sign@x.example/simple"})
-    assert masked("slash/and@sign") == "*****"
+    Settings.from_environ(
+        {
+            **GOOD,
+            "PIP_INDEX_URL": "https://me:slash/and@sign@x.example/simple",
+            "PIP_EXTRA_INDEX_URL": "https://me:quote'and\"quote@y.example/simple",
+        }
+    )
+    assert masked("slash/and@sign") == masked("quote'and\"quote") == "*****"
+
+
+@pytest.mark.parametrize("value", ["      ", "\n\n\n\n\n\n\n", "a       ", "\t \t \t \t", "-----BEGIN X-----\n"])
+def test_a_value_of_blanks_hides_no_log(value):
+    log.mask([value], user="me")
+    for text in ("a      b", "a\n\n\n\n\n\n\n\nb", "aaaa abcd", "\t \t \t \t"):
+        assert masked(text) == text
 
 
 def test_files_that_are_none_hinder_nobody(placed):
@@ -226,8 +239,9 @@ def test_files_that_are_none_hinder_nobody(placed):
         "p": "\0" * 1000,
         ".aws/credentials": "=" * 100_000,
         ".mlflow/credentials": "[",
+        "docker2/config.json": '{"auths": {"a": {"auth": "\\ud800", "password": "\\ud800\\udfff\\ud800 long"}, "b": [[{}]]}}',
     }
-    environ = placed(hostile, {"DOCKER_CONFIG": "docker", "NETRC": "n", "PIP_CONFIG_FILE": "p"})
+    environ = placed(hostile, {"DOCKER_CONFIG": "docker", "BUILD_DOCKER_CONFIG": "docker2", "NETRC": "n"})
     assert Settings.from_environ(environ).registry_url
     assert masked("nothing of it") == "nothing of it"
 
