@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from builder.build.bytecode import Budget
 from builder.build.wheel import open_wheel
 from builder.build.wheel_layer import WheelLayer
-from tests.build.wheels import INFO, METADATA, PYTHON, WHEEL, digest, make
+from tests.build.wheels import INFO, METADATA, PYTHON, SITE, WHEEL, built, compiler, digest, make
 from tests.hostile.bounded import MIB, bounded
 
 
@@ -145,3 +146,48 @@ def test_what_stands_below_the_headers_is_no_requirement(tmp_path):
         text = f"Name: demo\nVersion: 1.0\nRequires-Dist: good\nA: b{end}Requires-Dist: evil\n"
         path = make(tmp_path / str(number), {f"{INFO}/METADATA": text.encode()})
         assert open_wheel(path).metadata.requires == ("good",)
+
+
+def slow(count):
+    """A source that is small in a wheel, and costs about a microsecond for each of its values."""
+    return b"f'" + b"{a}" * count + b"'\n"
+
+
+def compiled(path, seconds, shared):
+    limits = {"seconds": seconds, "workers": 1, "budget": Budget(shared)}
+    built(Path(path), bytecode=compiler(**limits))
+
+
+def refused(path, seconds, shared, says):
+    outcome = bounded(compiled, str(path), seconds, shared)
+    outcome.check(says=says)
+    return outcome.message
+
+
+SLOW = 100_000
+
+
+def test_a_source_has_a_bound_of_its_own_and_is_named(tmp_path):
+    path = make(tmp_path, {"demo/a.py": b"x = 1\n", "demo/b.py": slow(4 * SLOW), "demo/c.py": b"x = 1\n"})
+    refused(path, 1, 600, "demo/b.py takes too much time to compile")
+
+
+def test_many_slow_sources_are_bounded_together(tmp_path):
+    """Each of them is within its own bound."""
+    path = make(tmp_path, {f"demo/m{number}.py": slow(SLOW // 5) for number in range(60)})
+    message = refused(path, 1, 600, "Its sources take more than")
+    assert "demo-1.0-py3-none-any.whl" in message
+    assert "demo/m" in message
+
+
+def test_many_slow_wheels_are_bounded_together(tmp_path):
+    """Each of them is within its own bound."""
+    path = make(tmp_path, {f"demo/m{number}.py": slow(SLOW // 5) for number in range(5)})
+    refused(path, 60, 0.001, "The sources of the version's wheels take more than")
+
+
+def test_bytecode_that_grows_without_end_is_left_away(tmp_path):
+    source = b"x = (" + b"".join(b'"%d" * %d, ' % (number % 10, 3000 + number) for number in range(1000)) + b")\n"
+    layer, data = built(make(tmp_path, {"demo/a.py": source, "demo/b.py": b"x = 1\n"}), bytecode=compiler())
+    assert layer.without_bytecode == (f"/{SITE}/demo/a.py",)
+    assert len(data) < 100_000
