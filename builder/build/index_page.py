@@ -14,8 +14,6 @@ from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 from packaging.utils import (
-    InvalidSdistFilename,
-    InvalidWheelFilename,
     canonicalize_name,
     parse_sdist_filename,
     parse_wheel_filename,
@@ -24,6 +22,8 @@ from packaging.version import Version
 
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _JSON = "application/vnd.pypi.simple.v1+json"
+# Of a file; a wheel's name of some kB can stand for billions of tags.
+_LONGEST_NAME = 255
 _SHA256 = re.compile(r"(?:^|&)sha256=([0-9a-fA-F]{64})(?:&|$)")
 
 
@@ -52,11 +52,13 @@ class IndexFile:
     @property
     def release(self) -> tuple[str, Version] | None:
         """The project's normal name and the version, as the file's name has them; None where it has neither."""
+        if len(self.filename) > _LONGEST_NAME:
+            return None
         try:
             if self.filename.endswith(".whl"):
                 return parse_wheel_filename(self.filename)[:2]
             return parse_sdist_filename(self.filename)
-        except (InvalidWheelFilename, InvalidSdistFilename):
+        except ValueError:
             return None
 
 

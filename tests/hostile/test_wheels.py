@@ -1,10 +1,14 @@
 """Wheels that an author made: what a reader of their text files, paths and sources may cost."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from builder.build.bytecode import Budget
+from builder.build.index_page import NoPage, parse_page
+from builder.build.locked import LockedWheel
 from builder.build.wheel import open_wheel
 from builder.build.wheel_layer import WheelLayer
 from tests.build.wheels import INFO, METADATA, PYTHON, SITE, WHEEL, built, compiler, digest, make
@@ -191,3 +195,49 @@ def test_bytecode_that_grows_without_end_is_left_away(tmp_path):
     layer, data = built(make(tmp_path, {"demo/a.py": source, "demo/b.py": b"x = 1\n"}), bytecode=compiler())
     assert layer.without_bytecode == (f"/{SITE}/demo/a.py",)
     assert len(data) < 100_000
+
+
+TAGS = ".".join(f"a{number}" for number in range(2000))
+NAMES = [
+    f"demo-{'9' * 5000}-py3-none-any.whl",
+    f"demo-1.0-{'9' * 5000}-py3-none-any.whl",
+    f"demo-1.0-{TAGS}-{TAGS}-{TAGS}.whl",
+    f"demo-{'9' * 5000}.tar.gz",
+    f"{'-' * 100_000}.whl",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_file_names_of_an_index(name):
+    bounded(listed, name).check(exit_code=0)
+
+
+def listed(name):
+    (file,) = parse_page(
+        f'{{"files": [{{"url": "x", "filename": "{name}"}}]}}'.encode(), "application/json", "http://x/"
+    )
+    assert file.release is None
+    with pytest.raises(ValidationError):
+        LockedWheel(name="demo", version="1.0", filename=name, sha256="a" * 64)
+
+
+PAGES = [
+    b"[" * 100_000,
+    b'{"files": ' + b"[" * 100_000,
+    b'{"files": [{"size": ' + b"9" * 5000 + b"}]}",
+    b'{"files": [{"url": "http://x:' + b"9" * 5000 + b'/"}]}',
+    b'{"files": [{"url": 5, "filename": {}}]}',
+    b'{"files": NaN}',
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("content", PAGES, ids=range(len(PAGES)))
+def test_pages_of_an_index(content):
+    bounded(page, content).check(exit_code=0)
+
+
+def page(content):
+    with suppress(NoPage):
+        parse_page(content, "application/json", "http://x/")
+    parse_page(content, "text/html", "http://x/")
