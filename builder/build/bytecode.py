@@ -3,7 +3,7 @@
 Nothing of a wheel is executed: compiling reads source. A source can still ask for much time or memory, so it is
 compiled in processes that are bounded in both (`wheel_compile`). A file that does not compile has no bytecode, as with
 pip; a wheel whose compilation ends a process (too much time, a crash) is refused, since skipping that file would make
-the layer depend on how fast the machine is.
+the layer depend on how fast the machine is. The sum of a wheel's and of a version's processor time is bounded, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from builder.build import wheel_compile
@@ -33,6 +33,8 @@ _GROUP_FILES = 32
 _GROUP_BYTES = 1 << 19
 # Without a frame for so long, something else than compiling keeps the processes.
 _PATIENCE = 900.0
+# Processor time of one version's wheels. 200 MB of sources, more than most environments have, take 22 s.
+_MOST_SECONDS = 600.0
 # Kept in memory until the layer is at it; beyond that, in a temporary file.
 _IN_MEMORY = 8 << 20
 # No environment, so no variable of Python's but the seed, which -I would ignore; no site-packages, no bytecode written.
@@ -57,6 +59,25 @@ class Source:
     path: str
 
 
+class Budget:
+    """Processor time that all compiling for a version shares.
+
+    Args:
+        seconds: how much there is.
+    """
+
+    def __init__(self, seconds: float = _MOST_SECONDS) -> None:
+        self.seconds = seconds
+        self._spent = 0.0
+        self._lock = threading.Lock()
+
+    def spend(self, seconds: float) -> bool:
+        """Take some of it; return whether there was enough."""
+        with self._lock:
+            self._spent += seconds
+            return self._spent <= self.seconds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
     """An interpreter that compiles for a model's Python.
@@ -66,14 +87,17 @@ class Compiler:
         identity: a word of letters, digits, '.', '_' and '-' for all that decides what it writes.
         cache_tag: what a compiled file's name holds: `cpython-311`.
         workers: processes at a time; the result does not depend on it.
-        seconds: processor time that one source may take.
+        seconds: processor time that one source may take, and as much again for each MiB of it; a wheel may take three
+            times that, and as much again for each MiB of its sources.
+        budget: what all wheels share.
     """
 
     executable: str
     identity: str
     cache_tag: str
     workers: int
-    seconds: int = 60
+    seconds: int = 10
+    budget: Budget = field(default_factory=Budget, compare=False, repr=False)
 
     @classmethod
     def find(cls, python: str, *, executable: str = sys.executable, workers: int | None = None) -> Compiler | None:
@@ -106,7 +130,9 @@ class Compiler:
         groups = list(_groups(sources))
         jobs = json.dumps(groups).encode()
         count = min(self.workers, len(groups))
-        with contextlib.closing(Compilation()) as compilation:
+        size = sum(source.member.size for source in sources)
+        allowed = self.seconds * (3 + size / (1 << 20))
+        with contextlib.closing(Compilation([source.path for source in sources], allowed, self.budget)) as compilation:
             for number in range(count):
                 arguments = map(str, (wheel, number, count, self.seconds))
                 compilation.start([self.executable, *_FLAGS, wheel_compile.__file__, *arguments], jobs, wheel)
@@ -114,13 +140,22 @@ class Compiler:
 
 
 class Compilation:
-    """What a pool of processes has compiled so far."""
+    """What a pool of processes has compiled so far.
 
-    def __init__(self) -> None:
+    Args:
+        paths: of the sources, by their numbers.
+        seconds: processor time that they may take together.
+        budget: what they share with those of other wheels.
+    """
+
+    def __init__(self, paths: Sequence[str], seconds: float, budget: Budget) -> None:
+        self._paths = paths
+        self._own, self._shared = Budget(seconds), budget
         self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  # closed by `close`
         self._results: dict[int, tuple[int, int, int, int] | None] = {}
         self._changed = threading.Condition()
-        self._died: str = ""
+        self._died = ""
+        self._exceeded = ""
         self._running = 0
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
@@ -152,8 +187,10 @@ class Compilation:
         """
         with self._changed:
             there = self._changed.wait_for(
-                lambda: number in self._results or self._died or not self._running, _PATIENCE
+                lambda: number in self._results or self._died or self._exceeded or not self._running, _PATIENCE
             )
+            if self._exceeded:
+                raise CompilerDied(self._exceeded)
             if number in self._results:
                 found = self._results[number]
                 if found is None:
@@ -188,21 +225,35 @@ class Compilation:
                 told.write(jobs)
             with pipe:
                 while len(head := pipe.read(FRAME.size)) == FRAME.size:
-                    number, state, size, crc, length = FRAME.unpack(head)
+                    number, state, spent, size, crc, length = FRAME.unpack(head)
                     stream = pipe.read(length)
                     if len(stream) == length:
                         self._take(number, state, size, crc, stream)
+                        self._spend(number, spent / 1e6)
         finally:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
+
+    def _spend(self, number: int, seconds: float) -> None:
+        if not self._own.spend(seconds):
+            why = f"Its sources take more than {self._own.seconds:.0f} s of processor time to compile"
+        elif not self._shared.spend(seconds):
+            why = f"The sources of the version's wheels take more than {self._shared.seconds:.0f} s of processor time"
+        else:
+            return
+        with self._changed:
+            self._exceeded = self._exceeded or f"{why}; the last one was {self._paths[number]}."
+            self._changed.notify_all()
 
     def _take(self, number: int, state: int, size: int, crc: int, stream: bytes) -> None:
         with self._changed:
             if state == DIED:
                 # SIGKILL is the system's answer to too little memory, and says nothing of the source.
                 if size != signal.SIGKILL:
-                    self._died = _death(size)
+                    # It is the group's number; what it gave before it died has been taken.
+                    ended = next((n for n in range(number, len(self._paths)) if n not in self._results), number)
+                    self._died = _death(size, self._paths[ended])
             elif state == COMPILED:
                 offset = self._spool.seek(0, os.SEEK_END)
                 self._spool.write(stream)
@@ -236,10 +287,10 @@ def _groups(sources: Sequence[Source]) -> Iterator[list[dict[str, int | str]]]:
         yield group
 
 
-def _death(status: int) -> str:
+def _death(status: int, path: str) -> str:
     if status == signal.SIGPROF:
-        return "One of its sources takes too much time to compile."
-    return f"One of its sources ends the compiler (status {status}, with {MEMORY >> 30} GiB of memory)."
+        return f"Its source {path} takes too much time to compile."
+    return f"Its source {path} ends the compiler (status {status}, with {MEMORY >> 20} MiB of memory)."
 
 
 def _processors() -> int:

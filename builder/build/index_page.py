@@ -13,12 +13,7 @@ from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.utils import (
-    InvalidSdistFilename,
-    InvalidWheelFilename,
-    canonicalize_name,
-    parse_sdist_filename,
-)
+from packaging.utils import canonicalize_name, parse_sdist_filename
 from packaging.version import Version
 
 from builder.build.address import linked
@@ -26,6 +21,7 @@ from builder.build.wheel_name import parse_wheel_name
 
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _JSON = "application/vnd.pypi.simple.v1+json"
+# Of a file; a wheel's name of some kB can stand for billions of tags.
 _LONGEST_NAME = 255
 _SHA256 = re.compile(r"(?:^|&)sha256=([0-9a-fA-F]{64})(?:&|$)")
 
@@ -55,11 +51,13 @@ class IndexFile:
     @property
     def release(self) -> tuple[str, Version] | None:
         """The project's normal name and the version, as the file's name has them; None where it has neither."""
+        if len(self.filename) > _LONGEST_NAME:
+            return None
         try:
             if self.filename.endswith(".whl"):
                 return parse_wheel_name(self.filename)[:2]
-            return parse_sdist_filename(self.filename[:_LONGEST_NAME])
-        except (InvalidWheelFilename, InvalidSdistFilename):
+            return parse_sdist_filename(self.filename)
+        except ValueError:
             return None
 
 

@@ -25,6 +25,7 @@ from builder.reference import Platform
 LOCK_VERSION = 1
 _CREATOR = "model-image-builder"
 _MOST_BYTES = 4 << 20
+_LONGEST_NAME = 255
 _AsPlatform = Annotated[
     Platform, BeforeValidator(lambda v: Platform.parse(v) if isinstance(v, str) else v), PlainSerializer(str)
 ]
@@ -62,6 +63,9 @@ class LockedWheel(BaseModel):
     @model_validator(mode="after")
     def _filename_is_of_name_and_version(self) -> Self:
         """Refuse a file name that is not this wheel's: it becomes a path, a layer's tag and a line of history."""
+        if len(self.filename) > _LONGEST_NAME:
+            message = f"a wheel's name has more than {_LONGEST_NAME} characters"
+            raise ValueError(message)
         try:
             name, version, _, _ = parse_wheel_name(self.filename)
             same = name == self.name and version == Version(self.version)

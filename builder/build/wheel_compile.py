@@ -8,7 +8,7 @@ and so is the result, whatever the number of processes.
 
 It is started with the standard library alone: `python -S -P -s -B wheel_compile.py FD FIRST STEP SECONDS`. It reads
 the groups as JSON from stdin, takes every STEP-th of them from FIRST on, reads the sources from the wheel open at FD,
-gives each SECONDS of processor time, and writes a frame for each to stdout.
+gives each SECONDS of processor time and as many for each MiB of it, and writes a frame for each to stdout.
 """
 
 from __future__ import annotations
@@ -23,19 +23,24 @@ import resource
 import signal
 import struct
 import sys
+import time
 import zlib
 from contextlib import suppress
 from typing import Any
 
-# Number of the file, what became of it, size and CRC-32 of the content, size of the deflate stream that follows.
-FRAME = struct.Struct("<IBIII")
+# Number of the file, what became of it, processor time in microseconds, size and CRC-32 of the content, size of the
+# deflate stream that follows.
+FRAME = struct.Struct("<IBQIII")
 COMPILED, NO_SOURCE, DIED = 0, 1, 2
 # The largest source that was seen (6 MB, an API's client) takes 150 MB.
-MEMORY = 1 << 30
+MEMORY = 1 << 29
 _STACK = 8 << 20
 # Of 31.7 MB of bytecode (scikit-learn with its requirements) level 4 leaves 11.7 MB in 0.44 s, 6 leaves 11.4 MB in
 # 0.71 s, 1 leaves 12.6 MB in 0.35 s.
 _LEVEL = 4
+# Constants are computed while a source is compiled (`"a" * 4000`), so a small one can have bytecode without end. Of
+# real ones, what is above 64 KiB is up to 2.5 times as large as its source.
+_MOST_GROWTH, _FREE_SIZE = 20, 1 << 16
 _UNCHECKED_HASH = 0b01
 _STORED = 0
 
@@ -64,7 +69,9 @@ def deflated(content: bytes) -> bytes:
 
 
 def bytecode(source: bytes, path: str) -> bytes | None:
-    """Return a .pyc that Python believes without looking at the source (PEP 552); None where it does not compile.
+    """Return a .pyc that Python believes without looking at the source (PEP 552).
+
+    None where the source does not compile, or to bytecode more than 20 times as large.
 
     Args:
         source: a Python file's content.
@@ -75,6 +82,8 @@ def bytecode(source: bytes, path: str) -> bytes | None:
         body = marshal.dumps(code)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, SystemError):
         # As with pip, which installs such files too: templates, files for another Python, tests of parsers.
+        return None
+    if len(body) > _FREE_SIZE + _MOST_GROWTH * len(source):
         return None
     header = importlib.util.MAGIC_NUMBER + _UNCHECKED_HASH.to_bytes(4, "little") + importlib.util.source_hash(source)
     return header + body
@@ -94,14 +103,17 @@ def _source(wheel: int, job: dict[str, Any]) -> bytes | None:
 def _group(wheel: int, jobs: list[dict[str, Any]], seconds: int) -> None:
     for job in jobs:
         # Processor time of one file; the signal ends the process, whatever it does.
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds * (1 + job["size"] / (1 << 20)))
+        begin = time.process_time_ns()
         source = _source(wheel, job)
         compiled = bytecode(source, job["path"]) if source is not None else None
+        stream = deflated(compiled) if compiled is not None else b""
+        spent = (time.process_time_ns() - begin) // 1000
         if compiled is None:
-            _write(FRAME.pack(job["number"], NO_SOURCE, 0, 0, 0))
-            continue
-        stream = deflated(compiled)
-        _write(FRAME.pack(job["number"], COMPILED, len(compiled), zlib.crc32(compiled), len(stream)) + stream)
+            _write(FRAME.pack(job["number"], NO_SOURCE, spent, 0, 0, 0))
+        else:
+            head = FRAME.pack(job["number"], COMPILED, spent, len(compiled), zlib.crc32(compiled), len(stream))
+            _write(head + stream)
 
 
 def _write(data: bytes) -> None:
@@ -139,7 +151,7 @@ def _main() -> None:
         _, ended = os.waitpid(child, 0)
         if ended:
             # A negative code is the signal that ended the child, of which only the sign is lost in the frame.
-            _write(FRAME.pack(jobs[0]["number"], DIED, abs(os.waitstatus_to_exitcode(ended)), 0, 0))
+            _write(FRAME.pack(jobs[0]["number"], DIED, 0, abs(os.waitstatus_to_exitcode(ended)), 0, 0))
             return
 
 

@@ -102,7 +102,7 @@ class _Unseekable(io.BytesIO):
         raise io.UnsupportedOperation
 
 
-def compiler(**more: int) -> Compiler:
+def compiler(**more: object) -> Compiler:
     """Return the interpreter of the tests as a compiler."""
     found = Compiler.find(PYTHON)
     assert found

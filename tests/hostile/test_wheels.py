@@ -1,12 +1,17 @@
 """Wheels that an author made: what a reader of their text files, paths and sources may cost."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from builder.build.bytecode import Budget
+from builder.build.index_page import NoPage, parse_page
+from builder.build.locked import LockedWheel
 from builder.build.wheel import open_wheel
 from builder.build.wheel_layer import WheelLayer
-from tests.build.wheels import INFO, METADATA, PYTHON, WHEEL, digest, make
+from tests.build.wheels import INFO, METADATA, PYTHON, SITE, WHEEL, built, compiler, digest, make
 from tests.hostile.bounded import MIB, bounded
 
 
@@ -145,3 +150,94 @@ def test_what_stands_below_the_headers_is_no_requirement(tmp_path):
         text = f"Name: demo\nVersion: 1.0\nRequires-Dist: good\nA: b{end}Requires-Dist: evil\n"
         path = make(tmp_path / str(number), {f"{INFO}/METADATA": text.encode()})
         assert open_wheel(path).metadata.requires == ("good",)
+
+
+def slow(count):
+    """A source that is small in a wheel, and costs about a microsecond for each of its values."""
+    return b"f'" + b"{a}" * count + b"'\n"
+
+
+def compiled(path, seconds, shared):
+    limits = {"seconds": seconds, "workers": 1, "budget": Budget(shared)}
+    built(Path(path), bytecode=compiler(**limits))
+
+
+def refused(path, seconds, shared, says):
+    outcome = bounded(compiled, str(path), seconds, shared)
+    outcome.check(says=says)
+    return outcome.message
+
+
+SLOW = 100_000
+
+
+def test_a_source_has_a_bound_of_its_own_and_is_named(tmp_path):
+    path = make(tmp_path, {"demo/a.py": b"x = 1\n", "demo/b.py": slow(4 * SLOW), "demo/c.py": b"x = 1\n"})
+    refused(path, 1, 600, "demo/b.py takes too much time to compile")
+
+
+def test_many_slow_sources_are_bounded_together(tmp_path):
+    """Each of them is within its own bound."""
+    path = make(tmp_path, {f"demo/m{number}.py": slow(SLOW // 5) for number in range(60)})
+    message = refused(path, 1, 600, "Its sources take more than")
+    assert "demo-1.0-py3-none-any.whl" in message
+    assert "demo/m" in message
+
+
+def test_many_slow_wheels_are_bounded_together(tmp_path):
+    """Each of them is within its own bound."""
+    path = make(tmp_path, {f"demo/m{number}.py": slow(SLOW // 5) for number in range(5)})
+    refused(path, 60, 0.001, "The sources of the version's wheels take more than")
+
+
+def test_bytecode_that_grows_without_end_is_left_away(tmp_path):
+    source = b"x = (" + b"".join(b'"%d" * %d, ' % (number % 10, 3000 + number) for number in range(1000)) + b")\n"
+    layer, data = built(make(tmp_path, {"demo/a.py": source, "demo/b.py": b"x = 1\n"}), bytecode=compiler())
+    assert layer.without_bytecode == (f"/{SITE}/demo/a.py",)
+    assert len(data) < 100_000
+
+
+TAGS = ".".join(f"a{number}" for number in range(2000))
+NAMES = [
+    f"demo-{'9' * 5000}-py3-none-any.whl",
+    f"demo-1.0-{'9' * 5000}-py3-none-any.whl",
+    f"demo-1.0-{TAGS}-{TAGS}-{TAGS}.whl",
+    f"demo-{'9' * 5000}.tar.gz",
+    f"{'-' * 100_000}.whl",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_file_names_of_an_index(name):
+    bounded(listed, name).check(exit_code=0)
+
+
+def listed(name):
+    (file,) = parse_page(
+        f'{{"files": [{{"url": "x", "filename": "{name}"}}]}}'.encode(), "application/json", "http://x/"
+    )
+    assert file.release is None
+    with pytest.raises(ValidationError):
+        LockedWheel(name="demo", version="1.0", filename=name, sha256="a" * 64)
+
+
+PAGES = [
+    b"[" * 100_000,
+    b'{"files": ' + b"[" * 100_000,
+    b'{"files": [{"size": ' + b"9" * 5000 + b"}]}",
+    b'{"files": [{"url": "http://x:' + b"9" * 5000 + b'/"}]}',
+    b'{"files": [{"url": 5, "filename": {}}]}',
+    b'{"files": NaN}',
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("content", PAGES, ids=range(len(PAGES)))
+def test_pages_of_an_index(content):
+    bounded(page, content).check(exit_code=0)
+
+
+def page(content):
+    with suppress(NoPage):
+        parse_page(content, "application/json", "http://x/")
+    parse_page(content, "text/html", "http://x/")
