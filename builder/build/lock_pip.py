@@ -33,14 +33,14 @@ from builder.build.wheel_name import parse_wheel_name
 from builder.errors import BuildFailed, Defect, one_line
 
 _NOT_FOUND = re.compile(
-    r"Could not find a version that satisfies the requirement (.+?)(?: \(from (?!versions)[^)]*\))? "
-    r"\(from versions: (.*?)\)"
+    r"Could not find a version that satisfies the requirement (.{1,500}?)(?: \(from (?!versions)[^)]*\))? "
+    r"\(from versions: ([^)]*)\)"
 )
 _NO_MATCH = re.compile(
     r"some packages in these conflicts have no matching distributions available for your environment:\n((?:\s+\S+\n?)+)"
 )
 _NO_TIMES = re.compile(r"does not provide upload-time metadata")
-_UNFIT = re.compile(r"(\S+\.whl) is not a supported wheel on this platform")
+_UNFIT = re.compile(r"(?<!\S)(\S+\.whl) is not a supported wheel on this platform")
 _CAUSE = re.compile(
     r"^ +(?:The user requested (?:\(constraint\) )?|(?P<name>[A-Za-z0-9._-]+)(?:\[\S*\])? (?P<version>\S+) depends on )"
     r"(?P<wanted>\S.*)$",

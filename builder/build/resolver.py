@@ -51,7 +51,7 @@ _NO_MEMORY = re.compile(r"^memory allocation of [0-9]+ bytes failed|^(?:ERROR: )
 _REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden|Client Error)|valid authentication credentials")
 _AWAY = re.compile(
     r"error sending request|connection (?:refused|reset|timed out)|dns error|timed out|status server error|"
-    r"\b(?:429|50[0-9])\b.*(?:error|unavailable|gateway|too many)|temporary failure in name resolution|"
+    r"\b(?:429|50[0-9])\b.{0,100}(?:error|unavailable|gateway|too many)|temporary failure in name resolution|"
     r"NewConnectionError|ConnectTimeout|ReadTimeout|Max retries exceeded|Request failed after",
     re.IGNORECASE,
 )
