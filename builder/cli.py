@@ -264,10 +264,17 @@ def _tell(invocation: Invocation, published: Published) -> None:
 @builder.command()
 @click.option("--check", is_flag=True, help="Ask the registry about published versions too.")
 @click.option("--retry-failed", is_flag=True, help="Try versions again that have failed too often.")
+@click.option("--strict", is_flag=True, help="End with the exit code of a version that cannot be published, too.")
 @_again
 @_pass
-def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: bool, rebuild: bool) -> int:
-    """Publish every version that carries the target tag."""
+def sweep(
+    invocation: Invocation, *, check: bool, retry_failed: bool, strict: bool, force: bool, rebuild: bool
+) -> int:  # fmt: skip
+    """Publish every version that carries the target tag.
+
+    What is wrong with a version (65, 66, 73) is on the version, in the log and in the summary; the exit code tells of
+    what hinders the publisher itself: 69, 70, 75, 77 or 78.
+    """
     from builder import show
     from builder.settings import Settings
     from builder.sweep import Options
@@ -283,8 +290,9 @@ def sweep(invocation: Invocation, *, check: bool, retry_failed: bool, force: boo
     show.sweep(swept)
     states = dict(Counter(result.state for result in swept))
     failed = [f"{result.version}: {result.detail}" for result in swept if result.state == "failed"]
-    invocation.leave_message({"state": "failed" if failed else "swept", "versions": states, "error": "; ".join(failed)})
-    return max((result.exit_code for result in swept), default=0)
+    code = max((result.exit_code if strict else result.trouble for result in swept), default=0)
+    invocation.leave_message({"state": "failed" if code else "swept", "versions": states, "error": "; ".join(failed)})
+    return code
 
 
 @builder.command()

@@ -237,7 +237,7 @@ def _download(
 
 
 def _made_from(version: ModelVersion, artifacts: tuple[Artifact, ...]) -> str:
-    what = [_LAYOUT, version.source_id("download"), str(listing_digest(artifacts))]
+    what = [_LAYOUT, version.source_id(), str(listing_digest(artifacts))]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

@@ -152,7 +152,7 @@ def fetch(
     Raises:
         BuilderError: what failed; it is recorded on the version as well.
     """
-    record = Record(services.catalog, version, settings.target, version.source_id(settings.build_method))
+    record = Record(services.catalog, version, settings.target, version.source_id())
     with record.failures():
         with stage("survey"):
             plan = survey(settings, services, version, force=force, rebuild=rebuild)
@@ -298,7 +298,7 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
         record.left_alone(plan)
         return Published(version=now, tag=tag, reference=None, platforms=(), changed=False)
     with record.failures():
-        if now.source_id(settings.build_method) != plan.source_id:
+        if now.source_id() != plan.source_id:
             message = f"The tags of {now} were changed while it was being published."
             raise TryAgain(message, remedy="Publish it again: it starts from what they are then.")
         if plan.action == "nothing" and plan.observed is not None:

@@ -77,6 +77,7 @@ class Record:
             "source_id": plan.source_id,
             "platforms": tuple(sorted(str(step.platform) for step in plan.platforms)),
             "error": "",
+            "attempts": 0,
         }
         if plan.action != "nothing" or self._before.model_copy(update=facts) != self._before:
             self._write(**facts, finished=_now())

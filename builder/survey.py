@@ -46,7 +46,7 @@ def survey(
     reference = reference_of(settings, version)
     wanted = wanted_platforms(version, settings.target_platforms)
     Inputs.of(version)
-    source_id = version.source_id(settings.build_method)
+    source_id = version.source_id()
     existing = existing_image(services, reference)
     decision = decide(
         wanted=wanted, existing=existing, source_id=source_id, reference=reference, force=force, rebuild=rebuild

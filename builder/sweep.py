@@ -12,7 +12,7 @@ from typing import Literal
 from builder.budget import Budget
 from builder.children import Children
 from builder.errors import BuilderError, ExitCode, InvalidVersion, OverBudget, VersionCrashed, VersionNotFound
-from builder.log import get_logger, masked
+from builder.log import get_logger
 from builder.models.catalog import Catalog
 from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.outcome import Outcome
@@ -29,6 +29,9 @@ log = get_logger("sweep")
 # What takes long to import, and every publish needs.
 MODULES = ("mlflow", "builder.sweep", "builder.methods", "builder.assemble")
 
+# What is wrong with a version says nothing of the publisher, and a sweep that told it did its work.
+_OWN = frozenset({ExitCode.DATA, ExitCode.NO_INPUT, ExitCode.CANNOT_CREATE})
+
 # `published` was made now; `current` was there; `gone` was deleted, or its tag withdrawn, under our hands; `waiting`
 # failed too often and is left until somebody changes it.
 State = Literal["published", "current", "foreign", "failed", "waiting", "gone"]
@@ -44,6 +47,7 @@ class Swept:
         reference: the digest reference that was published now; None elsewhere.
         detail: the reason, or the error, on one line.
         exit_code: of the error, 0 where there was none.
+        trouble: the same where the error hinders the publisher itself; 0 where it is the version's own.
     """
 
     version: ModelVersion
@@ -51,6 +55,7 @@ class Swept:
     reference: Reference | None = None
     detail: str = ""
     exit_code: int = 0
+    trouble: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +153,7 @@ def _record_end(settings: Settings, catalog: Catalog, version: ModelVersion, err
     with suppress(BuilderError):
         tag = str(reference_of(settings, version))
         wanted = tuple(str(platform) for platform in wanted_platforms(version, settings.target_platforms))
-    record = Record(catalog, version, settings.target, version.source_id(settings.build_method))
+    record = Record(catalog, version, settings.target, version.source_id())
     record.ended(error, tag=tag, wanted=wanted)
     for folder in _folders(settings):
         with suppress(BuilderError):
@@ -182,12 +187,25 @@ def _published(settings: Settings, options: Options, version: ModelVersion) -> S
 
 
 def _failed(version: ModelVersion, error: BuilderError) -> Swept:
-    log.error("failed", version=str(version), error=masked(error.one_line()))
-    return Swept(version=version, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)
+    log.error("failed", version=str(version), error=error.one_line())
+    own = error.of_version or error.exit_code in _OWN
+    return Swept(
+        version=version,
+        state="failed",
+        detail=error.one_line(),
+        exit_code=error.exit_code,
+        trouble=0 if own else error.exit_code,
+    )
 
 
 def _defect(version: ModelVersion, error: Exception) -> Swept:
-    return Swept(version=version, state="failed", detail=f"Defect: {type(error).__name__}", exit_code=ExitCode.SOFTWARE)
+    return Swept(
+        version=version,
+        state="failed",
+        detail=f"Defect: {type(error).__name__}",
+        exit_code=ExitCode.SOFTWARE,
+        trouble=ExitCode.SOFTWARE,
+    )
 
 
 def _in_vain(settings: Settings, version: ModelVersion) -> tuple[int, bool]:
@@ -200,7 +218,7 @@ def _in_vain(settings: Settings, version: ModelVersion) -> tuple[int, bool]:
 def _settled(settings: Settings, version: ModelVersion, *, retry: bool) -> Swept | None:
     """Return what the version's own tags settle, without a request; None where something has to be done."""
     outcome = Outcome.of(version, settings.target)
-    if outcome.source_id != version.source_id(settings.build_method):
+    if outcome.source_id != version.source_id():
         return None
     try:
         platforms = wanted_platforms(version, settings.target_platforms)

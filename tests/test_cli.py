@@ -266,3 +266,14 @@ def test_warm_says_what_it_did_and_prints_nothing(builder, small, small_environ,
     assert (done.returncode, done.stdout) == (ExitCode.DATA, "")
     assert "common.txt" in failure(done)["what"]
     assert "line 2" in failure(done)["what"]
+
+
+def test_the_exit_code_of_a_sweep_is_the_publishers_own(builder, mlflow_server, base_image):
+    target = "EXTERNAL_TARGET_EXIT_CODES"
+    tags = {"EXTERNAL_TARGET_PLTR_FOUNDRY": "false", target: "true", "MODEL_PLATFORMS": "nonsense"}
+    register(mlflow_server.uri, seed_layout(base_image), tags)
+    done = builder("sweep", TARGET_TAG=target)
+    assert done.returncode == 0
+    assert "nonsense" in done.stderr
+    assert builder("sweep", "--strict", TARGET_TAG=target).returncode == 65
+    assert builder("sweep", TARGET_TAG=target, REGISTRY_URL="https://").returncode == 78

@@ -77,7 +77,7 @@ def test_the_whole_job(settings, new, base_image, crane, registry):
         "source": notes["io.modelimage.source-id"],
         "platforms": "linux/amd64",
         "wanted": "linux/amd64",
-        "attempts": "1",
+        "attempts": "0",
         "smoke_test": "off",
     }
 

@@ -70,6 +70,7 @@ def test_a_sweep_over_everything(settings, new, crane, base_image, registry):
     }
     assert unselected.outcome(settings().target) == {}
     assert {result.exit_code for result in results} == {0, 65, 73}
+    assert {result.trouble for result in results} == {0}
     for result in results:
         if result.state == "published":
             crane("validate", "--remote", str(result.reference))
@@ -119,7 +120,7 @@ def test_what_killed_the_publisher_comes_last_and_is_given_up(settings, new):
     source = ModelVersion(
         name=killer.name, version="1", created_ms=ours.creation_timestamp, source=ours.source, run_id=killer.run_id,
         tags=dict(ours.tags),
-    ).source_id("auto")  # fmt: skip
+    ).source_id()  # fmt: skip
     for name, value in {"state": "running", "source": source, "attempts": "2", "wanted": "linux/amd64"}.items():
         killer.set_tag(f"publish.{target}.{name}", value)
     order = [result.version.name for result in sweep(settings())]
@@ -162,3 +163,30 @@ def test_what_fails_too_often_waits_for_a_change(settings, new):
     model.set_tag("MODEL_ENTRY_POINT", "other.py")
     assert next(iter(sweep(quick))).state == "failed"
     assert model.outcome(quick.target)["attempts"] == "1"
+
+
+def test_how_an_operator_builds_makes_no_other_source(settings, new):
+    model = new()
+    assert [result.state for result in sweep(settings())] == ["published"]
+    before = model.outcome(settings().target)
+    for method in ("wheels", "dockerfile", "auto"):
+        assert [result.state for result in sweep(settings(BUILD_METHOD=method))] == ["current"]
+    assert model.outcome(settings().target) == before
+
+
+def test_a_success_ends_the_count_of_attempts(settings, new):
+    model = new()
+    for _ in range(3):
+        assert [result.state for result in sweep(settings(), Options(rebuild=True))] == ["published"]
+    target = settings().target
+    assert model.outcome(target)["attempts"] == "0"
+    # What a publisher leaves that was killed while it made the image once more.
+    model.set_tag(f"publish.{target}.state", "running")
+    model.set_tag(f"publish.{target}.attempts", "1")
+    assert [result.state for result in sweep(settings(), Options(rebuild=True))] == ["published"]
+
+
+def test_trouble_of_the_publishers_is_told_from_a_versions_own(settings, new):
+    new()
+    (result,) = sweep(settings(REGISTRY_URL="127.0.0.1:1/swept"))
+    assert (result.state, result.exit_code, result.trouble) == ("failed", 69, 69)

@@ -85,14 +85,12 @@ class ModelVersion(BaseModel):
         """Return whether the version carries the target's tag with the value `true`, in any case."""
         return self.tags.get(target_tag, "").strip().lower() == "true"
 
-    def source_id(self, build_method: str) -> str:
+    def source_id(self) -> str:
         """Return the hash of all that decides whether this version's image has to be made again.
 
         It is made from what MLflow's search for versions returns alone, so that a sweep needs no further request. The
-        platforms are not part of it: a platform that is added extends an index, and changes no image in it.
-
-        Args:
-            build_method: the value of BUILD_METHOD.
+        platforms are not part of it: a platform that is added extends an index, and changes no image in it. Nor is what
+        an operator sets, such as BUILD_METHOD: what the author gives decides.
 
         Returns:
             64 hexadecimal digits.
@@ -106,7 +104,6 @@ class ModelVersion(BaseModel):
             self.source,
             self.run_id,
             sorted(inputs.items()),
-            build_method,
         ]
         return hashlib.sha256(json.dumps(what, ensure_ascii=True).encode()).hexdigest()
 

@@ -257,7 +257,7 @@ def test_tagged_lists_every_page_in_order_and_whatever_the_case(request, which):
         found = [(version.name, int(version.version)) for version in catalog.tagged(tag)]
         assert found == wanted
     listed = next(version for version in shelf.catalog.tagged(tag) if version == made[0])
-    assert listed.source_id("auto") == shelf.catalog.find(made[0].name, made[0].version).source_id("auto")
+    assert listed.source_id() == shelf.catalog.find(made[0].name, made[0].version).source_id()
 
 
 def test_a_deleted_version_is_a_gap(shelf):

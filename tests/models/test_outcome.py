@@ -123,7 +123,7 @@ def test_outcomes_on_a_real_server(shelf):
     now = shelf.catalog.find(made.name, "1")
     assert Outcome.of(now, "pltr_foundry") == PUBLISHED
     assert now.tags["kept"] == "1"
-    assert now.source_id("auto") == made.source_id("auto")
+    assert now.source_id() == made.source_id()
     changed = shelf.client.get_model_version(made.name, "1").last_updated_timestamp
     record(shelf.catalog, made, PUBLISHED)
     assert shelf.client.get_model_version(made.name, "1").last_updated_timestamp == changed
