@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
 from builder.build.requirement import Required
@@ -82,8 +83,11 @@ def for_serving(requirements: Requirements, *, full: bool = False, own_client: b
 def _version(requirements: Requirements) -> Version | None:
     """Return the release of MLflow that will be installed, as far as that is known."""
     pinned = next((one.pinned for one in (*requirements.named(MLFLOW), *requirements.named(SKINNY)) if one.pinned), "")
-    known = pinned or requirements.mlflow_version
-    return Version(known) if known else None
+    try:
+        return Version(pinned or requirements.mlflow_version)
+    except NotAVersion:
+        # None at all, or one that `===` names and no index has: the resolver says so.
+        return None
 
 
 def _skinny(required: Required, logged: str) -> Required:

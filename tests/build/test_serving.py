@@ -53,6 +53,7 @@ def wanted(lines):
         (["mlflow-skinny==3.1.0", "numpy"], "3.1.0", ["mlflow-skinny==3.1.0", "numpy", "pandas", "uvicorn"], ASGI),
         (["numpy"], "2.19.0", ["flask", "gunicorn", "mlflow-skinny==2.19.0", "numpy", "pandas"], WSGI),
         (["numpy"], "", ["mlflow-skinny", "numpy", "pandas", "uvicorn"], ASGI),
+        (["mlflow===foo"], "3.1.0", ["mlflow-skinny===foo", "pandas", "uvicorn"], ASGI),
     ],
 )
 def test_what_stands_for_mlflow(lines, logged, expected, server):
