@@ -193,7 +193,7 @@ def fuzz_tags(drawn):
     held(Inputs.of, version)
     held(wanted_platforms, version, (Platform("linux", "amd64"),))
     held(Outcome.of, version, "t")
-    held(version.source_id, "auto")
+    held(version.source_id)
     held(version.selected_by, "T")
     for text in tags.values():
         held(Reference.parse, text)
