@@ -91,7 +91,7 @@ class Trial:
         self._runtime.execute(self._name, argv, heard, timeout=self._timeout + _GRACE)
         answer = Answer.read(heard.lines)
         if answer.finished and not answer.problem:
-            what = f"answers its {answer.example}" if answer.example else "loads its model, which has no input example"
+            what = f"answers its {answer.example}" if answer.example else "loads its model (no input example)"
             return Passed(seconds=round(max(heard.first - self._began, 0), 1), what=what)
         if ended := self._runtime.ended(self._name, within=_PAUSE):
             raise self._end(ended, "it answered")
