@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from builder.images.base import base_image as find_base
@@ -13,9 +19,16 @@ from builder.smoke.command_line import Docker, Podman
 from builder.smoke.content import Content
 from builder.smoke.policy import Candidate, SmokeTests
 from builder.smoke.trial import SmokeTestFailed
+from scripts.launch import clean_environ
 from scripts.machine import native_platform
 
+ROOT = Path(__file__).parent.parent.parent
 NATIVE = Platform.parse(native_platform())
+READ = """\
+import os
+print([open(f"/run/secrets/{name}").read() for name in os.listdir("/run/secrets")] if os.path.exists("/run/secrets") else "")
+raise SystemExit("gone")
+"""
 WRITE = """\
 import sys
 for folder in sys.argv[1:]:
@@ -26,6 +39,34 @@ for folder in sys.argv[1:]:
     except OSError:
         pass
 """
+
+
+def test_what_podman_mounts_into_everybody_s_containers_is_not_the_author_s(
+    small, small_environ, base_image, podman, tmp_path
+):
+    """Red Hat's mounts.conf brings the machine's subscription into each container; an administrator's brings more."""
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").write_text("of-the-machine")
+    mounts = f"{tmp_path}/secrets:/run/secrets\n"
+    model = small(files={"client/app.py": READ})
+    variables = {"BASE_IMAGE": base_image, "SMOKE_TEST": "auto", "SMOKE_TEST_TIMEOUT": "60"}
+    environ = {**clean_environ(), "PYTHONPATH": str(ROOT), **small_environ(model, **variables)}
+    argv = [sys.executable, "-m", "builder", "publish"]
+    if os.geteuid():
+        conf = tmp_path / "home" / ".config" / "containers"
+        environ["HOME"] = str(tmp_path / "home")
+        shutil.copytree(Path.home() / ".config" / "containers", conf, dirs_exist_ok=True)
+    else:
+        environ["HOME"] = podman.environ["HOME"]
+        conf = shutil.copytree("/etc/containers", tmp_path / "containers")
+        within = 'mount --bind "$0" /etc/containers && exec "$@"'
+        argv = ["unshare", "--mount", "sh", "-c", within, str(conf), *argv]
+    conf.mkdir(parents=True, exist_ok=True)
+    (conf / "mounts.conf").write_text(mounts)
+    done = subprocess.run(argv, check=False, env=environ, text=True, capture_output=True)
+    assert done.returncode == 65, done.stderr
+    assert "gone" in model.outcome()["error"]
+    assert "of-the-machine" not in done.stderr + str(model.outcome())
 
 
 @pytest.mark.parametrize("kind", [Podman, Docker])
