@@ -33,7 +33,7 @@ _PERCENT = re.compile(r"%[0-9A-F]{2}")
 # Whoever has a signed URL needs no other credential; servers redirect to them, and libraries quote them.
 _SIGNED = re.compile(
     r"([?&](?:amp;)?(?:sig|code|[a-z0-9_.-]{0,40}"
-    r"(?:signature|token|credential|secret|password|passwd|access_?key_?id|api[_-]?key))=)[^\s&\"'<>#]+",
+    r"(?:signature|token|credential|secret|password|passwd|access_?key_?id|api[_-]?key))=)[^\s&\"'<>#\\]+",
     re.IGNORECASE,
 )
 

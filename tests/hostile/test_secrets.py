@@ -358,6 +358,11 @@ def test_what_signs_an_address_is_a_credential(query, mark):
         assert said.endswith(" (try again)")
 
 
+def test_json_stays_json_where_a_name_looks_signed():
+    names = ['x?sig=a"b', "x?token=a\\", "x&secret=\\n"]
+    assert len(json.loads(masked(json.dumps(names)))) == len(names)
+
+
 def test_a_signed_address_that_a_store_redirects_to_stays_out_of_errors(tmp_path):
     """A server's gateway may send downloads to its bucket; requests quotes the address that refused."""
 
