@@ -30,6 +30,12 @@ _AUTHORITY = re.compile(r"[^/?#\\]*")
 _HOST_AND_PORT = re.compile(r"[^:@]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]*\](?::[0-9]*)?")
 _URL_SAFE = str.maketrans("+/", "-_")
 _PERCENT = re.compile(r"%[0-9A-F]{2}")
+# Whoever has a signed URL needs no other credential; servers redirect to them, and libraries quote them.
+_SIGNED = re.compile(
+    r"([?&](?:amp;)?(?:sig|code|[a-z0-9_.-]{0,40}"
+    r"(?:signature|token|credential|secret|password|passwd|access_?key_?id|api[_-]?key))=)[^\s&\"'<>#\\]+",
+    re.IGNORECASE,
+)
 
 
 class _Known:
@@ -116,7 +122,8 @@ def mask_forms(forms: Mapping[str, bool]) -> None:
 
 
 def masked(text: str) -> str:
-    """Return `text` with every known secret replaced by asterisks; linear in its length."""
+    """Return `text` with every known secret, and what signs its URLs, replaced by asterisks; linear in its length."""
+    text = _SIGNED.sub(rf"\1{MASK}", text)
     if not _known.forms:
         return text
     pieces, end = [], -1

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import unquote, urlsplit
 
 from builder.build.address import origin_of
 from builder.build.index_download import Progress, WheelNotFound, digest, fetch, save
@@ -94,6 +95,14 @@ class IndexClient:
             # Its links may lead to where a credential of ours would be sent, and the content into the author's image.
             files = tuple(file for file in files if self._is_own(index, file.url))
         return files if files is None else of_project(files, project)
+
+    def is_of_this_machine(self, wheel: LockedWheel) -> bool:
+        """Return whether a wheel is a file here that no find-links folder holds: resolvers follow a page's `file:`."""
+        parts = urlsplit(wheel.url or "")
+        if parts.scheme in {"http", "https"}:
+            return False
+        folder = Path(unquote(parts.path)).parent.resolve()
+        return not any(link.is_file and link.folder.resolve() == folder for link in self._indexes.find_links)
 
     def is_listed(self, wheel: LockedWheel) -> bool:
         """Return whether an index may have said where a wheel is: one of a model may not say it of a place of ours.

@@ -212,8 +212,8 @@ def _check_required(wheel: Path) -> None:
 def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, client: IndexClient) -> None:
     """Raise InvalidVersion for a wheel of a place that the model's requirements and the settings do not name.
 
-    That is one of an address or a file that another wheel's metadata named, and one that a page of an index of the
-    model's linked where a credential of ours would be sent with the request.
+    That is one of an address or a file that another wheel's metadata named, and one that a page of an index linked: to
+    a file of this machine or, where it is an index of the model's, to where our credential would be sent.
     """
     addresses = {one.url for one in requirements.required if one.url}
     local = {one.sha256 for one in requirements.local}
@@ -222,6 +222,9 @@ def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, cl
             wheel.origin == "model" and wheel.sha256 not in local
         ):
             raise names_an_address(wheel.filename)
+        if wheel.origin == "index" and client.is_of_this_machine(wheel):
+            message = f"A page of a package index says that {wheel.filename} is a file of the publisher's machine."
+            raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")
         if wheel.origin == "index" and not client.is_listed(wheel):
             message = f"An index that the model names says that {wheel.filename} is where only our credential leads."
             raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")

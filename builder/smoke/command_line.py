@@ -5,8 +5,10 @@ Facts that shape this module (podman 4.3, Docker 20.10 and 28; `podman-run(1)`, 
 - podman gives containers the proxies of its own environment, and what `env` in containers.conf says; Docker's client
   those of its config.json. Either may hold a password. So both see a configuration of ours, and of the environment only
   what leads them to their storage or daemon.
-- a folder that an image declares as a volume would be writable, without a limit, on the machine's disk: /tmp and those
-  folders are in memory, within the container's limit.
+- a folder that an image declares as a volume would be writable, without a limit, on the machine's disk: no image that
+  is run declares one, and /tmp and those folders are in memory, within the container's limit.
+- mounts.conf names folders of the machine that podman brings into every container; Red Hat's is its subscription. The
+  option for another file is podman's own, not that of its remote client.
 - `kill` and `rm` of a container that ignores SIGTERM: only SIGKILL does not wait for it.
 - where a process may not raise its limits, podman's own cannot be set; limits that are surely below ours can.
 """
@@ -17,6 +19,7 @@ import re
 import resource
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections import deque
@@ -215,9 +218,10 @@ class CommandLine:
 
         with tempfile.TemporaryDirectory(prefix="builder-runtime-") as own:
             try:
+                environ = {"PATH": _PATH, **self._environ, **self._configuration(Path(own))}
                 code = self._runner(
-                    [self.name, *arguments],
-                    env={"PATH": _PATH, **self._environ, **self._configuration(Path(own))},
+                    [self.name, *self._first_options(Path(own)), *arguments],
+                    env=environ,
                     cwd=folder,
                     timeout=timeout,
                     output=output or kept,
@@ -232,6 +236,10 @@ class CommandLine:
     def _configuration(self, folder: Path) -> dict[str, str]:
         """Return the variables that keep the user's own configuration away from containers."""
         raise NotImplementedError
+
+    def _first_options(self, _folder: Path) -> list[str]:
+        """Return the options before a command; what they name is in the folder of `_configuration`."""
+        return []
 
     def _written(self, content: Content, name: str, folder: Path) -> list[str]:
         """Write an image into a folder; return the arguments that take it from there."""
@@ -259,8 +267,12 @@ class Podman(CommandLine):
         # Ends it even where nobody is left who would.
         return [*super()._bounds(limits), f"--timeout={limits.seconds}"]
 
+    def _first_options(self, folder: Path) -> list[str]:
+        return [f"--default-mounts-file={folder}/mounts.conf"] if sys.platform == "linux" else []
+
     def _configuration(self, folder: Path) -> dict[str, str]:
         (folder / "containers.conf").touch()
+        (folder / "mounts.conf").touch()
         return {"CONTAINERS_CONF": str(folder / "containers.conf"), "TMPDIR": str(folder)}
 
     def _written(self, content: Content, name: str, folder: Path) -> list[str]:

@@ -8,18 +8,18 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder.errors import InvalidSettings, InvalidVersion, ServiceUnavailable
-from builder.images.descriptor import from_bytes
+from builder.images.descriptor import from_bytes, to_bytes
 from builder.log import get_logger
 from builder.reference import Digest, Platform
 from builder.settings import Settings
 from builder.smoke.command_line import Docker, Podman
 from builder.smoke.containers import CannotRun, ContainerRuntime, Limits, NoContainers, new_name
 from builder.smoke.content import Content
-from builder.smoke.question import Question, printable
+from builder.smoke.question import Question, printable, without_volumes
 from builder.smoke.trial import OutOfMemory, Passed, SmokeTestFailed, Trial
 
 _LOADING = 3600
@@ -150,7 +150,9 @@ class SmokeTests:
         if not usable:
             raise NoContainers(self._why())
         content = image.content()
-        question = Question.of(from_bytes(content.config))
+        config = from_bytes(content.config)
+        question = Question.of(config)
+        content = replace(content, config=to_bytes(without_volumes(config)))
         name = new_name(time.time() + self._timeout + _LOADING, secrets.token_hex(6))
         _log.info("smoke test", platform=str(image.platform), bytes=content.size)
         why = ""

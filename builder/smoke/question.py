@@ -62,7 +62,7 @@ class Question:
         else:
             model = ""
         volumes = runtime.get("Volumes")
-        names = list(volumes)[:_MOST_VOLUMES] if isinstance(volumes, Mapping) else []
+        names = [name.rstrip("/") for name in volumes][:_MOST_VOLUMES] if isinstance(volumes, Mapping) else []
         return cls(
             ports=ports,
             model=model,
@@ -134,6 +134,12 @@ def last_words(lines: Sequence[str]) -> str:
             break
         kept += [text] if text else []
     return " | ".join(reversed(kept))
+
+
+def without_volumes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an image config that declares no volume: a runtime would make each one a folder on the machine's disk."""
+    runtime = config.get("config")
+    return {**config, "config": {**runtime, "Volumes": {}}} if isinstance(runtime, Mapping) else dict(config)
 
 
 def _ports(exposed: object) -> tuple[int, ...]:

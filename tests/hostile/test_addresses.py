@@ -390,6 +390,39 @@ def test_a_page_of_an_author_s_index_gets_no_wheel_with_our_credential(index, st
 
 
 @BOTH
+@pytest.mark.parametrize("form", ["json", "html", "find-links"])
+def test_a_page_of_an_index_gets_no_wheel_of_this_machine(stranger, tmp_path, platform, form):
+    name, content = make_wheel("hidden", "1.0")
+    (tmp_path / name).write_bytes(content)
+    href = (tmp_path / name).as_uri()
+    if form == "json":
+        page_of(stranger, "hidden", href)
+    else:
+        body = f'<html><body><a href="{href}">{name}</a></body></html>'.encode()
+        stranger.faults = lambda handler, _: handler.answer(200, body, "text/html") or True
+    requirements = Requirements(required=Requirements.of("hidden").required, indexes=(stranger.simple,))
+    indexes = Indexes(allowed=("*",))
+    if form == "find-links":
+        requirements = replace(requirements, indexes=())
+        indexes = Indexes(find_links=(IndexUrl(f"{stranger.url}/links/"),), no_index=True)
+    with pytest.raises(InvalidVersion, match=r"publisher's machine|another index"):
+        locked(requirements, indexes=indexes, platform=platform)
+
+
+@BOTH
+def test_a_folder_of_the_settings_gives_its_wheels(tmp_path, platform):
+    name, content = make_wheel("lib", "1.0")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / name).write_bytes(content)
+    (tmp_path / "links").symlink_to("real")
+    indexes = Indexes(find_links=(IndexUrl((tmp_path / "links").as_uri()),), no_index=True)
+    (wheel,) = locked("lib", indexes=indexes, platform=platform).wheels
+    with IndexClient(indexes, patience=QUICK) as client:
+        client.download(wheel, tmp_path / "wheel")
+    assert (tmp_path / "wheel").read_bytes() == content
+
+
+@BOTH
 def test_an_index_that_a_model_names_gets_no_credential(index, stranger, tmp_path, platform):
     (tmp_path / "netrc").write_text(
         "machine 127.0.0.1 login me password netrc-p4ssword\ndefault login me password default-p4ssword\n"

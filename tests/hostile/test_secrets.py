@@ -10,17 +10,20 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import pytest
 
 from builder import log
 from builder.build.process import Lines
-from builder.errors import InvalidSettings, one_line
+from builder.errors import InvalidSettings, PermissionRefused, one_line
 from builder.images.credentials import Credential, Credentials
 from builder.images.registries import Registries
 from builder.log import masked
+from builder.models.store import ArtifactStore, Root
 from builder.reference import Reference
 from builder.settings import Settings
 from builder.shown import shown
@@ -335,7 +338,66 @@ def test_what_of_an_address_is_a_credential(text, shows):
     assert one_line(text) == shows
 
 
+SIGNED = [
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK1/20261127&X-Amz-Security-Token=T0ken%2F&X-Amz-Signature=51gn",
+    "Expires=1&AWSAccessKeyId=AK1&Signature=51gn%3D",
+    "X-Goog-Credential=AK1&X-Goog-Signature=51gn",
+    "sv=2024-08-04&se=2026-11-27&sr=b&sig=51gn%3D",
+    "access_token=T0ken",
+    "api_key=T0ken&x=y",
+]
+
+
+@pytest.mark.parametrize("query", SIGNED)
+@pytest.mark.parametrize("mark", ["&", "&amp;"])
+def test_what_signs_an_address_is_a_credential(query, mark):
+    text = f"403 Client Error: Forbidden for url: https://bucket.example.com/a/b?{query.replace('&', mark)} (try again)"
+    for said in (one_line(text), masked(text), shown(text)):
+        assert not any(secret in said for secret in ("AK1", "T0ken", "51gn"))
+        assert "https://bucket.example.com/a/b?" in said
+        assert said.endswith(" (try again)")
+
+
+def test_json_stays_json_where_a_name_looks_signed():
+    names = ['x?sig=a"b', "x?token=a\\", "x&secret=\\n"]
+    assert len(json.loads(masked(json.dumps(names)))) == len(names)
+
+
+def test_a_signed_address_that_a_store_redirects_to_stays_out_of_errors(tmp_path):
+    """A server's gateway may send downloads to its bucket; requests quotes the address that refused."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if "signed" in self.path:
+                seen.append(dict(self.headers))
+                self.send_error(403)
+                return
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.2:{server.server_port}/signed/MLmodel?{SIGNED[0]}")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    seen = []
+    with ThreadingHTTPServer(("0.0.0.0", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        root = Root("mlflow-artifacts:/1/run/artifacts", "")
+        try:
+            with pytest.raises(PermissionRefused) as caught:
+                ArtifactStore(uri).download(root.artifact("MLmodel", 1), tmp_path / "MLmodel")
+        finally:
+            server.shutdown()
+    assert seen
+    assert "/signed/MLmodel?" in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in ("AK1", "T0ken", "51gn"))
+
+
 LONG = {
+    "queries": "?&sig" * 20_000,
+    "names of signatures": "&" + "signature-token" * 6_000,
+    "signatures": "?sig=a" * 15_000,
     "letters": "a" * 80_000,
     "schemes": "a://" * 20_000,
     "users": "https://a:" * 20_000,
