@@ -111,37 +111,56 @@ def test_another_thread_than_the_main_one_is_let_be():
     assert done == [before]
 
 
+def trickle(handler, stop):
+    """Answer a byte now and then."""
+    while not stop.wait(0.5):
+        handler.wfile.write(b" ")
+
+
+def flood(handler, _stop):
+    """Answer what fills the memory of whoever reads it to the end."""
+    while True:
+        handler.wfile.write(b" " * (1 << 20))
+
+
 @pytest.fixture
-def trickle():
-    """An index that answers a byte now and then, and never to the end."""
+def index():
+    """An index whose `answers` decides what it says, and never to the end."""
     stop = threading.Event()
 
-    def slowly(handler, _path):
+    def endlessly(handler, _path):
         handler.send_response(200)
         handler.send_header("Content-Type", "application/vnd.pypi.simple.v1+json")
-        handler.send_header("Content-Length", "1000000")
         handler.end_headers()
-        while not stop.wait(0.5):
-            try:
-                handler.wfile.write(b" ")
-            except OSError:
-                break
+        handler.close_connection = True
+        with suppress(OSError):
+            index.answers(handler, stop)
         return True
 
     with running() as index:
-        index.faults = slowly
+        index.faults = endlessly
         yield index
         stop.set()
 
 
-def test_a_publish_ends_in_time_and_says_so(trickle, mlflow_server, registry, tiny_base):
+@pytest.mark.parametrize(
+    ("answers", "environ", "code", "says"),
+    [
+        (trickle, {"VERSION_TIMEOUT": "12"}, 65, "VERSION_TIMEOUT"),
+        (flood, {"VERSION_MEMORY": "1GiB", "VERSION_TIMEOUT": "200"}, 73, "it took more than 512 MiB of memory"),
+    ],
+)
+def test_an_endless_index_ends_nothing_but_its_version(
+    answers, environ, code, says, index, mlflow_server, registry, tiny_base
+):
+    index.answers = answers
     model = register(mlflow_server.uri, small_files(**{"mymodel/requirements.txt": "small-app\n"}))
     environ = {
         "MLFLOW_TRACKING_URI": mlflow_server.uri,
         "REGISTRY_URL": f"{registry.host}/deadline",
         "BASE_IMAGE": tiny_base,
-        "UV_DEFAULT_INDEX": trickle.simple,
-        "VERSION_TIMEOUT": "12",
+        "UV_DEFAULT_INDEX": index.simple,
+        **environ,
         "MODEL_NAME": model.name,
         "MODEL_VERSION": model.version,
     }
@@ -150,10 +169,10 @@ def test_a_publish_ends_in_time_and_says_so(trickle, mlflow_server, registry, ti
         env=clean_environ(**environ, LOG_FORMAT="json", PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         check=False,
     )
-    assert run.returncode == 65, run.stderr
+    assert run.returncode == code, run.stderr
     outcome = model.outcome(Settings.from_environ(environ).target)
     assert (outcome["state"], outcome["attempts"]) == ("failed", "1")
-    assert "VERSION_TIMEOUT" in outcome["error"]
+    assert says in outcome["error"]
