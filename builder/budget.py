@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import resource
+import signal
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -10,7 +14,8 @@ from typing import TYPE_CHECKING, Literal, Self
 from builder.errors import OverBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
 
     from builder.models.catalog import Artifact
     from builder.models.version import ModelVersion
@@ -22,6 +27,10 @@ _REMEDY = "Make the version smaller, or raise {name}; docs/settings.md says what
 # before the kernel ends whatever it chooses.
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SHARE = 0.75
+_STATUS = Path("/proc/self/status")
+# Seconds after which the end is raised again, where something has swallowed it: more than a program is given to end.
+_AGAIN = 30.0
+_SOON = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +77,101 @@ class Budget:
         }[bound]
         message = f"The work on {whose} was ended: it took {taken} ({bound})."
         return OverBudget(message, remedy=_REMEDY.format(name=bound))
+
+
+class Deadline:
+    """Ends work in this process that takes more time, processor time or memory than it may.
+
+    What other processes take is bounded where they are started. A sweep's children are watched from outside as well.
+
+    Args:
+        budget: what the work may take; of a budget that is used in several parts, each part has what is left.
+        whose: the version, as errors name it.
+    """
+
+    def __init__(self, budget: Budget, whose: object) -> None:
+        self._budget = budget
+        self._whose = str(whose)
+        self._left = {signal.ITIMER_REAL: budget.seconds, signal.ITIMER_PROF: budget.processor}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Bound what is done in the context, if this is the main thread: no other can be interrupted.
+
+        Timers, handlers and limits are as before afterwards. A timer that would have ended earlier is left alone.
+
+        Raises:
+            OverBudget: it took more than it may.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        with ExitStack() as stack:
+            bounds: tuple[tuple[int, signal.Signals, Bound], ...] = (
+                (signal.ITIMER_REAL, signal.SIGALRM, "VERSION_TIMEOUT"),
+                (signal.ITIMER_PROF, signal.SIGPROF, "VERSION_PROCESSOR_TIME"),
+            )
+            try:
+                stack.enter_context(_limited(self._budget.memory))
+                for timer, number, bound in bounds:
+                    stack.enter_context(self._timed(timer, number, bound))
+                yield
+            except _Expired as expired:
+                amount = self._budget.processor if expired.bound == "VERSION_PROCESSOR_TIME" else self._budget.seconds
+                raise self._budget.exceeded(self._whose, expired.bound, amount) from None
+
+    @contextmanager
+    def _timed(self, timer: int, number: signal.Signals, bound: Bound) -> Iterator[None]:
+        """Raise _Expired in the context when a timer ends."""
+        active = True
+
+        def ended(_signal: int, _frame: FrameType | None) -> None:
+            if active:
+                raise _Expired(bound)
+
+        before, interval = signal.getitimer(timer)
+        if 0 < before < self._left[timer]:
+            yield
+            return
+        clock = time.monotonic if timer == signal.ITIMER_REAL else time.process_time
+        began = clock()
+        handler = signal.signal(number, ended)
+        signal.setitimer(timer, max(self._left[timer], _SOON), _AGAIN)
+        try:
+            yield
+        finally:
+            active = False
+            signal.setitimer(timer, 0)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            taken = clock() - began
+            self._left[timer] -= taken
+            if before:
+                signal.setitimer(timer, max(before - taken, _SOON), interval)
+
+
+class _Expired(BaseException):
+    """A bound was exceeded; as with `Terminated`, nothing may swallow it, and nobody waits for threads."""
+
+    def __init__(self, bound: Bound) -> None:
+        super().__init__(bound)
+        self.bound = bound
+
+
+@contextmanager
+def _limited(memory: int) -> Iterator[None]:
+    """Let this process reserve so many bytes more than it has; where the system does not count them, let it be."""
+    try:
+        has = next(int(line.split()[1]) << 10 for line in _STATUS.read_text().splitlines() if line.startswith("VmData"))
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+    except (OSError, StopIteration, ValueError):
+        yield
+        return
+    bounds = [bound for bound in before if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([has + memory, *bounds]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def out_of_memory(version: object) -> OverBudget:

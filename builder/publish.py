@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from builder.budget import check_listing
+from builder.budget import Budget, Deadline, check_listing
 from builder.build.engine import BuildJob, Engine
 from builder.build.engines import select_engine
 from builder.errors import (
@@ -96,11 +96,15 @@ def publish_version(
     Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
     """
     taken()
-    plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+    # One for both: what fetch takes is no longer there for push. An engine has bounds of its own.
+    deadline = Deadline(Budget.of(settings), version)
+    plan = fetch(
+        settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress, deadline=deadline
+    )
     if plan.made_by("dockerfile"):
         with stage("build"):
             build(settings, workspace)
-    published = push(settings, services, workspace)
+    published = push(settings, services, workspace, deadline=deadline)
     if plan.builds:
         log.info("timings", **taken())
     return published
@@ -143,8 +147,19 @@ def fetch(
     force: bool = False,
     rebuild: bool = False,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> Plan:
     """Download the version's artifacts, render its Dockerfile, and write the plan.
+
+    Args:
+        settings: what the environment says.
+        services: who is asked.
+        workspace: where it is written to.
+        version: which.
+        force: replace an image that another source, or somebody else, left under the tag.
+        rebuild: make the image again although it is there.
+        progress: told of the bytes downloaded.
+        deadline: what it may take; the settings' budget where there is none.
 
     Returns:
         The plan, which is in the workspace too; where nothing has to be built there is no context.
@@ -153,7 +168,8 @@ def fetch(
         BuilderError: what failed; it is recorded on the version as well.
     """
     record = Record(services.catalog, version, settings.target, version.source_id())
-    with record.failures():
+    deadline = deadline or Deadline(Budget.of(settings), version)
+    with record.failures(), deadline.running():
         with stage("survey"):
             plan = survey(settings, services, version, force=force, rebuild=rebuild)
         workspace.prepare(keep_context=bool(plan.builds))
@@ -276,10 +292,18 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
 # ---- push: registry push, MLflow write
 
 
-def push(settings: Settings, services: Services, workspace: Workspace) -> Published:
+def push(
+    settings: Settings, services: Services, workspace: Workspace, *, deadline: Deadline | None = None
+) -> Published:
     """Push what build made, join the platforms, move the tag, and record the outcome.
 
     Names, tags and platforms come from the plan alone; the layouts are a stranger's.
+
+    Args:
+        settings: what the environment says.
+        services: who is asked.
+        workspace: what fetch and build have left.
+        deadline: what it may take; the settings' budget where there is none.
 
     Raises:
         BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
@@ -289,7 +313,8 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
         message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {settings.model_name!r}."
         raise UsageError(message, remedy="Run fetch for the model that is to be pushed, in a workspace of its own.")
     record = Record.of_plan(services.catalog, plan.version, plan)
-    with record.failures():
+    deadline = deadline or Deadline(Budget.of(settings), plan.version)
+    with record.failures(), deadline.running():
         now = same_version(services, plan)
     record = Record.of_plan(services.catalog, now, plan)
     tag = plan.reference
@@ -297,7 +322,7 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
         log.warning("left alone", reference=str(tag), reason=plan.reason)
         record.left_alone(plan)
         return Published(version=now, tag=tag, reference=None, platforms=(), changed=False)
-    with record.failures():
+    with record.failures(), deadline.running():
         if now.source_id() != plan.source_id:
             message = f"The tags of {now} were changed while it was being published."
             raise TryAgain(message, remedy="Publish it again: it starts from what they are then.")

@@ -10,7 +10,9 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from ipaddress import IPv6Address
 
 from builder.errors import InvalidSettings, InvalidVersion
 
@@ -46,7 +48,8 @@ _PLAIN_LENGTH = 128
 RESERVED = frozenset({"wheel-layers"})
 DOCKER_HUB = "docker.io"
 _DOCKER_HUB_NAMES = frozenset({DOCKER_HUB, "registry-1.docker.io", "index.docker.io"})
-_DEFAULT_PORT = re.compile(r":0*(?:443|80)$")
+_PORT = re.compile(r":([0-9]{1,5})$")
+_DEFAULT_PORTS = frozenset({80, 443})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,16 @@ def canonical_host(host: str) -> str:
     return DOCKER_HUB if host in _DOCKER_HUB_NAMES else host
 
 
+def _one_host(host: str) -> tuple[str, int]:
+    """Return a name and a port to compare hosts by; the port is 0 where it is a default one."""
+    written = _PORT.search(host)
+    port = int(written[1]) if written else 0
+    name = canonical_host(_PORT.sub("", host))
+    with suppress(ValueError):
+        name = str(IPv6Address(name.strip("[]")))
+    return name, 0 if port in _DEFAULT_PORTS else port
+
+
 @dataclass(frozen=True, slots=True)
 class Repository:
     """A registry host (with its port) and a repository's path in it.
@@ -186,8 +199,8 @@ class Repository:
         return cls(canonical_host(host), path)
 
     def holds(self, other: Repository) -> bool:
-        """Return whether `other` is this repository or lies below it; a host's default port may be written or not."""
-        mine, others = (_DEFAULT_PORT.sub("", repository.host) for repository in (self, other))
+        """Return whether `other` is this repository or lies below it, however its host and port are written."""
+        mine, others = (_one_host(repository.host) for repository in (self, other))
         return mine == others and f"{other.path}/".startswith(f"{self.path}/" if self.path else "")
 
     def child(self, component: str) -> Repository:

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from builder.bases import base_with_facts, check_libraries, interpreter_of
+from builder.budget import Budget
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
 from builder.build.kept_locks import LOCK_TYPE, Resolver
 from builder.build.locked import Lock
+from builder.build.resolver import MOST_MEMORY
 from builder.build.unsatisfied import NoWheel
 from builder.build.wheel_layers import WheelLayers, compiler_for
 from builder.crew import side_by_side
@@ -32,6 +34,8 @@ from builder.stages import stage
 
 _log = get_logger("wheels")
 _SECONDS = 60.0
+_RESOLVERS = 4
+_LEAST_MEMORY = 512 << 20
 
 # Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
 Former = Callable[[Platform, Digest], Lock | None]
@@ -104,7 +108,9 @@ def planned(
             part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)
             return part, found, platform
 
-        results = [result for result in side_by_side(one, platforms, threads=4, every=_SECONDS) if result is not None]
+        results = [
+            result for result in side_by_side(one, platforms, threads=_RESOLVERS, every=_SECONDS) if result is not None
+        ]
     parts = {platform: part for part, _, platform in results if isinstance(part, PlatformRecipe)}
     recipe = Recipe(
         python=source.python,
@@ -130,7 +136,7 @@ def resolver_of(
     """Return what gives the locks of a source.
 
     Args:
-        settings: RESOLVE_AS_OF is used.
+        settings: RESOLVE_AS_OF and VERSION_MEMORY are used.
         store: where locks are kept.
         source: what a version asks for.
         client: asks the source's indexes.
@@ -145,6 +151,8 @@ def resolver_of(
         python=source.python,
         as_of=source.created if settings.resolve_as_of == "registered" else None,
         former=lambda platform: former(platform, source.digest),
+        # Several may run at a time, so one has its share, or what an honest one needs.
+        memory=min(MOST_MEMORY, max(Budget.of(settings).memory // _RESOLVERS, _LEAST_MEMORY)),
     )
 
 

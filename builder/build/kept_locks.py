@@ -13,6 +13,7 @@ from builder.build.indexes import Indexes
 from builder.build.lock import lock
 from builder.build.locked import Lock, lock_key, lock_keys, moments
 from builder.build.requirements import Requirements
+from builder.build.resolver import MOST_MEMORY
 from builder.crew import side_by_side
 from builder.errors import InvalidVersion
 from builder.images.layer_store import LayerStore
@@ -41,6 +42,7 @@ class Resolver:
         python: the interpreter, `3.11`.
         as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
         former: returns the lock of the image that stands, where that was made from the same files; None for none.
+        memory: bytes that each run of a resolver may take.
     """
 
     store: LayerStore
@@ -51,6 +53,7 @@ class Resolver:
     python: str
     as_of: datetime | None
     former: Callable[[Platform], Lock | None] = lambda _: None
+    memory: int = MOST_MEMORY
 
     def lock(self, platform: Platform, glibc: tuple[int, int] | None, *, keep: bool = True) -> Lock:
         """Return the lock for a platform.
@@ -83,6 +86,7 @@ class Resolver:
             as_of=as_of,
             glibc=glibc,
             client=self.client,
+            memory=self.memory,
         )
 
     def again(self, kept: Lock) -> Lock:

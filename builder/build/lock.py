@@ -17,7 +17,7 @@ from builder.build.indexes import Indexes
 from builder.build.locked import Lock, LockedWheel, moments
 from builder.build.process import run
 from builder.build.requirements import Requirements
-from builder.build.resolver import Question, Tool, private_folder
+from builder.build.resolver import MOST_MEMORY, Question, Tool, private_folder
 from builder.build.tags import minor_version, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel import open_wheel
@@ -45,6 +45,7 @@ def lock(
     client: IndexClient | None = None,
     cache: Path | None = None,
     timeout: float = 300,
+    memory: int = MOST_MEMORY,
     runner: Runner = run,
 ) -> Lock:
     """Return the wheels that fulfil a model's requirements on a platform, each with its hash.
@@ -64,6 +65,7 @@ def lock(
         client: asks the same indexes; None for one of this call's own.
         cache: folder in which resolvers keep what they learn; None for none.
         timeout: seconds for each run of a resolver.
+        memory: bytes for each run of a resolver.
         runner: runs programs.
 
     Raises:
@@ -83,7 +85,7 @@ def lock(
     question = Question(
         requirements=requirements, model=model, platform=platform, python=python, glibc=glibc, as_of=as_of
     )
-    tool = Tool(indexes=joined, runner=runner, cache=cache, timeout=timeout)
+    tool = Tool(indexes=joined, runner=runner, cache=cache, timeout=timeout, memory=memory)
     with private_folder() as folder:
         if client is not None and joined is indexes:
             return _Locking(question, tool, client, folder).lock()

@@ -46,7 +46,8 @@ _CERTIFICATE = re.compile(
     r"invalid peer certificate|certificate[ _]verify[ _]failed|No CA certificates were loaded", re.IGNORECASE
 )
 # uv takes 300 MB for what MLflow, scikit-learn, pandas and xgboost require, and some seconds.
-_LIMITS = Limits(memory=2 << 30, processor=600)
+MOST_MEMORY = 2 << 30
+_MOST_PROCESSOR = 600
 _NO_MEMORY = re.compile(r"^memory allocation of [0-9]+ bytes failed|^(?:ERROR: )?MemoryError", re.MULTILINE)
 _REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden|Client Error)|valid authentication credentials")
 _AWAY = re.compile(
@@ -153,12 +154,14 @@ class Tool:
         runner: runs a program.
         cache: folder that metadata is kept in; None for none.
         timeout: seconds for one run.
+        memory: bytes that one run may take.
     """
 
     indexes: Indexes
     runner: Runner
     cache: Path | None
     timeout: float
+    memory: int
 
 
 @contextmanager
@@ -201,24 +204,25 @@ def run_tool(
     # Neither a netrc nor a home with one: each would be asked for any host that a page or an author names.
     common = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
     variables = {**common, **_authorities(tool.indexes), **proxies, **env}
+    limits = Limits(memory=tool.memory, processor=_MOST_PROCESSOR)
     try:
         code = tool.runner(
-            argv, env=variables, cwd=folder, timeout=tool.timeout, output=output, name=name, limits=_LIMITS
+            argv, env=variables, cwd=folder, timeout=tool.timeout, output=output, name=name, limits=limits
         )
     except BuildFailed as error:
         remedy = "Raise BUILD_TIMEOUT, or see that the package index answers." if "longer" in error.what else ""
         raise BuildFailed(error.what, remedy=remedy or "Install the builder with all its dependencies.") from error
     text = "\n".join(said)
-    _check_limits(name, code, text)
+    _check_limits(name, code, text, limits)
     return code, text
 
 
-def _check_limits(name: str, code: int, said: str) -> None:
+def _check_limits(name: str, code: int, said: str, limits: Limits) -> None:
     """Raise BuildFailed if a resolver was ended by its limits."""
     if code == -signal.SIGXCPU:
-        why = f"it took more than {_LIMITS.processor} seconds of processor time"
+        why = f"it took more than {limits.processor} seconds of processor time"
     elif code and _NO_MEMORY.search(said):
-        why = f"it took more than {_LIMITS.memory >> 20} MiB of memory"
+        why = f"it took more than {limits.memory >> 20} MiB of memory"
     else:
         return
     message = f"{name} could not resolve the requirements: {why}."
