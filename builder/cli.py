@@ -234,7 +234,7 @@ def build(invocation: Invocation) -> None:
 
     It runs once for each platform, and leaves an OCI image layout for each in the workspace. A version that is put
     together from wheel layers has nothing to be done here. A Dockerfile that fails is written to the workspace and
-    recorded by push; this command then still exits with 0.
+    recorded by push; this command then still exits with 0. An engine that is killed, as when memory runs out, is 75.
     """
     from builder import publish as story
     from builder.settings import BuildSettings

@@ -109,6 +109,10 @@ class TryAgain(BuilderError):
     exit_code = ExitCode.TEMPORARY
 
 
+class EngineKilled(TryAgain):
+    """An engine was killed from outside, as when memory runs out."""
+
+
 class PermissionRefused(BuilderError):
     """A credential is missing, wrong, or may not do what was asked."""
 

@@ -19,6 +19,7 @@ from builder.errors import (
     BuilderError,
     BuildFailed,
     Defect,
+    EngineKilled,
     InvalidSettings,
     InvalidVersion,
     TryAgain,
@@ -326,9 +327,17 @@ def run_fetch(
 
 
 def run_build(settings: BuildSettings) -> BuildResult:
-    """Run the build phase on the workspace that the settings name."""
+    """Run the build phase on the workspace that the settings name.
+
+    Raises:
+        EngineKilled: the engine was killed from outside. The kubelet counts that as this container's end, and starts
+            no other container of a Pod that says nevertheless that all is well.
+    """
     with workspace_of(settings, shared=True) as workspace:
-        return build(settings, workspace)
+        result = build(settings, workspace)
+    if result.failure == EngineKilled.__name__:
+        result.check()
+    return result
 
 
 def run_push(settings: Settings) -> Published:
