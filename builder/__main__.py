@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from builder import cli
-from builder.errors import BuilderError, ExitCode, Terminated
+from builder.errors import BuilderError, ExitCode, InvalidSettings, Terminated
 from builder.shown import shown
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         context.failed("Terminated", "The process was asked to end.", "Run the command again.", ExitCode.TEMPORARY)
         return ExitCode.TEMPORARY
     except BuilderError as error:
-        context.failed(type(error).__name__, error.what, error.remedy, error.exit_code)
+        problems = error.problems if isinstance(error, InvalidSettings) else ()
+        context.failed(type(error).__name__, error.what, error.remedy, error.exit_code, problems)
         return error.exit_code
     except SystemExit:
         # click's way to say that whoever read our stdout has gone; there is nobody to tell.

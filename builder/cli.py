@@ -25,7 +25,7 @@ from builder.masking import masked
 from builder.shown import indented, json_visible, one_line, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from builder.publish import Published
     from builder.settings import CommonSettings
@@ -73,11 +73,22 @@ class Invocation:
         """Print lines on stdout. What other people wrote in them is masked before: a reference must stay as it is."""
         self.stdout.write("\n".join(visible(line) for line in text.split("\n")) + "\n")
 
-    def failed(self, kind: str, what: str, remedy: str, code: int) -> None:
-        """Say on stderr what failed and what to do, and leave it as a Pod's termination message."""
+    def failed(self, kind: str, what: str, remedy: str, code: int, problems: Sequence[str] = ()) -> None:
+        """Say on stderr what failed and what to do, and leave it as a Pod's termination message.
+
+        Args:
+            kind: the error's name.
+            what: what failed.
+            remedy: what to do about it.
+            code: the exit code.
+            problems: what `what` lists after a colon, if it does: for people, a line for each.
+        """
         what, remedy = one_line(what, _MOST_SAID), one_line(remedy, _MOST_SAID)
         if sys.stderr.isatty() or self.environ.get("LOG_FORMAT") == "text":
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {what}", err=True)
+            said = f"{what.partition(':')[0]}:" if len(problems) > 1 else what
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {said}", err=True)
+            for problem in problems if len(problems) > 1 else ():
+                click.echo(f"  - {one_line(problem, _MOST_SAID)}", err=True)
             if remedy:
                 click.echo(f"  {click.style('what to do:', bold=True)} {remedy}", err=True)
         else:
