@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -92,7 +93,9 @@ class Invocation:
             if remedy:
                 click.echo(f"  {click.style('what to do:', bold=True)} {remedy}", err=True)
         else:
+            # As lines of the log are, which may not have been configured yet.
             event = {"event": "failed", "level": "error", "error": kind, "what": what, "remedy": remedy}
+            event["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
             click.echo(json.dumps({**event, "exit_code": int(code)}, ensure_ascii=False), err=True)
         self.leave_message({"state": "failed", "error": one_line(f"{kind}: {what} {remedy}"), "exit_code": int(code)})
 

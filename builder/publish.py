@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from structlog.contextvars import bound_contextvars
+
 from builder.budget import check_listing
 from builder.build.engine import BuildJob, Engine
 from builder.build.engines import select_engine
@@ -97,14 +99,38 @@ def publish_version(
     Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
     """
     taken()
+    began = time.monotonic()
     plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
     if plan.made_by("dockerfile"):
         with stage("build"):
             build(settings, workspace)
     published = push(settings, services, workspace)
-    if plan.builds:
-        log.info("timings", **taken())
+    if published.reference is not None:
+        _tell_end(workspace.plan(), published, time.monotonic() - began)
     return published
+
+
+def _tell_end(plan: Plan, published: Published, seconds: float) -> None:
+    """Say in one line of the log what a publish came to."""
+    with _lines_of(plan.version, "end"):
+        if plan.builds:
+            log.info("timings", **taken())
+        log.info(
+            "published" if published.changed else "already published",
+            image=str(published.tag),
+            digest=str(published.reference.digest) if published.reference else "",
+            method=",".join(sorted({step.method for step in plan.platforms})),
+            platforms=list(published.platforms),
+            seconds=round(seconds, 3),
+            bytes=sum(artifact.size or 0 for artifact in plan.artifacts),
+        )
+
+
+@contextmanager
+def _lines_of(version: ModelVersion, phase: str) -> Iterator[None]:
+    """Have every line of the log name the version and the phase, those of threads begun here as well."""
+    with bound_contextvars(model=version.name, version=version.version, phase=phase):
+        yield
 
 
 @contextmanager
@@ -154,7 +180,7 @@ def fetch(
         BuilderError: what failed; it is recorded on the version as well.
     """
     record = Record(services.catalog, version, settings.target, version.source_id())
-    with record.failures():
+    with _lines_of(version, "fetch"), record.failures():
         with stage("survey"):
             plan = survey(settings, services, version, force=force, rebuild=rebuild)
         workspace.prepare(keep_context=bool(plan.builds))
@@ -167,7 +193,7 @@ def fetch(
                 message = f"{version} has other artifacts now than its image was made from."
                 remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
                 raise InvalidVersion(message, remedy=remedy)
-            log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
+            log.info("fetching", files=len(artifacts), reason=plan.reason)
             with stage("artifacts"):
                 write_context(services.catalog, artifacts, workspace.context, progress=progress)
                 content = content_digest(workspace.context)
@@ -229,6 +255,11 @@ def build(settings: BuildSettings, workspace: Workspace) -> BuildResult:
         UsageError: fetch has not run.
     """
     plan = workspace.plan()
+    with _lines_of(plan.version, "build"):
+        return _build(settings, workspace, plan)
+
+
+def _build(settings: BuildSettings, workspace: Workspace, plan: Plan) -> BuildResult:
     steps = plan.made_by("dockerfile")
     if not steps:
         log.info("nothing to build", reason="no image is made by a Dockerfile" if plan.builds else plan.reason)
@@ -289,6 +320,11 @@ def push(settings: Settings, services: Services, workspace: Workspace) -> Publis
     if settings.model_name not in {"", plan.version.name}:
         message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {settings.model_name!r}."
         raise UsageError(message, remedy="Run fetch for the model that is to be pushed, in a workspace of its own.")
+    with _lines_of(plan.version, "push"):
+        return _push(settings, services, workspace, plan)
+
+
+def _push(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Published:
     record = Record.of_plan(services.catalog, plan.version, plan)
     with record.failures():
         now = same_version(services, plan)
