@@ -28,6 +28,7 @@ from builder.errors import (
     UsageError,
 )
 from builder.join import push_and_tag, same_version
+from builder.leftovers import remove_leftovers
 from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, write_context
 from builder.models.version import TAG_PLATFORMS, ModelVersion
@@ -147,6 +148,8 @@ def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[
     """
     folder, temporary = settings.workspace_or_temporary()
     workspace = Workspace(folder)
+    if temporary and (left := remove_leftovers()):
+        log.info("removed what a killed publisher left", folders=left)
     try:
         if temporary and shared:
             message = "BUILDER_WORKSPACE is missing: the phases hand over through that folder."

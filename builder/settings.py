@@ -31,6 +31,7 @@ from builder.artifact_uri import ArtifactUri, parse_roots
 from builder.base_pattern import BasePattern
 from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
 from builder.errors import BuilderError, InvalidSettings
+from builder.leftovers import PREFIX
 from builder.masking import mask, url_credentials
 from builder.reference import Platform, Repository, parse_platforms, repository_component
 
@@ -236,7 +237,7 @@ class CommonSettings(BaseModel):
     def workspace_or_temporary(self) -> tuple[Path, bool]:
         """Return the workspace, and whether it is a temporary folder of this process that it should remove."""
         named = self.named_workspace
-        return (named, False) if named else (Path(tempfile.mkdtemp(prefix="builder-")), True)
+        return (named, False) if named else (Path(tempfile.mkdtemp(prefix=PREFIX)), True)
 
 
 class BuildSettings(CommonSettings):
