@@ -439,3 +439,15 @@ def test_what_fails_is_told_with_its_time(small, small_environ):
     last = json.loads(done.stderr.splitlines()[-1])
     assert last["event"] == "failed"
     assert datetime.fromisoformat(last["timestamp"]).tzinfo is UTC
+
+
+def test_an_image_is_the_same_whether_its_index_was_made_at_once_or_extended(small, small_settings, registry, crane):
+    model = small()
+    first = publish(small_settings(model, TARGET_PLATFORMS="linux/amd64"))
+    both = {"TARGET_PLATFORMS": "linux/amd64,linux/arm64"}
+    extended = publish(small_settings(model, **both))
+    at_once = publish(small_settings(model, REGISTRY_URL=f"{registry.host}/{model.name}-again", **both))
+    assert extended.reference.digest == at_once.reference.digest != first.reference.digest
+    index = json.loads(crane("manifest", str(at_once.reference)))
+    assert index["annotations"]["io.modelimage.platforms"] == "linux/amd64,linux/arm64"
+    assert str(first.reference.digest) in {entry["digest"] for entry in index["manifests"]}
