@@ -56,6 +56,8 @@ def _end(code: int) -> NoReturn:
     limit = threading.Timer(_AT_EXIT, os._exit, [code])
     limit.daemon = True
     limit.start()
+    # Nor should one of them search all that was imported for garbage.
+    gc.freeze()
     try:
         atexit._run_exitfuncs()  # noqa: SLF001  # CPython's own way to run them early; a test holds it to that
         logging.shutdown()
