@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
+import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from builder import cli
-from builder.errors import BuilderError, ExitCode, Terminated
+from builder.errors import BuilderError, ExitCode, InvalidSettings, Terminated
 from builder.shown import shown
 
 if TYPE_CHECKING:
@@ -23,18 +27,45 @@ if TYPE_CHECKING:
 # `import mlflow` leaves a hundred thousand objects that stay, and with Python's 700 they are searched for garbage 250
 # times, in vain: a tenth of a publish that has nothing to do. See docs/decisions/0024-start-up.md.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
+# Seconds that atexit's functions may take, and after which a request to end that was swallowed is repeated.
+_AT_EXIT = 3.0
+_AGAIN = 0.05
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line, and end the process with its exit code."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
-    try:
+    code = int(ExitCode.TEMPORARY)
+    with suppress(Terminated):  # it came between two statements of `run` that have an answer to it
         code = run(sys.argv[1:], os.environ)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process without the interpreter's teardown, once atexit's functions have run and all is written.
+
+    The teardown freezes threads wherever they are, and then takes locks that one of them may hold for ever: logging's,
+    or stderr's. It would also search all that was imported for garbage: 0.2 s with MLflow. Whatever needs to be closed
+    is closed by now; threads that still work do so in vain.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A request to end is answered already.
+        with suppress(Terminated):
+            signal.signal(number, signal.SIG_IGN)
+    # Of a library's functions at exit nobody knows how long they take.
+    limit = threading.Timer(_AT_EXIT, os._exit, [code])
+    limit.daemon = True
+    limit.start()
+    # Nor should one of them search all that was imported for garbage.
+    gc.freeze()
+    try:
+        atexit._run_exitfuncs()  # noqa: SLF001  # CPython's own way to run them early; a test holds it to that
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever read it has gone
+                stream.flush()
     finally:
-        # Python would end by searching all that was imported for garbage: 0.2 s with MLflow, for memory that goes
-        # anyway. What needs to be closed is closed by now, and atexit's functions still run.
-        gc.freeze()
-    sys.exit(code)
+        os._exit(code)
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -46,6 +77,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, _terminated)
+    sys.unraisablehook = _unraisable
     context = cli.Invocation(environ=environ)
     try:
         code = cli.builder.main(list(arguments), prog_name="builder", standalone_mode=False, obj=context)
@@ -58,7 +90,8 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         context.failed("Terminated", "The process was asked to end.", "Run the command again.", ExitCode.TEMPORARY)
         return ExitCode.TEMPORARY
     except BuilderError as error:
-        context.failed(type(error).__name__, error.what, error.remedy, error.exit_code)
+        problems = error.problems if isinstance(error, InvalidSettings) else ()
+        context.failed(type(error).__name__, error.what, error.remedy, error.exit_code, problems)
         return error.exit_code
     except SystemExit:
         # click's way to say that whoever read our stdout has gone; there is nobody to tell.
@@ -74,6 +107,16 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise Terminated
+
+
+def _unraisable(event: sys.UnraisableHookArgs) -> None:
+    """Repeat a request to end that came in a destructor or another place that can raise nothing."""
+    if isinstance(event.exc_value, Terminated):
+        # Once this hook has returned: it can raise nothing either.
+        signal.signal(signal.SIGALRM, _terminated)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+    else:
+        sys.__unraisablehook__(event)
 
 
 if __name__ == "__main__":

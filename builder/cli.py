@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -25,7 +26,7 @@ from builder.masking import masked
 from builder.shown import indented, json_visible, one_line, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from builder.publish import Published
     from builder.settings import CommonSettings
@@ -73,15 +74,28 @@ class Invocation:
         """Print lines on stdout. What other people wrote in them is masked before: a reference must stay as it is."""
         self.stdout.write("\n".join(visible(line) for line in text.split("\n")) + "\n")
 
-    def failed(self, kind: str, what: str, remedy: str, code: int) -> None:
-        """Say on stderr what failed and what to do, and leave it as a Pod's termination message."""
+    def failed(self, kind: str, what: str, remedy: str, code: int, problems: Sequence[str] = ()) -> None:
+        """Say on stderr what failed and what to do, and leave it as a Pod's termination message.
+
+        Args:
+            kind: the error's name.
+            what: what failed.
+            remedy: what to do about it.
+            code: the exit code.
+            problems: what `what` lists after a colon, if it does: for people, a line for each.
+        """
         what, remedy = one_line(what, _MOST_SAID), one_line(remedy, _MOST_SAID)
         if sys.stderr.isatty() or self.environ.get("LOG_FORMAT") == "text":
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {what}", err=True)
+            said = f"{what.partition(':')[0]}:" if len(problems) > 1 else what
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {said}", err=True)
+            for problem in problems if len(problems) > 1 else ():
+                click.echo(f"  - {one_line(problem, _MOST_SAID)}", err=True)
             if remedy:
                 click.echo(f"  {click.style('what to do:', bold=True)} {remedy}", err=True)
         else:
+            # As lines of the log are, which may not have been configured yet.
             event = {"event": "failed", "level": "error", "error": kind, "what": what, "remedy": remedy}
+            event["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
             click.echo(json.dumps({**event, "exit_code": int(code)}, ensure_ascii=False), err=True)
         self.leave_message({"state": "failed", "error": one_line(f"{kind}: {what} {remedy}"), "exit_code": int(code)})
 
@@ -234,7 +248,7 @@ def build(invocation: Invocation) -> None:
 
     It runs once for each platform, and leaves an OCI image layout for each in the workspace. A version that is put
     together from wheel layers has nothing to be done here. A Dockerfile that fails is written to the workspace and
-    recorded by push; this command then still exits with 0.
+    recorded by push; this command then still exits with 0. An engine that is killed, as when memory runs out, is 75.
     """
     from builder import publish as story
     from builder.settings import BuildSettings

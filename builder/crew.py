@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -86,7 +87,11 @@ class _Crew(Generic[Item, Result]):
         for item in items:
             self._todo.put(item)
         self._done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(min(threads, len(items)))]
+        # What they log names what the thread that began them works on; a context can be entered by one at a time.
+        self._threads = [
+            threading.Thread(target=copy_context().run, args=(self._run,), daemon=True)
+            for _ in range(min(threads, len(items)))
+        ]
         for thread in self._threads:
             thread.start()
 

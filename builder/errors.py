@@ -8,9 +8,12 @@ podFailurePolicy can tell a hopeless input from a service that is away.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from builder.shown import one_line as one_line  # noqa: PLC0414 -- who raises an error quotes others in it
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Cause = TypeVar("Cause", bound=BaseException)
 
@@ -109,6 +112,10 @@ class TryAgain(BuilderError):
     exit_code = ExitCode.TEMPORARY
 
 
+class EngineKilled(TryAgain):
+    """An engine was killed from outside, as when memory runs out."""
+
+
 class PermissionRefused(BuilderError):
     """A credential is missing, wrong, or may not do what was asked."""
 
@@ -122,9 +129,19 @@ class RootRefused(PermissionRefused):
 
 
 class InvalidSettings(BuilderError):
-    """One or more settings are missing or malformed."""
+    """One or more settings are missing or malformed.
+
+    Args:
+        what: as for every error.
+        remedy: as for every error.
+        problems: what `what` lists, a sentence without a full stop for each; empty where it lists nothing.
+    """
 
     exit_code = ExitCode.CONFIG
+
+    def __init__(self, what: str, *, remedy: str = "", problems: Sequence[str] = ()) -> None:
+        super().__init__(what, remedy=remedy)
+        self.problems = tuple(problems)
 
 
 def of_kind(name: str, code: int, what: str, remedy: str) -> BuilderError:

@@ -199,15 +199,16 @@ def _annotations(plan: Plan, step: PlatformPlan | None = None) -> dict[str, str]
         plan: the plan.
         step: of the plan, for one platform's image; None for the index.
     """
-    method = {manifests.METHOD: step.method} if step else {}
-    return method | {
+    # What is true of the index alone: an image's bytes are the same whatever stands beside it.
+    platforms = ",".join(sorted(str(step.platform) for step in plan.platforms))
+    of_one = {manifests.METHOD: step.method} if step else {manifests.PLATFORMS: platforms}
+    return of_one | {
         manifests.CREATED: manifests.timestamp(plan.version.created),
         manifests.TITLE: one_line(plan.version.name, 300),
         manifests.VERSION: plan.version.version,
         manifests.SOURCE_ID: plan.source_id,
         manifests.CONTENT_DIGEST: str(plan.content_digest),
         manifests.ARTIFACTS_DIGEST: str(listing_digest(plan.artifacts)),
-        manifests.PLATFORMS: ",".join(sorted(str(step.platform) for step in plan.platforms)),
     }
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from structlog.contextvars import bound_contextvars
+
 from builder.budget import Budget, Deadline, check_listing
 from builder.build.engine import BuildJob, Engine
 from builder.build.engines import select_engine
@@ -19,12 +21,14 @@ from builder.errors import (
     BuilderError,
     BuildFailed,
     Defect,
+    EngineKilled,
     InvalidSettings,
     InvalidVersion,
     TryAgain,
     UsageError,
 )
 from builder.join import push_and_tag, same_version
+from builder.leftovers import remove_leftovers
 from builder.log import get_logger, masked, safe_line
 from builder.models.context import Progress, content_digest, write_context
 from builder.models.version import TAG_PLATFORMS, ModelVersion
@@ -96,6 +100,7 @@ def publish_version(
     Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
     """
     taken()
+    began = time.monotonic()
     # One for both: what fetch takes is no longer there for push. An engine has bounds of its own.
     deadline = Deadline(Budget.of(settings), version)
     plan = fetch(
@@ -105,9 +110,32 @@ def publish_version(
         with stage("build"):
             build(settings, workspace)
     published = push(settings, services, workspace, deadline=deadline)
-    if plan.builds:
-        log.info("timings", **taken())
+    if published.reference is not None:
+        _tell_end(workspace.plan(), published, time.monotonic() - began)
     return published
+
+
+def _tell_end(plan: Plan, published: Published, seconds: float) -> None:
+    """Say in one line of the log what a publish came to."""
+    with _lines_of(plan.version, "end"):
+        if plan.builds:
+            log.info("timings", **taken())
+        log.info(
+            "published" if published.changed else "already published",
+            image=str(published.tag),
+            digest=str(published.reference.digest) if published.reference else "",
+            method=",".join(sorted({step.method for step in plan.platforms})),
+            platforms=list(published.platforms),
+            seconds=round(seconds, 3),
+            bytes=sum(artifact.size or 0 for artifact in plan.artifacts),
+        )
+
+
+@contextmanager
+def _lines_of(version: ModelVersion, phase: str) -> Iterator[None]:
+    """Have every line of the log name the version and the phase, those of threads begun here as well."""
+    with bound_contextvars(model=version.name, version=version.version, phase=phase):
+        yield
 
 
 @contextmanager
@@ -124,6 +152,8 @@ def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[
     """
     folder, temporary = settings.workspace_or_temporary()
     workspace = Workspace(folder)
+    if temporary and (left := remove_leftovers()):
+        log.info("removed what a killed publisher left", folders=left)
     try:
         if temporary and shared:
             message = "BUILDER_WORKSPACE is missing: the phases hand over through that folder."
@@ -169,7 +199,7 @@ def fetch(
     """
     record = Record(services.catalog, version, settings.target, version.source_id())
     deadline = deadline or Deadline(Budget.of(settings), version)
-    with record.failures(), deadline.running():
+    with _lines_of(version, "fetch"), record.failures(), deadline.running():
         with stage("survey"):
             plan = survey(settings, services, version, force=force, rebuild=rebuild)
         workspace.prepare(keep_context=bool(plan.builds))
@@ -182,7 +212,7 @@ def fetch(
                 message = f"{version} has other artifacts now than its image was made from."
                 remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
                 raise InvalidVersion(message, remedy=remedy)
-            log.info("fetching", version=str(version), files=len(artifacts), reason=plan.reason)
+            log.info("fetching", files=len(artifacts), reason=plan.reason)
             with stage("artifacts"):
                 write_context(services.catalog, artifacts, workspace.context, progress=progress)
                 content = content_digest(workspace.context)
@@ -244,6 +274,11 @@ def build(settings: BuildSettings, workspace: Workspace) -> BuildResult:
         UsageError: fetch has not run.
     """
     plan = workspace.plan()
+    with _lines_of(plan.version, "build"):
+        return _build(settings, workspace, plan)
+
+
+def _build(settings: BuildSettings, workspace: Workspace, plan: Plan) -> BuildResult:
     steps = plan.made_by("dockerfile")
     if not steps:
         log.info("nothing to build", reason="no image is made by a Dockerfile" if plan.builds else plan.reason)
@@ -312,8 +347,14 @@ def push(
     if settings.model_name not in {"", plan.version.name}:
         message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {settings.model_name!r}."
         raise UsageError(message, remedy="Run fetch for the model that is to be pushed, in a workspace of its own.")
+    with _lines_of(plan.version, "push"):
+        return _push(settings, services, workspace, plan, deadline or Deadline(Budget.of(settings), plan.version))
+
+
+def _push(
+    settings: Settings, services: Services, workspace: Workspace, plan: Plan, deadline: Deadline
+) -> Published:  # fmt: skip
     record = Record.of_plan(services.catalog, plan.version, plan)
-    deadline = deadline or Deadline(Budget.of(settings), plan.version)
     with record.failures(), deadline.running():
         now = same_version(services, plan)
     record = Record.of_plan(services.catalog, now, plan)
@@ -351,9 +392,17 @@ def run_fetch(
 
 
 def run_build(settings: BuildSettings) -> BuildResult:
-    """Run the build phase on the workspace that the settings name."""
+    """Run the build phase on the workspace that the settings name.
+
+    Raises:
+        EngineKilled: the engine was killed from outside. The kubelet counts that as this container's end, and starts
+            no other container of a Pod that says nevertheless that all is well.
+    """
     with workspace_of(settings, shared=True) as workspace:
-        return build(settings, workspace)
+        result = build(settings, workspace)
+    if result.failure == EngineKilled.__name__:
+        result.check()
+    return result
 
 
 def run_push(settings: Settings) -> Published:

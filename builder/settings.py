@@ -31,6 +31,7 @@ from builder.artifact_uri import ArtifactUri, parse_roots
 from builder.base_pattern import BasePattern
 from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
 from builder.errors import BuilderError, InvalidSettings
+from builder.leftovers import PREFIX
 from builder.masking import mask, url_credentials
 from builder.reference import Platform, Repository, parse_platforms, repository_component
 
@@ -219,7 +220,8 @@ class CommonSettings(BaseModel):
         problems += cls._problems(values)
         if problems:
             message = f"The settings cannot be used: {'; '.join(problems)}."
-            raise InvalidSettings(message, remedy="Set the variables named here; docs/settings.md lists them all.")
+            remedy = "Set the variables named here; docs/settings.md lists them all."
+            raise InvalidSettings(message, remedy=remedy, problems=problems)
         return settings
 
     @classmethod
@@ -235,7 +237,7 @@ class CommonSettings(BaseModel):
     def workspace_or_temporary(self) -> tuple[Path, bool]:
         """Return the workspace, and whether it is a temporary folder of this process that it should remove."""
         named = self.named_workspace
-        return (named, False) if named else (Path(tempfile.mkdtemp(prefix="builder-")), True)
+        return (named, False) if named else (Path(tempfile.mkdtemp(prefix=PREFIX)), True)
 
 
 class BuildSettings(CommonSettings):
@@ -294,10 +296,15 @@ class CatalogSettings(CommonSettings):
         form="a URI such as https://mlflow.example.com",
     )
     domino_user_api_key: SecretStr | None = _setting(
-        "DOMINO_USER_API_KEY", "Sent to Domino's MLflow as X-Domino-Api-Key.", None
+        "DOMINO_USER_API_KEY",
+        "Sent to Domino's MLflow as X-Domino-Api-Key, except on loopback, where Domino's proxy adds its own. "
+        "In its place MLFLOW_TRACKING_TOKEN may be set.",
+        None,
     )
     domino_run_id: SecretStr | None = _setting(
-        "DOMINO_RUN_ID", "The Domino run in whose name MLflow is asked; sent as X-Domino-Execution.", None
+        "DOMINO_RUN_ID",
+        "The Domino run in whose name MLflow is asked; sent as X-Domino-Execution beside the API key or the token.",
+        None,
     )
     target_tag: str = _setting(
         "TARGET_TAG",
@@ -363,6 +370,13 @@ class CatalogSettings(CommonSettings):
     )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 
+    @field_validator("mlflow_tracking_uri")
+    @classmethod
+    def _tracking_uri_names_a_server(cls, value: str) -> str:
+        if why := _no_server(value):
+            raise ValueError(why)
+        return value
+
     @field_validator("target_tag")
     @classmethod
     def _target_tag_is_a_tag(cls, value: str) -> str:
@@ -388,7 +402,16 @@ class CatalogSettings(CommonSettings):
 
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:
-        return [*super()._problems(values), *_half(values, "DOMINO_USER_API_KEY", "DOMINO_RUN_ID")]
+        registry = values.get("MLFLOW_REGISTRY_URI")
+        why = _no_server(str(registry)) if registry else ""
+        return [
+            *super()._problems(values),
+            *(
+                [f"MLFLOW_REGISTRY_URI is malformed ({why}): it should be a URI such as https://mlflow.example.com"]
+                if why
+                else []
+            ),
+        ]
 
 
 class Settings(CatalogSettings, BuildSettings):
@@ -538,6 +561,20 @@ class Settings(CatalogSettings, BuildSettings):
     def repository_of(self, model_name: str) -> Repository:
         """Return the repository that a model's images go to."""
         return self.registry_url.child(self.component_of(model_name))
+
+
+def _no_server(uri: str) -> str:
+    """Return why MLflow would take an address for a folder, or ask nobody; empty where all is well.
+
+    MLflow reads what has no scheme as a path: it would make a folder `mlflow.example.com` and find no model in it.
+    """
+    scheme, colon, rest = uri.partition(":")
+    if scheme.lower() in {"http", "https"} and colon:
+        return "" if rest.startswith("//") and rest[2:].split("/", 1)[0] else "the host is missing"
+    path = uri.startswith((".", "/")) and not uri.startswith("//")
+    known = uri in {"databricks", "databricks-uc", "uc"} or Path(uri).is_dir()
+    schemed = colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+_-]*", scheme) and (rest.startswith("//") or scheme == "file")
+    return "" if path or known or schemed else "the scheme is missing"
 
 
 def _check_apart(variable: str, ours: Repository | None, images: Repository) -> None:

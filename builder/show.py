@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -91,7 +91,12 @@ def _cell(text: str) -> str:
 
 def sweep(swept: Sequence[Swept]) -> None:
     """Show a sweep's summary: a table on a terminal, one log line elsewhere."""
-    _summary("swept", [(r.version, r.state, str(r.reference or r.detail)) for r in swept])
+    waiting = [str(result.version) for result in swept if result.state == "waiting"]
+    notes: dict[str, object] = {}
+    if waiting:
+        remedy = "What waits has failed too often: it is tried again when it is changed, or with --retry-failed."
+        notes = {"waiting": waiting, "remedy": remedy}
+    _summary("swept", [(r.version, r.state, str(r.reference or r.detail)) for r in swept], notes)
 
 
 def downloads(results: Sequence[DownloadResult]) -> None:
@@ -113,16 +118,21 @@ def warmed(results: Sequence[Warmed]) -> None:
     )
 
 
-def _summary(event: str, rows: Sequence[tuple[ModelVersion, str, str]]) -> None:
-    """Show what became of versions: each with its state and a detail."""
+def _summary(
+    event: str, rows: Sequence[tuple[ModelVersion, str, str]], notes: Mapping[str, object] | None = None
+) -> None:
+    """Show what became of versions: each with its state and a detail; `notes` are added to the log's line."""
     counts = Counter(state for _, state, _ in rows)
     if not sys.stderr.isatty():
-        log.info(event, versions=len(rows), states=dict(counts))
+        log.info(event, versions=len(rows), states=dict(counts), **(notes or {}))
         return
+    caption = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag"
+    if notes:
+        caption += f". {notes['remedy']}"
     _table(
         ("model", "version", "state", "detail"),
         [(version.name, version.version, state, detail) for version, state, detail in rows],
-        ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag",
+        caption,
     )
 
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 from builder.budget import Bound, Budget
 from builder.errors import ExitCode, Terminated
+from builder.leftovers import PREFIX, lock, remove_leftovers
 from builder.process_tree import adopt_orphans, descendants, end_with_parent, is_bounded, kill_descendants, memory_of
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def main(control: socket.socket, modules: Sequence[str]) -> None:
     adopt_orphans()
     for name in modules:
         importlib.import_module(name)
+    remove_leftovers()
     gc.freeze()
     while (received := _received(control)) is not None:
         work, descriptors = received
@@ -137,7 +139,9 @@ class _Watch:
 
     def over(self, descriptors: Sequence[int]) -> End | None:
         """Return how the work ended, with nothing of it left; None where whoever wanted it has gone meanwhile."""
-        self._folder = tempfile.mkdtemp(prefix="builder-version-")
+        self._folder = tempfile.mkdtemp(prefix=f"{PREFIX}version-")
+        # The child inherits the lock, and it goes when the child does.
+        locked = lock(Path(self._folder))
         alive, held = os.pipe()
         here = os.getpid()
         self._pid = os.fork()
@@ -146,6 +150,7 @@ class _Watch:
             self._control.close()
             _be_child(self._work, descriptors, self._folder, here)
         os.close(held)
+        os.close(locked)
         for descriptor in descriptors:
             os.close(descriptor)
         try:

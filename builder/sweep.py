@@ -97,10 +97,23 @@ def sweep(settings: Settings, options: Options | None = None) -> Iterator[Swept]
         refuse_untrusted(settings)
     catalog = MlflowCatalog.from_settings(settings)
     versions = natural_order(catalog.tagged(settings.target_tag))
+    if not versions:
+        _tell_near_misses(catalog, settings.target_tag)
     with Children(Budget.of(settings), modules=MODULES) as children:
         # What has failed, or has taken the whole process with it, comes last: it must not keep the others waiting.
         for version in sorted(versions, key=lambda version: _in_vain(settings, version)):
             yield _sweep_one(settings, catalog, children, version, options)
+
+
+def _tell_near_misses(catalog: MlflowCatalog, tag: str) -> None:
+    """Say in the log what may have been meant to select a version."""
+    try:
+        found = catalog.near_misses(tag)
+    except BuilderError as error:
+        log.warning("no version carries the target tag", tag=tag, error=error.one_line())
+        return
+    remedy = f"A version is selected by its own tag {tag} with the value true."
+    log.warning("no version carries the target tag", tag=tag, versions=found.versions, seen=found.told(), remedy=remedy)
 
 
 def _sweep_one(

@@ -29,6 +29,7 @@ from builder.errors import (
     BuilderError,
     BuildFailed,
     Defect,
+    EngineKilled,
     InvalidSettings,
     InvalidVersion,
     ServiceUnavailable,
@@ -52,7 +53,7 @@ _MOST_TEXT = 4000
 
 # What a build phase may fail with. It is told by a stranger, so it decides an exit code and nothing else.
 _FAILURES: dict[str, type[BuilderError]] = {
-    kind.__name__: kind for kind in (BuildFailed, ServiceUnavailable, TryAgain, InvalidSettings, Defect)
+    kind.__name__: kind for kind in (BuildFailed, ServiceUnavailable, TryAgain, EngineKilled, InvalidSettings, Defect)
 }
 
 

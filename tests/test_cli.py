@@ -277,3 +277,12 @@ def test_the_exit_code_of_a_sweep_is_the_publishers_own(builder, mlflow_server, 
     assert "nonsense" in done.stderr
     assert builder("sweep", "--strict", TARGET_TAG=target).returncode == 65
     assert builder("sweep", TARGET_TAG=target, REGISTRY_URL="https://").returncode == 78
+
+
+def test_settings_that_are_wrong_are_a_list_for_people():
+    done = bare("sweep", LOG_FORMAT="text")
+    assert done.returncode == ExitCode.CONFIG
+    first, *items, last = done.stderr.splitlines()
+    assert first == "error: The settings cannot be used:"
+    assert [item.split()[:2] for item in items] == [["-", "MLFLOW_TRACKING_URI"], ["-", "REGISTRY_URL"]]
+    assert "what to do:" in last

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ from builder.errors import BuildFailed, InvalidVersion, ServiceUnavailable, TryA
 from builder.publish import Published, build, fetch, publish, push, workspace_of
 from builder.settings import Settings
 from builder.survey import connected, find, preview
+from scripts.launch import clean_environ
 from tests.versions import DOCKERFILE, register, seed_layout
+from tests.waiting import HANG
 
+ROOT = Path(__file__).parent.parent
 # Nothing has to be run for it, so it builds for every platform.
 COPIES = "FROM {base}\nCOPY $model_folder /app/$model_folder\nUSER 10001\n"
 
@@ -402,3 +407,29 @@ def test_the_published_image_runs(settings, new):
     finally:
         subprocess.run(["buildah", "rm", container], check=True, capture_output=True)
     assert done.stdout == "prediction 42\n"
+
+
+def test_an_engine_that_is_killed_ends_the_build_phase(settings, new, tmp_path):
+    """As when memory runs out: a Pod whose first containers say that all is well would wait for ever."""
+    model = new("FROM {base}\nRUN echo it-runs && sleep 300\n")
+    before = settings(model)
+    with connected(before) as services, workspace_of(before) as workspace:
+        fetch(before, services, workspace, find(before, services))
+    environ = {**clean_environ(), "BUILDER_WORKSPACE": str(before.workspace), "LOG_FORMAT": "json"}
+    command = [sys.executable, "-m", "builder", "build"]
+    with subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            seen = []
+            while not any('"it-runs"' in line for line in seen):
+                seen.append(process.stderr.readline())
+                assert seen[-1], "".join(seen)
+            (engine,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(engine), signal.SIGKILL)
+            _, log = process.communicate(timeout=HANG)
+        finally:
+            process.kill()
+    assert process.returncode == 75, log
+    assert "was killed" in log
+    with pytest.raises(TryAgain, match="was killed"), connected(before) as services:
+        push(before, services, workspace)
+    assert "was killed" in model.outcome()["error"]

@@ -46,8 +46,14 @@ def test_what_is_missing_is_named_at_once():
         ("LOG_LEVEL", "loud", "debug, info"),
         ("REGISTRY_USER", "me", "REGISTRY_TOKEN is missing"),
         ("REGISTRY_TOKEN", "t0ken-of-mine", "REGISTRY_USER is missing"),
-        ("DOMINO_USER_API_KEY", "k3y-of-mine", "DOMINO_RUN_ID is missing"),
-        ("DOMINO_RUN_ID", "65f0", "DOMINO_USER_API_KEY is missing"),
+        ("MLFLOW_TRACKING_URI", "mlflow.example.com", "the scheme is missing"),
+        ("MLFLOW_TRACKING_URI", "mlflow.example.com/path", "the scheme is missing"),
+        ("MLFLOW_TRACKING_URI", "localhost:5000", "the scheme is missing"),
+        ("MLFLOW_TRACKING_URI", "user:pass-of-mine@mlflow.example.com:5000", "the scheme is missing"),
+        ("MLFLOW_TRACKING_URI", "//mlflow.example.com", "the scheme is missing"),
+        ("MLFLOW_TRACKING_URI", "https://", "the host is missing"),
+        ("MLFLOW_REGISTRY_URI", "registry.example.com:443", "the scheme is missing"),
+        ("TARGET_PLATFORMS", "linux/amd46", "is not a platform"),
     ],
 )
 def test_what_is_malformed_is_named_with_its_form(name, value, said):
@@ -149,3 +155,38 @@ def test_registering_needs_no_registry():
 def test_lower_case_proxies_count():
     settings = Settings.from_environ({**GOOD, "https_proxy": "http://proxy:3128", "no_proxy": "localhost"})
     assert settings.proxies == {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "localhost"}
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://mlflow.example.com/path",
+        "sqlite:////srv/mlflow.db",
+        "postgresql+psycopg2://host/name",
+        "file:///srv/mlruns",
+        "file:mlruns",
+        "/srv/mlruns",
+        "./mlruns",
+        "../mlruns",
+        "databricks",
+        "databricks://profile",
+        "databricks-uc",
+    ],
+)
+def test_what_mlflow_takes_for_its_server(uri):
+    assert CatalogSettings.from_environ({"MLFLOW_TRACKING_URI": uri}).mlflow_tracking_uri == uri
+
+
+@pytest.mark.parametrize("name", ["DOMINO_USER_API_KEY", "DOMINO_RUN_ID"])
+def test_of_dominos_variables_one_is_enough(name):
+    CatalogSettings.from_environ({**GOOD, name: "value-of-it"})
+
+
+def test_every_problem_is_an_item_of_a_list():
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environ({"SWEEP_ATTEMPTS": "0"})
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        "MLFLOW_TRACKING_URI",
+        "REGISTRY_URL",
+        "SWEEP_ATTEMPTS",
+    ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
+from builder import show
 from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.version import ModelVersion
 from builder.publish import publish
@@ -190,3 +193,39 @@ def test_trouble_of_the_publishers_is_told_from_a_versions_own(settings, new):
     new()
     (result,) = sweep(settings(REGISTRY_URL="127.0.0.1:1/swept"))
     assert (result.state, result.exit_code, result.trouble) == ("failed", 69, 69)
+
+
+def said(caplog, event):
+    """Return what the one line of the log says that has this event."""
+    (line,) = [record.msg for record in caplog.records if isinstance(record.msg, dict) and record.msg["event"] == event]
+    return line
+
+
+def test_where_nothing_is_selected_near_misses_are_told(settings, new, target, caplog):
+    caplog.set_level(logging.INFO, "builder")
+    said_yes = new(select="yes")
+    new(select="yes")
+    misspelt = new(tags={target: "false", target.lower().replace("target", "traget"): "true"})
+    on_model = new(select="false")
+    on_model.client.set_registered_model_tag(on_model.name, target, "true")
+    assert list(sweep(settings())) == []
+    line = said(caplog, "no version carries the target tag")
+    assert line["tag"] == target
+    assert line["versions"] >= 4
+    seen = "\n".join(line["seen"])
+    assert f"{target}='yes' on 2 versions, such as model {said_yes.name!r} version 1" in seen
+    assert f"{target.lower().replace('target', 'traget')}='true' on 1 version, such as model {misspelt.name!r}" in seen
+    assert f"{target}='true' on the registered model {on_model.name!r}" in seen
+    assert f"{target}='false'" not in seen
+
+
+def test_who_waits_is_in_the_summary(settings, new, caplog):
+    caplog.set_level(logging.INFO, "builder")
+    model = new("FROM {base}\nCOPY nowhere /\n")
+    once = settings(SWEEP_ATTEMPTS="1")
+    assert [result.state for result in sweep(once)] == ["failed"]
+    show.sweep(list(sweep(once)))
+    line = said(caplog, "swept")
+    assert line["states"] == {"waiting": 1}
+    assert line["waiting"] == [f"model {model.name!r} version 1"]
+    assert "--retry-failed" in line["remedy"]

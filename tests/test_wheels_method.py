@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -413,3 +415,39 @@ def test_a_client_brings_requirements_of_its_own(small, small_settings, base_ima
     }
     published = publish(small_settings(small(files=files), BASE_IMAGE=base_image))
     assert runtime.output(published.reference) == "small 7\n"
+
+
+def test_every_line_of_a_publish_names_version_and_phase(small, small_environ, crane):
+    model = small()
+    done = run(small_environ(model), "publish")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {(line["model"], line["version"]) for line in lines} == {(model.name, model.version)}
+    assert [phase for phase, _ in itertools.groupby(line["phase"] for line in lines)] == ["fetch", "push", "end"]
+    # Told by a thread.
+    assert "assembled" in {line["event"] for line in lines}
+    last = lines[-1]
+    assert last["event"] == "published"
+    assert f"{last['image'].rpartition(':')[0]}@{last['digest']}" == done.stdout.strip()
+    assert (last["method"], last["platforms"]) == ("wheels", ["linux/amd64"])
+    assert last["seconds"] > 0
+    assert last["bytes"] > 0
+
+
+def test_what_fails_is_told_with_its_time(small, small_environ):
+    done = run(small_environ(small(), MODEL_VERSION="77"), "publish")
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert last["event"] == "failed"
+    assert datetime.fromisoformat(last["timestamp"]).tzinfo is UTC
+
+
+def test_an_image_is_the_same_whether_its_index_was_made_at_once_or_extended(small, small_settings, registry, crane):
+    model = small()
+    first = publish(small_settings(model, TARGET_PLATFORMS="linux/amd64"))
+    both = {"TARGET_PLATFORMS": "linux/amd64,linux/arm64"}
+    extended = publish(small_settings(model, **both))
+    at_once = publish(small_settings(model, REGISTRY_URL=f"{registry.host}/{model.name}-again", **both))
+    assert extended.reference.digest == at_once.reference.digest != first.reference.digest
+    index = json.loads(crane("manifest", str(at_once.reference)))
+    assert index["annotations"]["io.modelimage.platforms"] == "linux/amd64,linux/arm64"
+    assert str(first.reference.digest) in {entry["digest"] for entry in index["manifests"]}

@@ -31,7 +31,7 @@ from builder.build.buildah_files import SEEN_BUNDLE, Files, staged
 from builder.build.dockerfile import Dockerfile
 from builder.build.failure import failure
 from builder.build.process import Runner, run
-from builder.errors import BuilderError, BuildFailed, TryAgain
+from builder.errors import BuilderError, BuildFailed, EngineKilled
 
 if TYPE_CHECKING:
     from builder.build.engine import BuildJob, Output
@@ -255,7 +255,7 @@ class _Said:
         """Return the error for a Buildah that ended with `code`."""
         if code in _KILLED:
             message = f"Buildah was killed while it built {platform}."
-            return TryAgain(message, remedy="Most often memory ran out: give the machine or the container more.")
+            return EngineKilled(message, remedy="Most often memory ran out: give the machine or the container more.")
         match = _FAILED_STEP.match(self._error)
         if match is None:
             words = self._error.removeprefix("Error: ") or self._printed or f"exit code {code}"

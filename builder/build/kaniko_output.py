@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from builder.build.failure import failure
-from builder.errors import TryAgain
+from builder.errors import EngineKilled
 
 if TYPE_CHECKING:
     from builder.build.engine import Output
@@ -70,7 +70,7 @@ class KanikoOutput:
         """Return the error for an executor that ended with `code`."""
         if code == _KILLED:
             message = f"Kaniko was killed while it built {platform}."
-            return TryAgain(message, remedy="Most often memory ran out: raise the container's memory limit.")
+            return EngineKilled(message, remedy="Most often memory ran out: raise the container's memory limit.")
         words = self._words or self._printed
         in_step = _STEP_FAILED in words
         return failure(

@@ -1,4 +1,4 @@
-"""Domino: the two headers by which its MLflow knows a user and a run, through MLflow's own plug-in point.
+"""Domino: the headers by which its MLflow knows a user and a run, through MLflow's own plug-in point.
 
 MLflow finds `DominoAuth` by the entry point `mlflow.request_auth_provider` of this package, asks it only where
 MLFLOW_TRACKING_AUTH is `domino`, and applies what it gives to each request of its own, so that the request's address is
@@ -37,32 +37,41 @@ class DominoAuth:
 
 
 class DominoHeaders:
-    """X-Domino-Api-Key and X-Domino-Execution, where DOMINO_USER_API_KEY and DOMINO_RUN_ID are both set.
+    """X-Domino-Api-Key of DOMINO_USER_API_KEY, and X-Domino-Execution of DOMINO_RUN_ID beside it or a bearer token.
 
-    They go to the server of MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI, and to no other.
+    They go to the server of MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI, and to no other. One on loopback is the
+    proxy that Domino has in each run, which adds its own. The token is MLFLOW_TRACKING_TOKEN, which MLflow sends
+    itself: where Domino has taken its API keys away, it proves the user.
     """
 
     def __call__(self, request: Any) -> Any:  # requests.PreparedRequest, which must not be imported to be named
         """Return the request, with the headers if it goes to that server."""
-        key, run_id = _variables()
-        origins = {origin for name in _SERVERS if (origin := _origin(os.environ.get(name, "")))}
-        if key and run_id and _origin(request.url) in origins:
-            request.headers.update({"X-Domino-Api-Key": key, "X-Domino-Execution": _execution(run_id)})
+        key, run_id, token = _variables()
+        if not (key or token) or _origin(request.url) not in _elsewhere(_servers()):
+            return request
+        if key:
+            request.headers["X-Domino-Api-Key"] = key
+        if run_id:
+            request.headers["X-Domino-Execution"] = _execution(run_id)
         return request
 
 
 def use_domino() -> None:
-    """Have MLflow's clients of this process send the headers, if both variables are in the environment.
+    """Have MLflow's clients of this process send the headers, if the environment has what they are made of.
 
     Raises:
-        InvalidSettings: MLFLOW_TRACKING_AUTH names another authentication, and MLflow knows one at a time.
+        InvalidSettings: there is an API key, MLFLOW_TRACKING_AUTH names another authentication, and MLflow knows one at
+            a time.
     """
-    if not all(_variables()):
+    key, run_id, token = _variables()
+    servers = _servers()
+    if not (key or (run_id and token)) or (servers and not _elsewhere(servers)):
         return
+    # A run's number is in every run's environment: it is no reason against what somebody has chosen.
     chosen = os.environ.setdefault(_CHOICE, _NAME)
-    if chosen != _NAME:
+    if key and chosen != _NAME:
         message = f"{_CHOICE} is {chosen!r}, and DOMINO_USER_API_KEY is set: MLflow takes one of them."
-        raise InvalidSettings(message, remedy=f"Unset {_CHOICE}, or DOMINO_USER_API_KEY and DOMINO_RUN_ID.")
+        raise InvalidSettings(message, remedy=f"Unset {_CHOICE}, or DOMINO_USER_API_KEY.")
     # requests takes only Authorization off a request that is redirected to another host, not Domino's key.
     os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
 
@@ -78,8 +87,25 @@ def _origin(uri: str) -> tuple[str, str, int] | None:
         return None
 
 
-def _variables() -> tuple[str, str]:
-    return os.environ.get("DOMINO_USER_API_KEY", "").strip(), os.environ.get("DOMINO_RUN_ID", "").strip()
+def _servers() -> set[tuple[str, str, int]]:
+    """Return the origins of the servers that the environment names."""
+    return {origin for name in _SERVERS if (origin := _origin(os.environ.get(name, "")))}
+
+
+def _elsewhere(origins: set[tuple[str, str, int]]) -> set[tuple[str, str, int]]:
+    """Return those origins that are not on loopback."""
+    # Imported here, since MLflow loads this module in every process that imports MLflow.
+    from builder.images.hosts import is_loopback
+
+    return {origin for origin in origins if not is_loopback(f"[{origin[1]}]" if ":" in origin[1] else origin[1])}
+
+
+def _variables() -> tuple[str, str, str]:
+    """Return API key, run and bearer token; empty where there is none."""
+    key, run_id, token = (
+        os.environ.get(name, "").strip() for name in ("DOMINO_USER_API_KEY", "DOMINO_RUN_ID", "MLFLOW_TRACKING_TOKEN")
+    )
+    return key, run_id, token
 
 
 @lru_cache(maxsize=1)

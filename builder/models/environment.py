@@ -48,8 +48,9 @@ def export(settings: CatalogSettings) -> None:
     values = {name: secret.get_secret_value() for name, secret in settings.mlflow_variables.items()}
     values["MLFLOW_TRACKING_URI"] = settings.mlflow_tracking_uri
     values.update(settings.proxies)
-    if settings.domino_user_api_key and settings.domino_run_id:
+    if settings.domino_user_api_key:
         values["DOMINO_USER_API_KEY"] = settings.domino_user_api_key.get_secret_value()
+    if settings.domino_run_id:
         values["DOMINO_RUN_ID"] = settings.domino_run_id.get_secret_value()
     os.environ.update(values)
     if settings.ssl_cert_file:

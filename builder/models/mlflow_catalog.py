@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from builder.errors import InvalidVersion, PermissionRefused, VersionNotFound, one_line
@@ -10,6 +11,7 @@ from builder.log import get_logger
 from builder.models.answers import answering
 from builder.models.artifacts import union
 from builder.models.environment import export, quiet_client
+from builder.models.near_misses import NearMisses
 from builder.models.origin import LOGGED_MODEL, Origin
 from builder.models.roots import ArtifactRoots
 from builder.models.store import ArtifactStore
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _IS_PROMPT = "mlflow.prompt.is_prompt"
 _PAGE = 500
+_MOST_LISTED = 10_000
+_MOST_MODELS = 1000
 _log = get_logger("models")
 
 
@@ -119,9 +123,17 @@ class MlflowCatalog:
 
     def _search(self, query: str | None, tag: str) -> Iterator[ModelVersion]:
         seen: set[tuple[str, str]] = set()
+        for version in self._listed(query, f"search versions by the tag {tag}"):
+            key = (version.name, version.version)
+            if version.selected_by(tag) and key not in seen:
+                seen.add(key)
+                yield version
+
+    def _listed(self, query: str | None, what: str) -> Iterator[ModelVersion]:
+        """Yield the versions of a search, prompts left out; some may come twice."""
         token: str | None = None
         while True:
-            with answering(f"search versions by the tag {tag}", server=self.server):
+            with answering(what, server=self.server):
                 page = self.client.search_model_versions(
                     filter_string=query,
                     max_results=self._page_size,
@@ -130,13 +142,22 @@ class MlflowCatalog:
                     page_token=token,
                 )
             for version in filter(None, map(self._readable, page)):
-                key = (version.name, version.version)
-                if version.selected_by(tag) and _IS_PROMPT not in version.tags and key not in seen:
-                    seen.add(key)
+                if _IS_PROMPT not in version.tags:
                     yield version
             token = page.token
             if not token:
                 return
+
+    def near_misses(self, tag: str) -> NearMisses:
+        """Return what is like a tag that selects nothing, among 10,000 versions and 1,000 registered models."""
+        found = NearMisses(tag)
+        for version in islice(self._listed(None, "list versions"), _MOST_LISTED):
+            found.add(version)
+        with answering("list registered models", server=self.server):
+            models = self.client.search_registered_models(max_results=_MOST_MODELS)
+        for model in models:
+            found.add_model(model.name, dict(model.tags))
+        return found
 
     @staticmethod
     def _readable(found: Any) -> ModelVersion | None:

@@ -7,6 +7,7 @@ import hmac
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from builder.models.domino import DominoAuth
 from builder.models.mlflow_catalog import MlflowCatalog
 from tests.models.http_answers import Answers, answering_server
 
+ELSEWHERE = "mlflow.domino.test"
 KEY, RUN = "domino-api-key-0123456789", "65a1b2c3d4e5f60718293a4b"
 
 
@@ -37,10 +39,20 @@ def _own_environment():
     os.environ.update(before)
 
 
-def headers_sent():
+@pytest.fixture(autouse=True)
+def _a_server_elsewhere(monkeypatch):
+    """Have a name of no loopback host lead to loopback, as a test may ask nobody else."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: resolve(host.replace(ELSEWHERE, "127.0.0.1"), *rest, **more)
+    )
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def headers_sent(host=ELSEWHERE):
     answers = Answers(status=404)
-    with answering_server(answers) as uri:
-        os.environ["MLFLOW_TRACKING_URI"] = uri
+    with answering_server(answers) as loopback:
+        uri = os.environ["MLFLOW_TRACKING_URI"] = loopback.replace("127.0.0.1", host)
         with pytest.raises(BuilderError):
             MlflowCatalog(uri).find("m", "1")
     return answers.headers[0]
@@ -65,15 +77,38 @@ def test_both_headers_are_sent_with_every_request(monkeypatch):
     assert decoded(signature) == hmac.digest(b"secret", f"{head}.{payload}".encode(), "sha256")
 
 
-@pytest.mark.parametrize("missing", ["DOMINO_USER_API_KEY", "DOMINO_RUN_ID"])
 @pytest.mark.parametrize("value", [None, "", " "])
-def test_without_both_variables_there_is_neither_header(monkeypatch, missing, value):
+def test_each_header_is_of_its_variable(monkeypatch, value):
+    def without(name):
+        set_both(monkeypatch)
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+        return dominos(headers_sent())
+
+    assert without("DOMINO_RUN_ID") == ["X-Domino-Api-Key"]
+    # A run alone proves nothing, and is in every run's environment.
+    assert without("DOMINO_USER_API_KEY") == []
+
+
+def test_a_bearer_token_and_the_run(monkeypatch):
+    monkeypatch.setenv("DOMINO_RUN_ID", RUN)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tracking-token")
+    sent = headers_sent()
+    assert sent["Authorization"] == "Bearer tracking-token"
+    assert dominos(sent) == ["X-Domino-Execution"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_dominos_own_proxy_in_a_run_adds_them_itself(monkeypatch, host):
     set_both(monkeypatch)
-    if value is None:
-        monkeypatch.delenv(missing)
-    else:
-        monkeypatch.setenv(missing, value)
-    assert not dominos(headers_sent())
+    assert not dominos(headers_sent(host))
+
+
+def test_in_a_run_another_authentication_may_be_chosen(monkeypatch):
+    monkeypatch.setenv("DOMINO_RUN_ID", RUN)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tracking-token")
+    monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "kubernetes")
+    MlflowCatalog("https://d")
+    assert os.environ["MLFLOW_TRACKING_AUTH"] == "kubernetes"
 
 
 def test_no_other_server_is_sent_them(monkeypatch):

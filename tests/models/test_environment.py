@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -62,9 +63,15 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert os.environ["HTTPS_PROXY"] == "http://proxy:1"
 
 
-def test_dominos_key_does_not_follow_a_redirect_to_another_host():
+def test_dominos_key_does_not_follow_a_redirect_to_another_host(monkeypatch):
     elsewhere = Answers()
-    with answering_server(elsewhere) as other, answering_server(Answers(status=307, location=other)) as uri:
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: resolve(host.replace("d.test", "127.0.0.1"), *rest, **more)
+    )
+    monkeypatch.setenv("NO_PROXY", "*")
+    with answering_server(elsewhere) as other, answering_server(Answers(status=307, location=other)) as loopback:
+        uri = loopback.replace("127.0.0.1", "d.test")
         values = {"DOMINO_USER_API_KEY": "domino-api-key", "DOMINO_RUN_ID": "run-id-123"}
         catalog = MlflowCatalog.from_settings(settings(MLFLOW_TRACKING_URI=uri, **values))
         with pytest.raises(BuilderError):

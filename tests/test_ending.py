@@ -1,0 +1,124 @@
+"""The process ends when its work is done, and when it is asked to, whatever its threads hold at that moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scripts.launch import clean_environ
+from tests.test_wheels_method import ROOT
+from tests.waiting import HANG
+
+# How often each way of ending is tried here; CONTRIBUTING.md says how to try it several hundred times.
+_TIMES = int(os.environ.get("BUILDER_TEST_ENDINGS", "12"))
+# Threads that always hold a lock which the interpreter takes when it is torn down.
+_BUSY_THREADS = """
+import logging, sys, threading, time, types
+from builder import __main__
+
+def hold():
+    lock = logging._lock
+    while True:
+        with lock:
+            time.sleep(0.02)
+
+for _ in range(4):
+    threading.Thread(target=hold, daemon=True).start()
+while logging._lock.acquire(blocking=False):
+    logging._lock.release()
+# Its end takes that lock, and it ends with a module that is taken down before logging is.
+late = types.ModuleType("late")
+late.handler = logging.StreamHandler()
+sys.modules["late"] = late
+del late
+sys.argv = ["builder", *sys.argv[1:]]
+__main__.main()
+"""
+_SWALLOWED = """
+import os, signal, sys, time
+from builder import __main__, cli
+
+class Cleanup:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+def callback(self):
+    Cleanup()
+    time.sleep(300)
+
+cli.builder.commands["build"].callback = cli.click.pass_obj(callback)
+sys.argv = ["builder", "build"]
+__main__.main()
+"""
+
+
+def ended(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    environ = {**clean_environ(), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["publish"], 78), (["no-command"], 64)])
+def test_no_thread_keeps_the_process_from_ending(arguments, code):
+    process = ended(_BUSY_THREADS, *arguments)
+    assert process.returncode == code, process.stderr
+    assert process.stdout + process.stderr
+
+
+def test_what_atexit_has_still_runs_and_output_is_complete():
+    code = 'import atexit; atexit.register(print, "x" * 100_000)\n' + _BUSY_THREADS
+    process = ended(code, "--version")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("builder ")
+    assert process.stdout.endswith("x" * 100_000 + "\n")
+
+
+def test_what_hangs_at_exit_is_left():
+    code = "import atexit, time; atexit.register(time.sleep, 300)\n" + _BUSY_THREADS
+    assert ended(code, "--version").returncode == 0
+
+
+def test_a_request_to_end_is_not_lost_in_a_destructor():
+    process = ended(_SWALLOWED)
+    assert process.returncode == 75, process.stderr
+    assert "asked to end" in process.stderr
+
+
+def test_publishes_end_at_any_moment(small, small_environ):
+    """Each is sent SIGTERM somewhere between its start and its end, under the load of one another."""
+    environ = {**clean_environ(), **small_environ(small()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "builder", "publish"]
+    moments = random.Random(os.environ.get("BUILDER_TEST_ENDINGS_SEED", "ending"))  # no secret
+    took = 0.0
+    codes = []
+    for number in range(2 * _TIMES):
+        asked = number % 2 == 1
+        # Most that end by themselves have nothing to do, as in a sweep; the first shows how long work takes.
+        more = ["--rebuild"] if asked or number == 0 else []
+        with subprocess.Popen(
+            [*command, *more], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            began = time.monotonic()
+            try:
+                if asked:
+                    # Python's own start leaves SIGTERM as it is: what matters is what comes after.
+                    try:
+                        process.wait(0.3 + moments.random() * took)
+                    except subprocess.TimeoutExpired:
+                        process.send_signal(signal.SIGTERM)
+                _, log = process.communicate(timeout=HANG)
+            except BaseException:
+                process.kill()
+                raise
+            if number == 0:
+                took = time.monotonic() - began
+        codes.append(process.returncode)
+        assert process.returncode in ({0, 75, -signal.SIGTERM} if asked else {0}), log
+    assert 75 in codes
