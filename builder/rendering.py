@@ -42,5 +42,5 @@ def rendered(
         base_images=BaseImages(
             default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
         ),
-        own=own,
+        own=own and not inputs.no_dockerfile,
     )

@@ -26,6 +26,7 @@ TAG_ENTRY_POINT = "MODEL_ENTRY_POINT"
 TAG_EXECUTE_PATH = "MODEL_EXECUTE_PATH"
 TAG_PLATFORMS = "MODEL_PLATFORMS"
 TAG_BASE_IMAGE = "MODEL_BASE_IMAGE"
+TAG_DOCKERFILE = "MODEL_DOCKERFILE"
 INPUT_TAGS = (
     TAG_MODEL_FOLDER,
     TAG_CLIENT_FOLDER,
@@ -33,6 +34,7 @@ INPUT_TAGS = (
     TAG_ENTRY_POINT,
     TAG_EXECUTE_PATH,
     TAG_BASE_IMAGE,
+    TAG_DOCKERFILE,
     TAG_PLATFORMS,
 )
 
@@ -109,7 +111,11 @@ class ModelVersion(BaseModel):
 
 
 class Inputs(BaseModel):
-    """What a version's tags ask for, checked. Empty strings stand for tags that are not set."""
+    """What a version's tags ask for, checked. Empty strings stand for tags that are not set.
+
+    Attributes:
+        no_dockerfile: the version has no Dockerfile, whatever its files are called.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -119,6 +125,7 @@ class Inputs(BaseModel):
     entry_point: str = ""
     command_line: str = ""
     base_image: str = ""
+    no_dockerfile: bool = False
 
     @classmethod
     def of(cls, version: ModelVersion) -> Inputs:
@@ -157,6 +164,11 @@ class Inputs(BaseModel):
             ),
             base_image=checked(
                 TAG_BASE_IMAGE, re.compile(r"[A-Za-z0-9._/:@-]+"), "an image reference has no such characters"
+            ),
+            no_dockerfile=bool(
+                checked(
+                    TAG_DOCKERFILE, re.compile("none", re.IGNORECASE), "'none' is its only value: no Dockerfile is run"
+                )
             ),
         )
         if problems:
