@@ -14,6 +14,7 @@ from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailabl
 from builder.images.existing import published, resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST
 from builder.log import get_logger
+from builder.models.catalog import Artifact
 from builder.models.context import listing_digest
 from builder.plan import Base, Plan, PlatformPlan
 from builder.recipe import Recipe
@@ -21,7 +22,7 @@ from builder.reference import Digest, Platform, Reference
 from builder.rendering import rendered
 from builder.services import Services
 from builder.settings import Settings
-from builder.source import Source, chosen_method
+from builder.source import Source, chosen_method, served
 
 log = get_logger("methods")
 
@@ -34,9 +35,12 @@ class Made:
         plan: the plan; a rendered Dockerfile and the bases are in it.
         dockerfile: the Dockerfile's bytes; empty where none is run.
         recipe: of the images that are made of wheel layers; None where there are none.
+        needed: the artifacts that the images are made from: all for a Dockerfile of the version's own, else those of
+            the model and of the client.
     """
 
     plan: Plan
+    needed: tuple[Artifact, ...]
     dockerfile: bytes = b""
     recipe: Recipe | None = None
 
@@ -78,14 +82,16 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
             plan, {platform: {"method": "wheels", "base": base} for platform, base in planned.bases.items()}
         )
     if not plan.made_by("dockerfile"):
-        return Made(plan=plan, recipe=recipe)
+        return Made(plan=plan, recipe=recipe, needed=served(plan.version, plan.artifacts))
     # A platform without a wheel belongs to the others: it is not made by a template that they are not made by.
-    dockerfile = rendered(settings, plan.version, context, paths, own=method == "dockerfile").dockerfile
+    made = rendered(settings, plan.version, context, paths, own=method == "dockerfile")
+    needed = served(plan.version, plan.artifacts) if made.used_default else plan.artifacts
+    dockerfile = made.dockerfile
     text = dockerfile.decode("utf-8", "replace")
     name = Dockerfile.parse(text).final_base()
     bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
     plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
-    return Made(plan=plan, dockerfile=dockerfile, recipe=recipe)
+    return Made(plan=plan, dockerfile=dockerfile, recipe=recipe, needed=needed)
 
 
 def _former_locks(services: Services, plan: Plan) -> wheels.Former:

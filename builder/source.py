@@ -17,6 +17,7 @@ from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseIm
 from builder.errors import InvalidVersion
 from builder.log import get_logger
 from builder.models.artifacts import MODEL_FILE, find_model_folder
+from builder.models.catalog import Artifact
 from builder.models.version import TAG_DOCKERFILE, TAG_TEMPLATES_FOLDER, Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Method
@@ -132,6 +133,19 @@ def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str
     if settings.build_method == "wheels" and templates:
         _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
     return settings.build_method
+
+
+def served(version: ModelVersion, artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
+    """Return the artifacts that are in an image for which the version has no Dockerfile: the model's and the client's.
+
+    Args:
+        version: the version.
+        artifacts: all that it has.
+    """
+    inputs = Inputs.of(version)
+    model = find_model_folder([artifact.path for artifact in artifacts], inputs)
+    folders = (f"{model}/", f"{inputs.client_folder}/")
+    return tuple(artifact for artifact in artifacts if artifact.path.startswith(folders))
 
 
 def _check_overlooked(settings: Settings, version: ModelVersion, inputs: Inputs, paths: Sequence[str]) -> None:

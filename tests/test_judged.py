@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 import pytest
 
 from builder.errors import ExitCode, InvalidVersion
+from builder.models.context import listing_digest
 from builder.publish import publish
+from builder.settings import Settings
 from builder.survey import preview
+from tests.servers.forwarding import forwarding
+from tests.servers.small import small_files
 
 NEARLY = [
     "templates/Dockerfile",
@@ -57,3 +63,48 @@ def test_a_templates_folder_that_is_not_there_is_an_error(small, small_settings)
     assert "deploy/Dockerfile.template" in error.what
     model = small(tags={"MODEL_TEMPLATES_FOLDER": "deploi"})
     assert "'deploi'" in refused(small_settings(model)).what
+
+
+def downloads(mlflow_server, settings, function=publish):
+    """Publish through a proxy; return the artifacts that were downloaded, in order, and the error if there was one."""
+    with forwarding(mlflow_server.uri.partition("://")[2]) as proxy:
+        environ = {**settings, "MLFLOW_TRACKING_URI": f"http://{proxy.host}"}
+        error = None
+        try:
+            function(Settings.from_environ(environ))
+        except InvalidVersion as caught:
+            error = caught
+        asked = [unquote(each.path.partition("?")[0]) for each in proxy.seen if each.method == "GET"]
+    # …/mlflow-artifacts/artifacts/<experiment>/<run>/artifacts/<path>
+    files = [path.split("/artifacts/", 2)[2] for path in asked if path.count("/artifacts/") > 1]
+    return files, error
+
+
+BESIDE = {"checkpoints/one.bin": "x" * 5000, "mymodel/large.bin": "x" * 5000, "mymodel/wheels/readme.txt": "x"}
+
+
+def test_without_a_dockerfile_only_model_and_client_are_downloaded(small, small_environ, mlflow_server, tmp_path):
+    model = small(files=BESIDE)
+    got, error = downloads(mlflow_server, small_environ(model))
+    assert error is None
+    assert sorted(got) == sorted(path for path in small_files(**BESIDE) if not path.startswith("checkpoints"))
+    assert not (tmp_path / "workspace/description").exists()
+
+
+def test_a_requirement_is_refused_before_the_weights_are_downloaded(small, small_environ, mlflow_server, tmp_path):
+    model = small("small-app==9\n", files=BESIDE)
+    got, error = downloads(mlflow_server, small_environ(model))
+    assert "small-app==9" in str(error)
+    assert "mymodel/MLmodel" in got
+    assert not {"checkpoints/one.bin", "mymodel/large.bin", "client/app.py"} & set(got)
+    assert not (tmp_path / "workspace/description").exists()
+
+
+def test_a_file_beside_the_model_counts_among_the_artifacts(small, small_settings):
+    model = small(files=BESIDE)
+    assert publish(small_settings(model)).changed
+    plan = preview(small_settings(model), rebuild=True)
+    assert plan.observed_annotations["io.modelimage.artifacts-digest"] == str(listing_digest(plan.artifacts))
+    assert "checkpoints/one.bin" in {artifact.path for artifact in plan.artifacts}
+    model.set_tag("MODEL_PLATFORMS", "linux/amd64,linux/arm64")
+    assert publish(small_settings(model)).platforms == ("linux/amd64", "linux/arm64")
