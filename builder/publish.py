@@ -193,6 +193,7 @@ def _written(
         made = by_methods(settings, services, plan, folder)
         with stage("artifacts"):
             write_context(described, made.needed, workspace.context, progress=progress)
+            workspace.change_context(made.changed)
             content = content_digest(workspace.context)
     if made.dockerfile:
         workspace.write_dockerfile(made.dockerfile)

@@ -122,17 +122,20 @@ def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str
         InvalidVersion: a file may have been meant for the Dockerfile, and has another name or place.
     """
     inputs = Inputs.of(version)
-    if inputs.no_dockerfile:
-        return "wheels" if settings.build_method == "auto" else settings.build_method
-    folder = inputs.templates_folder
-    templates = {f"{folder}/{name}" for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)} & set(paths)
-    if not templates:
+    templates = own_templates(inputs, paths)
+    if not templates and not inputs.no_dockerfile:
         _check_overlooked(settings, version, inputs, paths)
     if settings.build_method == "auto":
         return "dockerfile" if templates else "wheels"
     if settings.build_method == "wheels" and templates:
         _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
     return settings.build_method
+
+
+def own_templates(inputs: Inputs, paths: Sequence[str]) -> set[str]:
+    """Return the paths of the version's Dockerfile; empty where it ships none, or says that none is meant."""
+    names = () if inputs.no_dockerfile else (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)
+    return {f"{inputs.templates_folder}/{name}" for name in names} & set(paths)
 
 
 def served(version: ModelVersion, artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:

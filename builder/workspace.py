@@ -42,7 +42,7 @@ from builder.models.answers import on_disk
 from builder.plan import AsPlatform, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from builder.reference import Platform
 
@@ -174,6 +174,15 @@ class Workspace:
             yield self.description
         finally:
             shutil.rmtree(self.description, ignore_errors=True)
+
+    def change_context(self, files: Mapping[str, bytes]) -> None:
+        """Write other content into files of the context, whose modes and times stay; the paths are those of files."""
+        with on_disk(f"write to {self.context}"):
+            for path, content in files.items():
+                file = self.context / path
+                status = file.lstat()
+                file.write_bytes(content)
+                os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def write_dockerfile(self, content: bytes) -> None:
         """Write the rendered Dockerfile into the context, over whatever the artifacts have there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from urllib.parse import unquote
 
 import pytest
@@ -13,6 +14,7 @@ from builder.settings import Settings
 from builder.survey import preview
 from tests.servers.forwarding import forwarding
 from tests.servers.small import small_files
+from tests.versions import MLMODEL
 
 NEARLY = [
     "templates/Dockerfile",
@@ -108,3 +110,44 @@ def test_a_file_beside_the_model_counts_among_the_artifacts(small, small_setting
     assert "checkpoints/one.bin" in {artifact.path for artifact in plan.artifacts}
     model.set_tag("MODEL_PLATFORMS", "linux/amd64,linux/arm64")
     assert publish(small_settings(model)).platforms == ("linux/amd64", "linux/arm64")
+
+
+SERVED = {"mymodel/requirements.txt": "small-app\n", "client/app.py": None}
+NO_ENTRY = {"MODEL_ENTRY_POINT": ""}
+
+
+def test_a_model_that_no_server_can_load_is_refused_before_the_weights_are_downloaded(
+    small, small_environ, mlflow_server
+):
+    other = "flavors:\n  my_own_flavor: {data: x}\n"
+    model = small(files={**BESIDE, "mymodel/MLmodel": other, "client/app.py": None}, tags=NO_ENTRY)
+    got, error = downloads(mlflow_server, small_environ(model))
+    assert "python_function" in error.what
+    assert "my_own_flavor" in error.what
+    assert "client" in error.remedy
+    assert "mymodel/large.bin" not in got
+    model = small(files={**BESIDE, "mymodel/MLmodel": f"{other}python_version: 3.11\n", "mymodel/python_env.yaml": "python: 3.11.2\n"})  # fmt: skip
+    _, error = downloads(mlflow_server, small_environ(model))
+    assert error is None
+
+
+def test_a_file_that_mlmodel_names_and_that_is_missing_is_refused_before_the_weights(
+    small, small_environ, mlflow_server
+):
+    wrong = MLMODEL + "    model_code_path: C:\\Users\\me\\gone.py\n"
+    model = small(files={**BESIDE, "mymodel/MLmodel": wrong, "client/app.py": None}, tags=NO_ENTRY)
+    got, error = downloads(mlflow_server, small_environ(model), preview)
+    assert "gone.py" in error.what
+    assert "mymodel/large.bin" not in got
+
+
+def test_a_path_of_windows_is_repaired_in_the_image(small, small_settings, crane, tmp_path):
+    files = {
+        "mymodel/model.py": "x = 1\n",
+        "mymodel/MLmodel": MLMODEL + "    model_code_path: C:\\Users\\me\\model.py\n",
+    }
+    published = publish(small_settings(small(files=files)))
+    crane("export", "--platform", "linux/amd64", str(published.reference), str(tmp_path / "image.tar"))
+    with tarfile.open(tmp_path / "image.tar") as image:
+        text = image.extractfile("app/mymodel/MLmodel").read().decode()
+    assert text == MLMODEL + '    model_code_path: "model.py"\n'
