@@ -14,7 +14,7 @@ from builder.settings import Settings
 from builder.survey import preview
 from tests.servers.forwarding import forwarding
 from tests.servers.small import small_files
-from tests.versions import MLMODEL
+from tests.versions import MLMODEL, register
 
 NEARLY = [
     "templates/Dockerfile",
@@ -151,3 +151,33 @@ def test_a_path_of_windows_is_repaired_in_the_image(small, small_settings, crane
     with tarfile.open(tmp_path / "image.tar") as image:
         text = image.extractfile("app/mymodel/MLmodel").read().decode()
     assert text == MLMODEL + '    model_code_path: "model.py"\n'
+
+
+@pytest.mark.parametrize("folder", ["my model", "modell_für_eu", "x'y\"$(z)"])
+def test_a_folder_may_be_called_as_one_likes_where_no_dockerfile_is_rendered(
+    mlflow_server, small_settings, crane, tmp_path, folder
+):
+    def files(where):
+        return {path.replace("mymodel/", f"{where}/"): content for path, content in small_files().items()}
+
+    model = register(mlflow_server.uri, files(folder), folder=folder)
+    published = publish(small_settings(model))
+    crane("export", "--platform", "linux/amd64", str(published.reference), str(tmp_path / "image.tar"))
+    with tarfile.open(tmp_path / "image.tar") as image:
+        assert f"app/{folder}/MLmodel" in image.getnames()
+    # By its tag, too.
+    model = register(mlflow_server.uri, files(folder), folder=folder, tags={"MODEL_FOLDER": folder})
+    assert publish(small_settings(model)).changed
+    template = {"templates/Dockerfile.template": "FROM scratch\nCOPY $model_folder /m\n"}
+    for tags in ({}, {"MODEL_FOLDER": folder}):
+        model = register(mlflow_server.uri, {**files(folder), **template}, folder=folder, tags=tags)
+        assert "Dockerfile" in refused(small_settings(model)).what
+
+
+def test_of_two_models_in_a_run_the_one_that_was_registered_is_published(small, small_settings, crane, tmp_path):
+    model = small(files={"candidate/MLmodel": MLMODEL, "candidate/requirements.txt": "nobody-has-this\n"})
+    published = publish(small_settings(model))
+    crane("export", "--platform", "linux/amd64", str(published.reference), str(tmp_path / "image.tar"))
+    with tarfile.open(tmp_path / "image.tar") as image:
+        assert "app/mymodel/MLmodel" in image.getnames()
+        assert "app/candidate/MLmodel" not in image.getnames()
