@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -181,3 +182,13 @@ def test_of_two_models_in_a_run_the_one_that_was_registered_is_published(small, 
     with tarfile.open(tmp_path / "image.tar") as image:
         assert "app/mymodel/MLmodel" in image.getnames()
         assert "app/candidate/MLmodel" not in image.getnames()
+
+
+@pytest.mark.parametrize("name", ["data\\part.bin", "C:\\x", "%2e%2e%2fx"])
+def test_an_artifact_that_mlflow_does_not_take_is_named(small, small_settings, mlflow_server, name):
+    model = small()
+    (folder,) = Path(mlflow_server.artifacts).glob(f"**/{model.run_id}/artifacts/mymodel")
+    (folder / name).write_text("x")
+    error = refused(small_settings(model))
+    assert repr(f"mymodel/{name}") in error.what
+    assert "another name" in error.remedy
