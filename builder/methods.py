@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder import wheels
@@ -13,15 +13,18 @@ from builder.build.locked import Lock
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.images.existing import published, resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST
+from builder.judged import judged
 from builder.log import get_logger
+from builder.models.catalog import Artifact
 from builder.models.context import listing_digest
+from builder.models.version import Inputs
 from builder.plan import Base, Plan, PlatformPlan
 from builder.recipe import Recipe
 from builder.reference import Digest, Platform, Reference
 from builder.rendering import rendered
 from builder.services import Services
 from builder.settings import Settings
-from builder.source import Source, chosen_method
+from builder.source import Source, chosen_method, own_templates, served
 
 log = get_logger("methods")
 
@@ -34,11 +37,16 @@ class Made:
         plan: the plan; a rendered Dockerfile and the bases are in it.
         dockerfile: the Dockerfile's bytes; empty where none is run.
         recipe: of the images that are made of wheel layers; None where there are none.
+        needed: the artifacts that the images are made from: all for a Dockerfile of the version's own, else those of
+            the model and of the client.
+        changed: files of the model that are others in the image than they were logged, by path.
     """
 
     plan: Plan
+    needed: tuple[Artifact, ...]
     dockerfile: bytes = b""
     recipe: Recipe | None = None
+    changed: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def by_methods(settings: Settings, services: Services, plan: Plan, context: Path, *, keep: bool = True) -> Made:
@@ -58,6 +66,8 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     paths = [artifact.path for artifact in plan.artifacts]
     recipe = None
     method = chosen_method(settings, plan.version, paths)
+    own = method == "dockerfile" and bool(own_templates(Inputs.of(plan.version), paths))
+    changed = {} if own else judged(settings, plan.version, context, paths)
     if method == "wheels":
         planned = wheels.planned(
             settings,
@@ -78,14 +88,15 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
             plan, {platform: {"method": "wheels", "base": base} for platform, base in planned.bases.items()}
         )
     if not plan.made_by("dockerfile"):
-        return Made(plan=plan, recipe=recipe)
+        return Made(plan=plan, recipe=recipe, needed=served(plan.version, plan.artifacts), changed=changed)
     # A platform without a wheel belongs to the others: it is not made by a template that they are not made by.
+    needed = plan.artifacts if own else served(plan.version, plan.artifacts)
     dockerfile = rendered(settings, plan.version, context, paths, own=method == "dockerfile").dockerfile
     text = dockerfile.decode("utf-8", "replace")
     name = Dockerfile.parse(text).final_base()
     bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
     plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
-    return Made(plan=plan, dockerfile=dockerfile, recipe=recipe)
+    return Made(plan=plan, dockerfile=dockerfile, recipe=recipe, needed=needed, changed=changed)
 
 
 def _former_locks(services: Services, plan: Plan) -> wheels.Former:

@@ -103,7 +103,7 @@ class Plan(BaseModel):
         observed_annotations: annotations of what it named.
         wanted: the platforms that were asked for.
         platforms: what happens for each platform.
-        artifacts: the files of the context; empty where nothing is built.
+        artifacts: the version's files, of which the context has those that are needed; empty where nothing is built.
         dockerfile: the rendered Dockerfile; empty where none is run.
         content_digest: digest of the downloaded files; None before they are.
     """

@@ -30,7 +30,7 @@ from builder.errors import (
 from builder.join import push_and_tag, same_version
 from builder.leftovers import remove_leftovers
 from builder.log import get_logger, masked, safe_line
-from builder.models.context import Progress, content_digest, write_context
+from builder.models.context import Progress, content_digest, sketch_context, write_context
 from builder.models.version import TAG_PLATFORMS, ModelVersion
 from builder.network import network
 from builder.plan import Plan
@@ -213,11 +213,7 @@ def fetch(
                 remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
                 raise InvalidVersion(message, remedy=remedy)
             log.info("fetching", files=len(artifacts), reason=plan.reason)
-            with stage("artifacts"):
-                write_context(services.catalog, artifacts, workspace.context, progress=progress)
-                content = content_digest(workspace.context)
-            plan = plan.model_copy(update={"artifacts": artifacts, "content_digest": content})
-            plan = _with_methods(settings, services, workspace, plan)
+            plan = _written(settings, services, workspace, plan.model_copy(update={"artifacts": artifacts}), progress)
         elif plan.action == "nothing":
             for change in changes(services, plan):
                 log.warning(change, reference=str(plan.reference))
@@ -225,18 +221,31 @@ def fetch(
     return plan
 
 
-def _with_methods(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> Plan:
-    """Return the plan with the method of every image, and write down what it is made by."""
+def _written(
+    settings: Settings, services: Services, workspace: Workspace, plan: Plan, progress: Progress | None
+) -> Plan:
+    """Write the context, the Dockerfile and the recipe; return the plan with the method of every image.
+
+    What describes the model is downloaded and judged first, and then what the images need, so that a version that
+    cannot be published is refused before its weights are here.
+    """
     # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
     with stage("imports"):
         from builder.methods import by_methods
 
-    made = by_methods(settings, services, plan, workspace.context)
+    with workspace.describing() as folder:
+        with stage("description"):
+            described = sketch_context(services.catalog, plan.version, plan.artifacts, folder)
+        made = by_methods(settings, services, plan, folder)
+        with stage("artifacts"):
+            write_context(described, made.needed, workspace.context, progress=progress)
+            workspace.change_context(made.changed)
+            content = content_digest(workspace.context)
     if made.dockerfile:
         workspace.write_dockerfile(made.dockerfile)
     if made.recipe is not None:
         workspace.write_recipe(made.recipe.model_dump_json().encode())
-    return made.plan
+    return made.plan.model_copy(update={"content_digest": content})
 
 
 # ---- build: no credential

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from builder.build.template import BaseImages, Rendered, render
+from builder.errors import InvalidVersion
 from builder.models.artifacts import find_model_folder
-from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.models.version import FOLDER, Inputs, ModelVersion, template_variables
 from builder.settings import CatalogSettings
 
 
@@ -35,6 +36,11 @@ def rendered(
         paths = [path.relative_to(context).as_posix() for path in context.rglob("*") if path.is_file()]
     inputs = Inputs.of(version)
     inputs = inputs.model_copy(update={"model_folder": find_model_folder(paths, inputs)})
+    for folder in (inputs.model_folder, inputs.client_folder):
+        if not FOLDER.fullmatch(folder):
+            message = f"The folder {folder[:200]!r} of {version} may not stand in a Dockerfile and a script."
+            remedy = "Log it under a name that has only letters, digits, '_', '.', '@', '+', '-', or publish without "
+            raise InvalidVersion(message, remedy=f"{remedy}a Dockerfile.")
     return render(
         context,
         template_variables(version, inputs, settings.component_of(version.name)),
@@ -42,5 +48,5 @@ def rendered(
         base_images=BaseImages(
             default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image
         ),
-        own=own,
+        own=own and not inputs.no_dockerfile,
     )

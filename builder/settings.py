@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -30,7 +31,7 @@ from pydantic import (
 from builder.artifact_uri import ArtifactUri, parse_roots
 from builder.base_pattern import BasePattern
 from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
-from builder.errors import BuilderError, InvalidSettings
+from builder.errors import BuilderError, InvalidSettings, one_line
 from builder.leftovers import PREFIX
 from builder.masking import mask, url_credentials
 from builder.reference import Platform, Repository, parse_platforms, repository_component
@@ -74,6 +75,9 @@ _CONTAINER_VARIABLES = (
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 IN_IMAGE_WORKSPACE = Path("/kaniko/workspace")
 _IN_IMAGE_MARK = Path("/kaniko/builder")
+# Set in the builder image, whether or not anybody mounts something there.
+_IN_IMAGE_DOCKER_CONFIG = Path("/kaniko/.docker")
+_MOST_NAMES = 20
 _USERS = {"REGISTRY_TOKEN": "REGISTRY_USER", "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_USERNAME"}
 _SECRET_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _MOST_SECRET_BYTES = 1 << 20
@@ -544,6 +548,7 @@ class Settings(CatalogSettings, BuildSettings):
             *super()._problems(values),
             *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN"),
             *_unreadable("NETRC", values, "file"),
+            *_no_docker_config(values.get("DOCKER_CONFIG")),
         ]
 
     @property
@@ -629,6 +634,23 @@ def _unreadable(variable: str, values: Mapping[str, Any], kind: Literal["file", 
     if not path or (there(Path(path)) and os.access(path, os.R_OK)):
         return []
     return [f"{variable} is {str(path)!r}, which is not a readable {kind}"]
+
+
+def _no_docker_config(folder: str | Path | None) -> list[str]:
+    """Return a problem where DOCKER_CONFIG is no folder of a config.json, with what there is instead."""
+    if not folder or Path(folder) == _IN_IMAGE_DOCKER_CONFIG or (Path(folder) / "config.json").exists():
+        return []
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        return [f"DOCKER_CONFIG is {str(path)!r}, which {what}: it has to be the folder of a config.json"]
+    try:
+        names = sorted(entry.name for entry in islice(path.iterdir(), _MOST_NAMES))
+    except OSError as error:
+        return [f"DOCKER_CONFIG is {str(path)!r}, which cannot be read: {error.strerror}"]
+    there = f"there is {', '.join(repr(one_line(name, 60)) for name in names)}" if names else "it is empty"
+    hint = "; mount the secret's key .dockerconfigjson as config.json" if ".dockerconfigjson" in names else ""
+    return [f"DOCKER_CONFIG is the folder {str(path)!r}, which has no config.json: {there}{hint}"]
 
 
 def _half(values: Mapping[str, Any], *names: str) -> list[str]:

@@ -10,13 +10,15 @@ from typing import Self
 
 from builder.build.environment import REQUIREMENTS
 from builder.build.indexes import Indexes
+from builder.build.overlooked import overlooked
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
 from builder.errors import InvalidVersion
 from builder.log import get_logger
-from builder.models.artifacts import find_model_folder
-from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.models.artifacts import MODEL_FILE, find_model_folder
+from builder.models.catalog import Artifact
+from builder.models.version import TAG_DOCKERFILE, TAG_TEMPLATES_FOLDER, Inputs, ModelVersion, template_variables
 from builder.network import network
 from builder.plan import Method
 from builder.reference import Digest, Reference
@@ -115,14 +117,59 @@ def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str
         settings: BUILD_METHOD is used.
         version: the version.
         paths: of its artifacts.
+
+    Raises:
+        InvalidVersion: a file may have been meant for the Dockerfile, and has another name or place.
     """
-    folder = Inputs.of(version).templates_folder
-    templates = {f"{folder}/{name}" for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)} & set(paths)
+    inputs = Inputs.of(version)
+    templates = own_templates(inputs, paths)
+    if not templates and not inputs.no_dockerfile:
+        _check_overlooked(settings, version, inputs, paths)
     if settings.build_method == "auto":
         return "dockerfile" if templates else "wheels"
     if settings.build_method == "wheels" and templates:
         _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
     return settings.build_method
+
+
+def own_templates(inputs: Inputs, paths: Sequence[str]) -> set[str]:
+    """Return the paths of the version's Dockerfile; empty where it ships none, or says that none is meant."""
+    names = () if inputs.no_dockerfile else (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)
+    return {f"{inputs.templates_folder}/{name}" for name in names} & set(paths)
+
+
+def served(version: ModelVersion, artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
+    """Return the artifacts that are in an image for which the version has no Dockerfile: the model's and the client's.
+
+    Args:
+        version: the version.
+        artifacts: all that it has.
+    """
+    inputs = Inputs.of(version)
+    model = find_model_folder([artifact.path for artifact in artifacts], inputs)
+    folders = (f"{model}/", f"{inputs.client_folder}/")
+    return tuple(artifact for artifact in artifacts if artifact.path.startswith(folders))
+
+
+def _check_overlooked(settings: Settings, version: ModelVersion, inputs: Inputs, paths: Sequence[str]) -> None:
+    """Raise InvalidVersion if the version's Dockerfile would be passed over without a word."""
+    models = {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == MODEL_FILE}
+    found = overlooked(paths, inputs.templates_folder, {inputs.client_folder, inputs.model_folder, *models})
+    if found and settings.build_method == "wheels":
+        _log.warning("a Dockerfile is not used, since BUILD_METHOD is wheels", file=found[0].path)
+        return
+    if found:
+        names = " and ".join(f"{each.path!r}, which would have to be called {each.right!r}" for each in found[:2])
+        message = f"No Dockerfile of {version} is used, and it has {names}."
+        remedy = f"Log it under that name and register again, or name its folder by the tag {TAG_TEMPLATES_FOLDER}. "
+        remedy += f"If it is not meant for the image, set the tag {TAG_DOCKERFILE} to 'none'."
+        raise InvalidVersion(message, remedy=remedy)
+    if version.tags.get(TAG_TEMPLATES_FOLDER, "").strip() and not any(
+        path.startswith(f"{inputs.templates_folder}/") for path in paths
+    ):
+        message = f"The tag {TAG_TEMPLATES_FOLDER} of {version} is {inputs.templates_folder!r}, and it has no artifact "
+        message += "in that folder."
+        raise InvalidVersion(message, remedy="Set it to the folder of the Dockerfile.template, or remove it.")
 
 
 def _served(server: tuple[str, str]) -> tuple[str, ...]:

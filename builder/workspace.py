@@ -3,6 +3,7 @@
     plan.json     written by fetch; what push believes
     recipe.json   written by fetch; what images of wheel layers are made from
     context/      written by fetch; what the engine builds from
+    description/  written by fetch, and gone at its end: what describes the model, read before the rest is downloaded
     layouts/      written by build, a folder for each platform
     result.json   written by build: what became of each platform
 
@@ -42,7 +43,7 @@ from builder.models.answers import on_disk
 from builder.plan import AsPlatform, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from builder.reference import Platform
 
@@ -105,6 +106,11 @@ class Workspace:
         return self.folder / "context"
 
     @property
+    def description(self) -> Path:
+        """The folder that a version is planned from before its artifacts are here."""
+        return self.folder / "description"
+
+    @property
     def dockerfile(self) -> Path:
         """The rendered Dockerfile, in the context."""
         return self.context / "Dockerfile"
@@ -152,13 +158,32 @@ class Workspace:
         self.clear_plan()
         layouts = self.folder / "layouts"
         with on_disk(f"write to the workspace {self.folder}"):
-            for path in (layouts,) if keep_context else (layouts, self.context):
+            for path in (layouts, self.description, *(() if keep_context else (self.context,))):
                 if path.is_symlink():
                     path.unlink()
                 elif path.exists():
                     shutil.rmtree(path)
             layouts.mkdir()
             (self.folder / "result.json").touch()
+
+    @contextmanager
+    def describing(self) -> Iterator[Path]:
+        """Give the empty folder `description`, and remove it afterwards."""
+        with on_disk(f"write to the workspace {self.folder}"):
+            self.description.mkdir()
+        try:
+            yield self.description
+        finally:
+            shutil.rmtree(self.description, ignore_errors=True)
+
+    def change_context(self, files: Mapping[str, bytes]) -> None:
+        """Write other content into files of the context, whose modes and times stay; the paths are those of files."""
+        with on_disk(f"write to {self.context}"):
+            for path, content in files.items():
+                file = self.context / path
+                status = file.lstat()
+                file.write_bytes(content)
+                os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def write_dockerfile(self, content: bytes) -> None:
         """Write the rendered Dockerfile into the context, over whatever the artifacts have there.
@@ -262,7 +287,7 @@ class Workspace:
         if not self.folder.is_dir():
             return
         with self.locked():
-            for name in ("layouts", "context", ".context.unfinished"):
+            for name in ("layouts", "context", "description", ".context.unfinished"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def remove(self) -> None:

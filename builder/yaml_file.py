@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from builder.errors import InvalidSettings, InvalidVersion, one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from yaml import Event
 
 Yaml: TypeAlias = "str | list[Yaml] | dict[str, Yaml] | None"
@@ -73,6 +75,45 @@ def read_yaml(content: bytes, name: str) -> Yaml:
         return document.value
     message = f"{name} is not YAML that can be read: {why}"
     raise InvalidVersion(message, remedy="Log the model again.")
+
+
+def scalar_places(
+    content: bytes, name: str, wanted: Collection[tuple[str, ...]]
+) -> dict[tuple[str, ...], tuple[int, int]]:
+    """Return where values of mappings within mappings stand: first character and end in the text, by their keys.
+
+    Args:
+        content: the file's bytes, which `read_yaml` has read.
+        name: the file's, for messages.
+        wanted: the keys that lead to each value; one that stands in the file as an alias, or in a list, is not found.
+
+    Raises:
+        InvalidVersion: as `read_yaml`.
+    """
+    import yaml
+
+    read_yaml(content, name)
+    found: dict[tuple[str, ...], tuple[int, int]] = {}
+    # For each open node: None for a list, else the key that waits for its value, empty while none does.
+    open_nodes: list[list[str] | None] = []
+    for event in yaml.parse(content.decode("utf-8-sig"), Loader=yaml.CSafeLoader):
+        top = open_nodes[-1] if open_nodes else None
+        if isinstance(event, yaml.ScalarEvent) and top is not None and not top:
+            top.append(event.value)
+            continue
+        if isinstance(event, yaml.ScalarEvent) and top and None not in open_nodes:
+            keys = tuple(key for node in open_nodes for key in node or ())
+            if keys in wanted and event.start_mark and event.end_mark:
+                found[keys] = event.start_mark.index, event.end_mark.index
+        if isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
+            open_nodes.append([] if isinstance(event, yaml.MappingStartEvent) else None)
+            continue
+        if isinstance(event, yaml.SequenceEndEvent | yaml.MappingEndEvent):
+            open_nodes.pop()
+            top = open_nodes[-1] if open_nodes else None
+        if top:
+            top.clear()
+    return found
 
 
 def read_mapping(content: bytes, name: str) -> dict[str, Yaml]:

@@ -142,6 +142,33 @@ def test_a_docker_config_is_a_credential(tmp_path):
     assert BuildSettings.from_environ({"BUILD_DOCKER_CONFIG": str(tmp_path)}).holds_credential is False
 
 
+@pytest.mark.parametrize(
+    ("files", "name", "said"),
+    [
+        ((".dockerconfigjson", "..data"), "", "'.dockerconfigjson'; mount the secret's key .dockerconfigjson as config.json"),
+        (("config.jsn",), "", "there is 'config.jsn'"),
+        ((), "", "it is empty"),
+        (("config.json",), "config.json", "which is a file"),
+        ((), "gone", "does not exist"),
+    ],
+)  # fmt: skip
+def test_a_docker_config_without_a_config_says_what_is_there(tmp_path, files, name, said):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environ({**GOOD, "DOCKER_CONFIG": str(tmp_path / name)})
+    assert caught.value.exit_code == ExitCode.CONFIG
+    assert "config.json" in caught.value.what
+    assert said in caught.value.what
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/config.json").write_text("{}")
+    assert Settings.from_environ({**GOOD, "DOCKER_CONFIG": str(tmp_path / "good")}).docker_config
+
+
+def test_the_folder_that_the_builder_image_names_may_be_empty():
+    assert Settings.from_environ({**GOOD, "DOCKER_CONFIG": "/kaniko/.docker"}).docker_config
+
+
 def test_the_build_phase_needs_neither_mlflow_nor_a_registry():
     assert not hasattr(BuildSettings.from_environ({}), "registry_token")
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import unicodedata
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from builder.errors import InvalidVersion
-from builder.models.version import FOLDER, TAG_MODEL_FOLDER
+from builder.models.version import TAG_MODEL_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from builder.models.catalog import Artifact
     from builder.models.version import Inputs
@@ -111,15 +112,16 @@ def _origin(artifact: Artifact) -> str:
 def find_model_folder(paths: Iterable[str], inputs: Inputs) -> str:
     """Return the model folder: the one that MODEL_FOLDER names, else the one that holds MLmodel.
 
-    A model may hold other models below its own folder; they do not count.
+    Of several, the version's source names the one that was registered. A model may hold other models below its own
+    folder; they do not count unless the source names them.
 
     Args:
         paths: the paths of the context's files.
         inputs: what the version's tags ask for.
 
     Raises:
-        InvalidVersion: MODEL_FOLDER names a folder that is not there; there is no MLmodel, or several; or the folder's
-            name holds what may not stand in a Dockerfile.
+        InvalidVersion: MODEL_FOLDER names a folder that is not there; there is no MLmodel, or several; or it is in no
+            folder.
     """
     paths = list(paths)
     if inputs.model_folder:
@@ -132,19 +134,30 @@ def find_model_folder(paths: Iterable[str], inputs: Inputs) -> str:
     if not outer:
         message = f"No artifact is called {MODEL_FILE}, so there is no model folder."
         raise InvalidVersion(message, remedy=f"Log a model, or name its folder by the tag {TAG_MODEL_FOLDER}.")
+    if folder := _named_by(inputs.source, holders):
+        return folder
     if len(outer) > 1:
         names = ", ".join(repr(folder) for folder in outer[:10])
         message = f"Several folders hold a file {MODEL_FILE}: {names}."
         raise InvalidVersion(message, remedy=f"Name the one to publish by the tag {TAG_MODEL_FOLDER}.")
-    folder = outer[0]
-    if not FOLDER.fullmatch(folder):
-        message = f"The model folder is {folder[:_SHOWN]!r}, which may not stand in a Dockerfile."
+    if not outer[0]:
+        message = f"The file {MODEL_FILE} is at the top of the version's artifacts, in no folder of its own."
         raise InvalidVersion(
             message,
-            remedy="Log the model in a folder of its own whose name has only letters, digits, '_', '.', '@', '+', '-'; "
-            f"a logged model's folder can be named by the tag {TAG_MODEL_FOLDER}.",
+            remedy=f"Log the model in a folder; a logged model's can be named by the tag {TAG_MODEL_FOLDER}.",
         )
-    return folder
+    return outer[0]
+
+
+def _named_by(source: str, folders: Collection[str]) -> str:
+    """Return the folder that a version's source ends with, the longest if there are several; empty for none."""
+    source = "/" + source.strip("/")
+    ways = {unicodedata.normalize("NFC", each) for each in (source, unquote(source))}
+    return max(
+        (folder for folder in folders if folder and any(way.endswith(f"/{folder}") for way in ways)),
+        key=len,
+        default="",
+    )
 
 
 def _above(folder: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from builder.reference import Digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from builder.models.catalog import Artifact, Catalog
+    from builder.models.catalog import Artifact
     from builder.models.version import ModelVersion
 
 _THREADS = 8
@@ -50,8 +50,16 @@ class Progress(Protocol):
         ...
 
 
+class Downloads(Protocol):
+    """Gives artifacts, as a `Catalog` does."""
+
+    def download(self, artifact: Artifact, destination: Path) -> None:
+        """Write one artifact's bytes to the file `destination`, whose folder exists."""
+        ...
+
+
 def write_context(
-    catalog: Catalog, artifacts: Sequence[Artifact], folder: Path, *, progress: Progress | None = None
+    catalog: Downloads, artifacts: Sequence[Artifact], folder: Path, *, progress: Progress | None = None
 ) -> None:
     """Write a version's artifacts into `folder`, and nothing else: what was there before is removed.
 
@@ -82,7 +90,7 @@ def write_context(
         shutil.rmtree(unfinished)
 
 
-def sketch_context(catalog: Catalog, version: ModelVersion, artifacts: Sequence[Artifact], folder: Path) -> None:
+def sketch_context(catalog: Downloads, version: ModelVersion, artifacts: Sequence[Artifact], folder: Path) -> Described:
     """Write what planning reads of a version: templates, requirements and wheels; the rest as empty files.
 
     Args:
@@ -91,28 +99,65 @@ def sketch_context(catalog: Catalog, version: ModelVersion, artifacts: Sequence[
         artifacts: its artifacts, as the catalog listed them.
         folder: an empty folder.
 
+    Returns:
+        What gives the same artifacts, those from here that were written.
+
     Raises:
         BuilderError: as `write_context`; InvalidVersion also where the version has no model folder.
     """
     _check_paths(artifacts)
     inputs = Inputs.of(version)
     model_folder = find_model_folder([artifact.path for artifact in artifacts], inputs)
-    described = {f"{model_folder}/{name}" for name in _DESCRIPTION}
+
+    def one(artifact: Artifact) -> str:
+        catalog.download(artifact, folder / artifact.path)
+        return artifact.path
+
     with on_disk(f"write a sketch of {version}"):
+        read = [artifact for artifact in artifacts if _describes(artifact, inputs, model_folder)]
+        _check_space(folder, read)
         for artifact in artifacts:
             path = folder / artifact.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            read = (
-                artifact.path in described
-                or artifact.path.startswith(f"{inputs.templates_folder}/")
-                or artifact.path == f"{inputs.client_folder}/requirements.txt"
-                # What requirements may name: further lists, and wheels.
-                or (artifact.path.startswith(f"{model_folder}/") and artifact.path.endswith((".txt", ".whl")))
-            )
-            if read and ((artifact.size or 0) <= _MOST_SKETCHED or artifact.path.endswith(".whl")):
-                catalog.download(artifact, path)
-            else:
-                path.touch()
+            path.touch()
+        done = side_by_side(one, read, threads=_THREADS, every=_REPORT_SECONDS)
+        return Described(catalog, folder, {path for path in done if path is not None})
+
+
+def _describes(artifact: Artifact, inputs: Inputs, model_folder: str) -> bool:
+    path, within = artifact.path, artifact.path.startswith(f"{model_folder}/") or not model_folder
+    named = (
+        (within and path.removeprefix(f"{model_folder}/") in _DESCRIPTION)
+        or path.startswith(f"{inputs.templates_folder}/")
+        or path == f"{inputs.client_folder}/requirements.txt"
+        # What requirements may name: further lists, and wheels.
+        or (within and path.endswith((".txt", ".whl")))
+    )
+    return named and ((artifact.size or 0) <= _MOST_SKETCHED or path.endswith(".whl"))
+
+
+class Described:
+    """Gives a version's artifacts; those that a sketch has are moved from there, each once.
+
+    Args:
+        catalog: gives all others.
+        folder: the sketch.
+        paths: of the files that are whole there.
+    """
+
+    def __init__(self, catalog: Downloads, folder: Path, paths: set[str]) -> None:
+        self._catalog = catalog
+        self._folder = folder
+        self._paths = paths
+
+    def download(self, artifact: Artifact, destination: Path) -> None:
+        """Write one artifact's bytes to the file `destination`; see `Catalog.download`."""
+        try:
+            self._paths.remove(artifact.path)
+        except KeyError:
+            self._catalog.download(artifact, destination)
+        else:
+            shutil.move(self._folder / artifact.path, destination)
 
 
 def listing_digest(artifacts: Sequence[Artifact], *, origins: bool = False) -> Digest:
@@ -213,7 +258,7 @@ def _arriving(unfinished: Path) -> int:
 
 
 def _fetch(
-    catalog: Catalog,
+    catalog: Downloads,
     missing: Sequence[Artifact],
     folder: Path,
     unfinished: Path,

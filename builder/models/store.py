@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import file_digest
 from inspect import signature
@@ -22,6 +23,7 @@ from builder.errors import Defect, InvalidVersion, ServiceUnavailable, StoreNotS
 from builder.models.answers import answering, on_disk
 from builder.models.artifacts import MOST_FILES, MOST_FOLDERS_DEEP, checked_path
 from builder.models.catalog import Artifact
+from builder.models.http_names import naming_refused
 from builder.models.local_store import copy_file, list_folder, there
 from builder.models.roots import ArtifactRoots
 
@@ -145,7 +147,10 @@ class ArtifactStore:
     def _list(self, uri: str, path: str) -> list[Any]:
         folder = self.folder(uri)
         repository = None if folder.base else self._repository(folder)
-        with answering(f"list the artifacts in {path!r}", server=_shown(uri), gone=InvalidVersion):
+        with (
+            answering(f"list the artifacts in {path!r}", server=_shown(uri), gone=InvalidVersion),
+            naming_refused(repository, path) if folder.over_http else nullcontext(),
+        ):
             entries = list(repository.list_artifacts(path or None)) if repository else list_folder(folder, path)
         # Some stores list a folder within itself.
         return [entry for entry in entries if entry.path not in {path, ".", ""}]

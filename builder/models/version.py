@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ TAG_ENTRY_POINT = "MODEL_ENTRY_POINT"
 TAG_EXECUTE_PATH = "MODEL_EXECUTE_PATH"
 TAG_PLATFORMS = "MODEL_PLATFORMS"
 TAG_BASE_IMAGE = "MODEL_BASE_IMAGE"
+TAG_DOCKERFILE = "MODEL_DOCKERFILE"
 INPUT_TAGS = (
     TAG_MODEL_FOLDER,
     TAG_CLIENT_FOLDER,
@@ -33,6 +35,7 @@ INPUT_TAGS = (
     TAG_ENTRY_POINT,
     TAG_EXECUTE_PATH,
     TAG_BASE_IMAGE,
+    TAG_DOCKERFILE,
     TAG_PLATFORMS,
 )
 
@@ -41,6 +44,9 @@ DEFAULT_TEMPLATES_FOLDER = "templates"
 
 # What may stand in a Dockerfile and in a script without quoting, whatever stands around it.
 FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
+# What may stand in an image and in a command. Where a Dockerfile is rendered, `FOLDER` counts.
+_PART = r"(?![.-])[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,255}"
+_ANY_FOLDER = re.compile(f"{_PART}(?:/{_PART})*")
 # A command line may hold blanks, '=' and ',' beside that.
 _COMMAND_LINE = re.compile(r"[A-Za-z0-9_./@%+=:, -]*")
 # MLflow takes tags of 100,000 characters. A path of a file has at most 4,096, a reference fewer.
@@ -109,16 +115,23 @@ class ModelVersion(BaseModel):
 
 
 class Inputs(BaseModel):
-    """What a version's tags ask for, checked. Empty strings stand for tags that are not set."""
+    """What a version's tags ask for, checked. Empty strings stand for tags that are not set.
+
+    Attributes:
+        source: the version's, which names the folder that was registered.
+        no_dockerfile: the version has no Dockerfile, whatever its files are called.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    source: str = ""
     model_folder: str = ""
     client_folder: str = DEFAULT_CLIENT_FOLDER
     templates_folder: str = DEFAULT_TEMPLATES_FOLDER
     entry_point: str = ""
     command_line: str = ""
     base_image: str = ""
+    no_dockerfile: bool = False
 
     @classmethod
     def of(cls, version: ModelVersion) -> Inputs:
@@ -139,13 +152,15 @@ class Inputs(BaseModel):
                 problems.append(f"{tag} has {len(value):,} characters, but {_LONGEST_TAG:,} are the most")
             elif not pattern.fullmatch(value) or ".." in value.split("/"):
                 problems.append(f"{tag} is {value[:100]!r}, but {hint}")
-            return value
+            return unicodedata.normalize("NFC", value)
 
         folder_hint = "a folder is a relative path of letters, digits and '_', '.', '@', '+', '-'"
         entry_point = re.compile(rf"/?{FOLDER.pattern}")
+        any_hint = "a folder is a relative path without '.', '..', backslashes and control characters"
         inputs = cls(
-            model_folder=checked(TAG_MODEL_FOLDER, FOLDER, folder_hint),
-            client_folder=checked(TAG_CLIENT_FOLDER, FOLDER, folder_hint, DEFAULT_CLIENT_FOLDER),
+            source=version.source,
+            model_folder=checked(TAG_MODEL_FOLDER, _ANY_FOLDER, any_hint),
+            client_folder=checked(TAG_CLIENT_FOLDER, _ANY_FOLDER, any_hint, DEFAULT_CLIENT_FOLDER),
             templates_folder=checked(TAG_TEMPLATES_FOLDER, FOLDER, folder_hint, DEFAULT_TEMPLATES_FOLDER),
             entry_point=checked(
                 TAG_ENTRY_POINT, entry_point, "an entry point is a path of letters, digits and '_', '.', '@', '+', '-'"
@@ -157,6 +172,11 @@ class Inputs(BaseModel):
             ),
             base_image=checked(
                 TAG_BASE_IMAGE, re.compile(r"[A-Za-z0-9._/:@-]+"), "an image reference has no such characters"
+            ),
+            no_dockerfile=bool(
+                checked(
+                    TAG_DOCKERFILE, re.compile("none", re.IGNORECASE), "'none' is its only value: no Dockerfile is run"
+                )
             ),
         )
         if problems:

@@ -134,9 +134,7 @@ def test_the_model_folder_is_found(paths, tag, folder):
         (["MLmodel", "two/MLmodel"], "", "'', 'two'"),
         (["client/app.py", "a/MLmodel.txt"], "", "No artifact is called MLmodel"),
         ([], "", "No artifact"),
-        (["MLmodel"], "", "may not stand in a Dockerfile"),
-        (["my model/MLmodel"], "", "may not stand in a Dockerfile"),
-        (["-x/MLmodel"], "", "may not stand in a Dockerfile"),
+        (["MLmodel"], "", "in no folder of its own"),
         (["mymodel/MLmodel"], "other", "no artifact in that folder"),
         (["mymodel2/MLmodel"], "mymodel", "no artifact in that folder"),
         (["mymodel"], "mymodel", "no artifact in that folder"),
@@ -145,3 +143,28 @@ def test_the_model_folder_is_found(paths, tag, folder):
 def test_a_model_folder_that_cannot_be_told_is_an_error(paths, tag, problem):
     with pytest.raises(InvalidVersion, match=problem):
         find_model_folder(paths, Inputs(model_folder=tag))
+
+
+TWO = ["one/MLmodel", "a/two/MLmodel", "two/MLmodel", "two/artifacts/inner/MLmodel", "mod\u00e9l/MLmodel"]
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        ("mlflow-artifacts:/1/run/artifacts/one", "one"),
+        ("s3://bucket/1/run/artifacts/two/", "two"),
+        ("runs:/0123/a/two", "a/two"),
+        ("runs:/0123/two/artifacts/inner", "two/artifacts/inner"),
+        ("file:///mlruns/1/run/artifacts/mod%C3%A9l", "mod\u00e9l"),
+        ("file:///mlruns/1/run/artifacts/mode\u0301l", "mod\u00e9l"),
+    ],
+)
+def test_of_several_model_folders_the_source_names_the_one_that_was_registered(source, folder):
+    assert find_model_folder(TWO, Inputs(source=source)) == folder
+    assert find_model_folder(TWO, Inputs(source=source, model_folder="one")) == "one"
+
+
+@pytest.mark.parametrize("source", ["", "models:/m-1", "runs:/0123/twone", "runs:/0123/one/data"])
+def test_a_source_that_names_none_of_several_folders_decides_nothing(source):
+    with pytest.raises(InvalidVersion, match="Several folders"):
+        find_model_folder(TWO, Inputs(source=source))

@@ -120,11 +120,13 @@ def test_two_different_files_at_one_path_are_refused(shelf, model, tmp_path, tex
         shelf.catalog.artifacts(version)
 
 
-def test_several_models_need_a_tag(shelf, model):
+def test_of_several_models_the_source_names_one_or_a_tag_has_to(shelf, model):
     version = shelf.in_run((model, "one"), (model, "two"))
     paths = [artifact.path for artifact in shelf.catalog.artifacts(version)]
+    assert find_model_folder(paths, Inputs.of(version)) == "one"
+    of_the_run = shelf.version(version.source.removesuffix("/one"), run_id=version.run_id)
     with pytest.raises(InvalidVersion, match="'one', 'two'"):
-        find_model_folder(paths, Inputs.of(version))
+        find_model_folder(paths, Inputs.of(of_the_run))
 
 
 def test_a_version_without_artifacts_is_refused(shelf):

@@ -1,0 +1,49 @@
+"""What is judged of a version without a Dockerfile from its description alone, before anything large is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from builder.build.environment import MLMODEL
+from builder.build.mlmodel import check_served, repaired
+from builder.build.template import client_command
+from builder.errors import InvalidVersion
+from builder.log import get_logger
+from builder.models.artifacts import find_model_folder
+from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.settings import Settings
+
+_log = get_logger("judged")
+
+
+def judged(settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> dict[str, bytes]:
+    """Refuse a model that cannot be served; return the files of it that have to be others in the image, by path.
+
+    A version with a client loads its model as it likes: what is wrong is a warning then.
+
+    Args:
+        settings: for what commands may name.
+        version: the version.
+        context: the folder its artifacts are in; what describes the model is enough.
+        paths: of its artifacts.
+
+    Raises:
+        InvalidVersion: MLflow's scoring server could not load the model, or the entry point is no file of the client.
+    """
+    inputs = Inputs.of(version)
+    folder = find_model_folder(paths, inputs)
+    inputs = inputs.model_copy(update={"model_folder": folder})
+    client = client_command(context, template_variables(version, inputs, settings.component_of(version.name)))
+    try:
+        check_served(context, folder, paths)
+        changed = repaired(context, folder, paths)
+    except InvalidVersion as error:
+        if not client:
+            raise
+        _log.warning("MLflow could not load the model; its client has to", why=error.what)
+        return {}
+    if changed is None:
+        return {}
+    _log.warning("paths in MLmodel were written on Windows, and are repaired in the image", model=folder)
+    return {f"{folder}/{MLMODEL}": changed}
