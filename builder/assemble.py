@@ -93,7 +93,7 @@ def push_images(
                     *(Addition(layer=wheels[group.source], history=f"wheel {group.title}") for group in part.groups),
                     *own,
                 ],
-                _runtime(recipe),
+                _runtime(recipe, part),
                 labels=labels,
                 annotations=labels,
                 created=plan.version.created,
@@ -207,7 +207,7 @@ def _wheel_layers(
     return placed
 
 
-def _runtime(recipe: Recipe) -> Runtime:
+def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
     """Return how a container is started; the built-in Dockerfile.j2 says the same."""
     served = {} if recipe.client_folder else {"__pyfunc_model_path__": f"{_HOME}/{recipe.model_folder}"}
     return Runtime(
@@ -221,6 +221,6 @@ def _runtime(recipe: Recipe) -> Runtime:
         path=[f"/{ENVIRONMENT}/bin"],
         user=USER,
         workdir=_HOME,
-        command=recipe.command,
+        command=part.command,
         ports=[f"{PORT}/tcp"],
     )

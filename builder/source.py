@@ -10,8 +10,10 @@ from typing import Self
 
 from builder.build.environment import REQUIREMENTS
 from builder.build.indexes import Indexes
+from builder.build.locked import LOCK_VERSION, Lock
+from builder.build.mlflow_release import server_of
 from builder.build.requirements import Requirements
-from builder.build.serving import for_serving
+from builder.build.serving import for_serving, locked_release
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
 from builder.errors import InvalidVersion
 from builder.log import get_logger
@@ -40,7 +42,7 @@ class Source:
         own_base: whether the version names it itself.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
-        command: what a container runs.
+        client_command: what a container runs; empty where that is MLflow's scoring server.
     """
 
     context: Path
@@ -52,12 +54,16 @@ class Source:
     own_base: bool
     model_folder: str
     client_folder: str
-    command: tuple[str, ...]
+    client_command: tuple[str, ...]
 
     @property
     def digest(self) -> Digest:
-        """A digest of the requirements."""
-        return Digest.of(self.requirements.to_text().encode())
+        """A digest of the requirements, and of the rules by which they become a lock."""
+        return Digest.of(f"{LOCK_VERSION} {self.requirements.serves}\n{self.requirements.to_text()}".encode())
+
+    def command(self, lock: Lock) -> tuple[str, ...]:
+        """Return what a container runs, given the lock of its environment."""
+        return self.client_command or _served(server_of(locked_release(lock.versions)))
 
     @classmethod
     def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
@@ -80,7 +86,7 @@ class Source:
         client_folder = inputs.client_folder if client else ""
         configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
         asked = Requirements.read(context, folder, configured, client_folder=client_folder)
-        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        requirements = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
         named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
         if not asked.required and not named:
             message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
@@ -97,14 +103,14 @@ class Source:
         return cls(
             context=context,
             created=version.created,
-            requirements=serving.requirements,
+            requirements=requirements,
             indexes=configured.joined(asked.indexes),
             python=asked.python_version,
             base=base,
             own_base=bool(inputs.base_image),
             model_folder=folder,
             client_folder=client_folder,
-            command=tuple(client) or _served(serving.server),
+            client_command=tuple(client),
         )
 
 

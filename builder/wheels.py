@@ -101,7 +101,13 @@ def planned(
             except NoWheel as error:
                 return error, found, platform
             check_libraries(base, facts, lock)
-            part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)
+            part = PlatformRecipe(
+                platform=platform,
+                interpreter=interpreter,
+                base_layers=len(base.layers),
+                command=source.command(lock),
+                lock=lock,
+            )
             return part, found, platform
 
         results = [result for result in side_by_side(one, platforms, threads=4, every=_SECONDS) if result is not None]
@@ -110,7 +116,6 @@ def planned(
         python=source.python,
         model_folder=source.model_folder,
         client_folder=source.client_folder,
-        command=source.command,
         indexes=source.requirements.indexes,
         requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),

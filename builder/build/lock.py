@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +19,7 @@ from builder.build.locked import Lock, LockedWheel, moments
 from builder.build.process import run
 from builder.build.requirements import Requirements
 from builder.build.resolver import Question, Tool, private_folder
+from builder.build.serving import for_release, locked_release
 from builder.build.tags import minor_version, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel import open_wheel
@@ -51,7 +53,7 @@ def lock(
 
     The wheels carry their addresses, so that downloads can start at once. The resolution is made as of the beginning
     of `as_of`'s day and, where that fails, as of `as_of` itself; `Lock.as_of` says which. Where the requirements cannot
-    be fulfilled, those that they name as `otherwise` are taken.
+    be fulfilled, those that they name as `otherwise` are taken. What MLflow's release needs is decided by the lock.
 
     Args:
         requirements: what is to be installed.
@@ -103,13 +105,33 @@ class _Locking:
     def lock(self) -> Lock:
         """Return the lock of the requirements, or of what they name as `otherwise`."""
         try:
-            return self._as_of(self._question)
+            return self._built_with(self._question)
         except Unsatisfiable as error:
             otherwise = self._question.requirements.otherwise
             if otherwise is None:
                 raise
             _log.info("the whole package is installed instead", why=error.what)
-        return self._as_of(replace(self._question, requirements=otherwise))
+        return self._built_with(replace(self._question, requirements=otherwise))
+
+    def _built_with(self, question: Question) -> Lock:
+        """Return the lock with the packages that the environment was built with, unless another needs others."""
+        try:
+            return self._complete(question)
+        except Unsatisfiable as error:
+            build = question.requirements.build
+            if not build & set(re.findall(r"[a-z0-9-]+", error.said)):
+                raise
+            _log.info("build dependencies give way", packages=sorted(build), why=error.what)
+        return self._complete(replace(question, requirements=question.requirements.without_build()))
+
+    def _complete(self, question: Question) -> Lock:
+        """Return the lock with what its release of MLflow needs; that takes a second resolution where it lacks it."""
+        found = self._as_of(question)
+        requirements = for_release(question.requirements, found.versions)
+        if requirements is None:
+            return found
+        _log.info("resolving once more with what this MLflow needs", mlflow=str(locked_release(found.versions)))
+        return self._as_of(replace(question, requirements=requirements))
 
     def _as_of(self, question: Question) -> Lock:
         """Return the lock as of the first moment that there is one for."""
@@ -243,7 +265,9 @@ def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> 
         hashes = {digest for one in requirements.named(wheel.name) for digest in one.hashes}
         local = {one.sha256 for one in requirements.local if one.filename == wheel.filename}
         named = hashes or (local if wheel.origin == "model" else set())
-        if wheel.sha256 not in named and (named or requirements.require_hashes):
+        # What MLflow installs beside requirements.txt, and what it forgets to name, has no hash in it.
+        ours = wheel.origin == "index" and wheel.name in requirements.added | requirements.build
+        if wheel.sha256 not in named and (named or (requirements.require_hashes and not ours)):
             message = f"{wheel.filename} has the sha256 {wheel.sha256}, which the model's requirements do not name."
             remedy = "Name the hashes of the wheels of every platform that is published for."
             raise InvalidVersion(message, remedy=remedy)

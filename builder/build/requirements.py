@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
-from builder.build.environment import REQUIREMENTS, Environment, read_description
+from builder.build.environment import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description
 from builder.build.indexes import Indexes
 from builder.build.requirement import Required, Unusable, checked_url
 from builder.build.requirement_lines import logical_lines, parse_line
@@ -63,6 +63,9 @@ class Requirements:
         indexes: addresses of package indexes that the model names beside the configured ones.
         prereleases: whether pre-releases are taken.
         require_hashes: whether every package has to be of a hash that `required` names.
+        serves: whether MLflow's scoring server runs in the environment.
+        build: packages in `required` that the environment was built with, and that give way to what needs others.
+        added: packages in `required` that the model does not name.
         otherwise: what is installed where these cannot be; None for nothing.
     """
 
@@ -74,6 +77,9 @@ class Requirements:
     indexes: tuple[str, ...] = ()
     prereleases: bool = False
     require_hashes: bool = False
+    serves: bool = False
+    build: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
     otherwise: Requirements | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -83,7 +89,8 @@ class Requirements:
         """Return the requirements of the model in `context / model_folder`.
 
         They are those of requirements.txt; where there is none, those of python_env.yaml; where that names none, those
-        of conda.yaml's pip section.
+        of conda.yaml's pip section. python_env.yaml's build dependencies come beside them, unless they name the same
+        package.
 
         Args:
             context: folder of the version's artifacts.
@@ -96,23 +103,26 @@ class Requirements:
                 does is named. Packages of conda beside Python and pip are.
         """
         reader = _Reader(context, model_folder, indexes or Indexes())
-        conda = reader.yaml("conda.yaml")
+        python_env = reader.yaml(PYTHON_ENV)
+        conda = reader.yaml(CONDA)
         conda_pip = reader.conda(conda)
         if read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.file(REQUIREMENTS)
-        elif lines := reader.strings(reader.yaml("python_env.yaml").get("dependencies"), "python_env.yaml"):
-            reader.lines("\n".join(lines), "python_env.yaml")
+        elif lines := reader.strings(python_env.get("dependencies"), PYTHON_ENV):
+            reader.lines("\n".join(lines), PYTHON_ENV)
         else:
-            reader.lines("\n".join(conda_pip), "conda.yaml")
+            reader.lines("\n".join(conda_pip), CONDA)
         if client_folder and read_beneath(context, f"{client_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.client(client_folder)
+        build = reader.build(python_env)
         reader.refuse()
         environment = Environment.read(context, model_folder)
         return cls(
             python_version=environment.python_version,
             mlflow_version=environment.mlflow_version,
-            required=_ordered(reader.required),
+            required=_ordered([*reader.required, *build]),
             constraints=_ordered(reader.constraints),
+            build=frozenset(one.name for one in build),
             local=tuple(reader.local[path] for path in sorted(reader.local)),
             indexes=tuple(dict.fromkeys(reader.indexes)),
             prereleases=reader.prereleases,
@@ -144,6 +154,11 @@ class Requirements:
     def with_changes(self, *, required: tuple[Required, ...], constraints: tuple[Required, ...] = ()) -> Self:
         """Return the same with other requirements, and with constraints beside those that are there."""
         return replace(self, required=_ordered(required), constraints=_ordered([*self.constraints, *constraints]))
+
+    def without_build(self) -> Self:
+        """Return the same without the packages that the environment was built with."""
+        required = tuple(one for one in self.required if one.name not in self.build)
+        return replace(self, required=required, build=frozenset())
 
     def to_text(self) -> str:
         """Return the canonical text, whose hash can stand for the environment.
@@ -219,6 +234,15 @@ class _Reader:
                 self._problem(f"{name} has a requirement that is not one line of text: {_shown(entry, 80)}")
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
+    def build(self, python_env: dict[str, Yaml]) -> list[Required]:
+        """Return python_env.yaml's build dependencies, less the packages that the requirements name themselves."""
+        named = {one.name for one in self.required}
+        others, self.required = self.required, []
+        lines = self.strings(python_env.get("build_dependencies"), PYTHON_ENV)
+        self.lines("\n".join(lines), f"{PYTHON_ENV}, build_dependencies")
+        build, self.required = self.required, others
+        return [one for one in build if one.name not in named]
+
     def conda(self, document: dict[str, Yaml]) -> list[str]:
         """Return conda.yaml's pip section.
 
@@ -230,7 +254,7 @@ class _Reader:
         others: list[str] = []
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and set(entry) == {"pip"}:
-                pip += self.strings(entry["pip"], "conda.yaml")
+                pip += self.strings(entry["pip"], CONDA)
             else:
                 name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
                 if not name or name[1].lower() not in _CONDA_KNOWN:

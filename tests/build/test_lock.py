@@ -457,10 +457,10 @@ def test_pre_releases_only_where_they_are_asked_for(index):
 def test_the_whole_of_mlflow_where_there_is_no_skinny_one(index):
     for name, requires in (("mlflow", ["numpy"]), ("numpy", []), ("pandas", ["numpy"]), ("uvicorn", [])):
         index.add(name, "3.1.0" if name == "mlflow" else "1.0", requires=requires)
-    serving = for_serving(Requirements.of("mlflow==3.1.0"))
-    assert set(versions(locked(serving.requirements, indexes=asked(index)))) == {"mlflow", "numpy"}
+    lean = for_serving(Requirements.of("mlflow==3.1.0"))
+    assert set(versions(locked(lean, indexes=asked(index)))) == {"mlflow", "numpy"}
     index.add("mlflow-skinny", "3.1.0")
-    assert set(versions(locked(serving.requirements, indexes=asked(index)))) == {
+    assert set(versions(locked(lean, indexes=asked(index)))) == {
         "mlflow-skinny",
         "numpy",
         "pandas",

@@ -59,7 +59,7 @@ def test_what_mlflow_logs(model):
         MLmodel="flavors: {}\nmlflow_version: 3.17.2\n",
     )
     assert (read.python_version, read.mlflow_version) == ("3.11", "3.17.2")
-    assert lines(read) == ["mlflow==3.17.2", "numpy==2.4.6", "scikit-learn==1.9.1"]
+    assert lines(read) == ["mlflow==3.17.2", "numpy==2.4.6", "pip", "scikit-learn==1.9.1", "setuptools"]
 
 
 def test_conda_alone(model):
