@@ -20,7 +20,7 @@ from builder.build.process import run
 from builder.build.requirements import Requirements
 from builder.build.resolver import Question, Tool, private_folder
 from builder.build.serving import for_release, locked_release
-from builder.build.tags import minor_version, wheel_tags
+from builder.build.tags import minor_version, rank_of, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel import open_wheel
 from builder.build.wheel_name import parse_wheel_name
@@ -253,7 +253,7 @@ def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
     """Raise NoWheel for a wheel that does not fit: resolvers take an address's or a path's as it is."""
     tags = wheel_tags(question.platform, question.python, question.glibc)
     for wheel in wheels:
-        if tags.isdisjoint(parse_wheel_name(wheel.filename)[3]):
+        if rank_of(parse_wheel_name(wheel.filename)[3], tags) is None:
             major, minor = minor_version(question.python)
             said = f"{wheel.filename} is not for it and CPython {major}.{minor}"
             raise NoWheel(wheel.name, question.platform, said)
