@@ -34,7 +34,7 @@ class Source:
 
     Attributes:
         context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
-        created: when the version was registered.
+        as_of: when the model was logged or, where that is not known or not earlier, when the version was registered.
         requirements: what is to be installed.
         indexes: who is asked for it.
         python: the model's Python, `3.11`.
@@ -46,7 +46,7 @@ class Source:
     """
 
     context: Path
-    created: datetime
+    as_of: datetime
     requirements: Requirements
     indexes: Indexes
     python: str
@@ -102,7 +102,7 @@ class Source:
             raise InvalidVersion(message, remedy=remedy)
         return cls(
             context=context,
-            created=version.created,
+            as_of=min(version.created, asked.logged or version.created),
             requirements=requirements,
             indexes=configured.joined(asked.indexes),
             python=asked.python_version,

@@ -148,7 +148,7 @@ def resolver_of(
         client=client,
         model=source.context / source.model_folder,
         python=source.python,
-        as_of=source.created if settings.resolve_as_of == "registered" else None,
+        as_of=source.as_of if settings.resolve_as_of == "registered" else None,
         former=lambda platform: former(platform, source.digest),
     )
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
-from builder.build.environment import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description
+from builder.build.environment import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description, requirements_text
 from builder.build.indexes import Indexes
 from builder.build.requirement import Required, Unusable, checked_url
-from builder.build.requirement_lines import logical_lines, parse_line
+from builder.build.requirement_lines import is_pypi, logical_lines, parse_line
 from builder.errors import InvalidVersion, one_line
 from builder.yaml_file import Yaml
 
@@ -22,6 +23,7 @@ _MOST_PROBLEMS = 10
 # The most characters of an author's text that are looked at for a message.
 _MOST_SHOWN = 1000
 _CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
+_REQUIREMENTS_FILE = re.compile(r"(?:-r|--requirement)[ =]?(?:\./)?requirements\.txt")
 _CONDA_KNOWN = frozenset({"python", "pip"})
 _TEMPLATE = (
     "Install it in a Dockerfile.template of the version's own, whose base image or RUN steps bring it, or name its "
@@ -57,6 +59,7 @@ class Requirements:
     Attributes:
         python_version: the model's, major and minor: `3.11`; empty where no file tells.
         mlflow_version: the release of MLflow that logged the model; empty where no file tells.
+        logged: when the model was logged, in UTC; None where MLmodel does not tell.
         required: the requirements, in order, each once.
         constraints: bounds for what is installed anyway.
         local: wheels of the model folder that `required` names.
@@ -71,6 +74,7 @@ class Requirements:
 
     python_version: str = ""
     mlflow_version: str = ""
+    logged: datetime | None = None
     required: tuple[Required, ...] = ()
     constraints: tuple[Required, ...] = ()
     local: tuple[LocalWheel, ...] = ()
@@ -108,7 +112,7 @@ class Requirements:
         conda_pip = reader.conda(conda)
         if read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.file(REQUIREMENTS)
-        elif lines := reader.strings(python_env.get("dependencies"), PYTHON_ENV):
+        elif lines := reader.dependencies(python_env):
             reader.lines("\n".join(lines), PYTHON_ENV)
         else:
             reader.lines("\n".join(conda_pip), CONDA)
@@ -120,6 +124,7 @@ class Requirements:
         return cls(
             python_version=environment.python_version,
             mlflow_version=environment.mlflow_version,
+            logged=environment.logged,
             required=_ordered([*reader.required, *build]),
             constraints=_ordered(reader.constraints),
             build=frozenset(one.name for one in build),
@@ -234,6 +239,11 @@ class _Reader:
                 self._problem(f"{name} has a requirement that is not one line of text: {_shown(entry, 80)}")
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
+    def dependencies(self, python_env: dict[str, Yaml]) -> list[str]:
+        """Return python_env.yaml's dependencies, less the requirements.txt that MLflow names there."""
+        lines = self.strings(python_env.get("dependencies"), PYTHON_ENV)
+        return [line for line in lines if not _REQUIREMENTS_FILE.fullmatch(line.strip())]
+
     def build(self, python_env: dict[str, Yaml]) -> list[Required]:
         """Return python_env.yaml's build dependencies, less the packages that the requirements name themselves."""
         named = {one.name for one in self.required}
@@ -279,9 +289,9 @@ class _Reader:
             message = f"there is no file {path!r} in the model folder"
             raise Unusable(message)
         try:
-            text = content.decode("utf-8-sig")
+            text = requirements_text(content)
         except UnicodeDecodeError:
-            self._problem(f"{path} is not UTF-8")
+            self._problem(f"{self._folder}/{path} is not UTF-8")
             return
         self.lines(text, path, constraints=constraints)
 
@@ -352,7 +362,8 @@ class _Reader:
                 message = "the file it names is not in the model folder"
                 raise Unusable(message)
             self.file(path, constraints=constraints or option == "--constraint")
-        else:
+        elif not is_pypi(value) or self._indexes.allows(checked_url(value)):
+            # Where PyPI is no index that a model may name, the configured one stands for it, or it is asked anyway.
             self.indexes.append(self._allow(checked_url(value)).rstrip("/"))
 
     def _allow(self, url: str) -> str:

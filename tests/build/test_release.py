@@ -1,5 +1,6 @@
 """What a model is served with follows the release of MLflow in its lock, and nothing that a file says of it."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_bounds_are_those_of_the_release_in_the_lock(index):
     found = served("mlflow>=2.20,<3", "fastapi-like", logged="3.17.2", index=index)
     assert found["starlette"] == "0.40"
     assert served("mlflow<2.16", "fastapi-like", index=index)["numpy"] == "1.26.4"
+
+
+def test_hashes_are_those_of_the_whole_package(index):
+    def line(name, version):
+        content = index.files[name][f"{name.replace('-', '_')}-{version}-py3-none-any.whl"][0]
+        return f"{name}=={version} --hash=sha256:{hashlib.sha256(content).hexdigest()}"
+
+    lines = ["--require-hashes", line("mlflow", "2.9.2"), line("mlflow-skinny", "2.9.2"), line("big", "1.0")]
+    # setuptools is in no such list: the tools that write them leave it out.
+    assert set(served(*lines, logged="2.9.2", index=index)) == {"mlflow", "mlflow-skinny", "big", "setuptools"}
+    with pytest.raises(InvalidVersion, match="big"):
+        served(*lines[:-1], index=index)
 
 
 def test_mlmodel_that_names_no_release(index):
