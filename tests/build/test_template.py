@@ -342,7 +342,8 @@ def test_the_default_serves_with_mlflow(context, model):
     text = got.dockerfile.decode()
     assert (got.used_default, got.template) == (True, "built-in Dockerfile.j2")
     assert Dockerfile.parse(text).final_base() == "docker.io/library/python:3.12-slim"
-    assert "ENV __pyfunc_model_path__=/app/mymodel\n" in text
+    assert "ENV __pyfunc_model_path__=/app/mymodel \\\n    MLFLOW_TRACKING_URI=file:///tmp/mlruns\n" in text
+    assert "    USER=model \\\n    LOGNAME=model \\\n" in text
     assert 'CMD ["python", "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--host", "0.0.0.0"' in text
     assert "USER 10001:0\n" in text
     assert "apt" not in text
@@ -458,6 +459,6 @@ def test_a_clients_own_requirements_are_installed(context, model):
 
 
 def test_requirements_that_are_not_text_are_refused(context, model):
-    (model / "requirements.txt").write_bytes(b"\xff\xfe")
+    (model / "requirements.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidVersion, match=r"requirements.txt is not UTF-8"):
         rendered(context)
