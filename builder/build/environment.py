@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
 from builder.build.beneath import SAFE_PATH, exists_beneath, read_beneath
+from builder.build.mlflow_release import SETUPTOOLS, bounds_of, needs_of, release_of, server_of
 from builder.errors import InvalidVersion
 from builder.yaml_file import MOST_BYTES, read_mapping
 
@@ -31,10 +32,6 @@ _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.+Z]{5,32}\Z")
 _FIRST_YEAR = 2018
 _PINNED = re.compile(r"==\s*([0-9]{1,9}(?:\.[0-9]{1,9}){1,9})(?![0-9])")
 _REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
-# From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
-_FIRST_ASGI = (2, 21)
-# Starlette 1 has no `route` decorator any more; no release of MLflow before this one says that it needs it.
-_FIRST_WITHOUT_ROUTE = (3, 13)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,17 +173,15 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
         if name := _REQUIREMENT_NAME.match(line):
             pinned = _PINNED.search(line)
             listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = pinned[1] if pinned else ""
-    version = listed.get("mlflow") or listed.get("mlflow-skinny") or logged
-    release = tuple(int(part) for part in version.split(".")[:2]) if version else _FIRST_WITHOUT_ROUTE
-    asgi = release >= _FIRST_ASGI
-    old_routes = ["starlette<1"] if _FIRST_ASGI <= release < _FIRST_WITHOUT_ROUTE else []
-    server = (
-        ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
-        if asgi
-        else ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
-    )
-    needs = ["pandas", "uvicorn"] if asgi else ["pandas", "flask<4", "gunicorn"]
-    needs = old_routes if "mlflow" in listed else [*old_routes, *needs]
+    release = release_of(listed.get("mlflow") or listed.get("mlflow-skinny") or logged)
+    server = server_of(release)
+    bounds = dict(bounds_of(release))
+    names = ["starlette", *((SETUPTOOLS,) if SETUPTOOLS in bounds else ())]
+    needs = [f"{name}{bounds[name]}" for name in names if name in bounds]
+    if "mlflow" not in listed:
+        needs += [f"{name}<4" if name == "flask" else name for name in needs_of(release)]
     if not {"mlflow", "mlflow-skinny"} & listed.keys():
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
-    return server, tuple(need for need in needs if need.split("<")[0] not in listed)
+    # No MLflow that imports pkg_resources starts without it, so that its bound counts beside what the model pins.
+    own = listed.keys() - {SETUPTOOLS}
+    return server, tuple(need for need in needs if need.split("<")[0] not in own)
