@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 
 from builder.build import lock_pip, lock_uv
+from builder.build.conda import conda_refused
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
 from builder.build.locked import Lock, LockedWheel, moments
 from builder.build.process import run
+from builder.build.requirement import Required
 from builder.build.requirements import Requirements
 from builder.build.resolver import Question, Tool, private_folder
 from builder.build.serving import for_release, locked_release
@@ -125,13 +128,43 @@ class _Locking:
         return self._complete(replace(question, requirements=question.requirements.without_build()))
 
     def _complete(self, question: Question) -> Lock:
-        """Return the lock with what its release of MLflow needs; that takes a second resolution where it lacks it."""
+        """Return the lock with what its MLflow needs and what conda was to bring, resolved again where needed."""
         found = self._as_of(question)
-        requirements = for_release(question.requirements, found.versions)
-        if requirements is None:
+        lacking = self._lacking(found, question)
+        served = for_release(question.requirements, found.versions)
+        if served is None and not lacking:
             return found
-        _log.info("resolving once more with what this MLflow needs", mlflow=str(locked_release(found.versions)))
-        return self._as_of(replace(question, requirements=requirements))
+        more = served or question.requirements
+        more = more.with_changes(required=(*more.required, *lacking))
+        _log.info(
+            "resolving once more",
+            mlflow=str(locked_release(found.versions)),
+            conda=[one.text() for one in lacking],
+        )
+        return self._as_of(replace(question, requirements=more))
+
+    def _lacking(self, found: Lock, question: Question) -> list[Required]:
+        """Return what conda was to bring and a lock lacks.
+
+        Raises:
+            InvalidVersion: there is no wheel of a package; each is named.
+        """
+        there = found.versions
+        lacking = [one for one in question.requirements.conda if one.name not in there]
+        if none := [one.text() for one in lacking if not self._has_wheel(one, found)]:
+            raise conda_refused(none)
+        return lacking
+
+    def _has_wheel(self, one: Required, found: Lock) -> bool:
+        ranks = wheel_tags(found.platform, found.python, found.glibc)
+        wanted = SpecifierSet(one.specifier)
+        return any(
+            file.filename.endswith(".whl")
+            and file.release is not None
+            and wanted.contains(file.release[1], prereleases=True)
+            and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
+            for file in self._client.files(one.name)
+        )
 
     def _as_of(self, question: Question) -> Lock:
         """Return the lock as of the first moment that there is one for."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
+from builder.build.conda import conda_package, conda_refused
 from builder.build.environment import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description, requirements_text
 from builder.build.indexes import Indexes
 from builder.build.requirement import Required, Unusable, checked_url
@@ -24,11 +25,9 @@ _MOST_PROBLEMS = 10
 _MOST_SHOWN = 1000
 _CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
 _REQUIREMENTS_FILE = re.compile(r"(?:-r|--requirement)[ =]?(?:\./)?requirements\.txt")
+# Each that the lock lacks is looked up in the indexes.
+_MOST_CONDA = 500
 _CONDA_KNOWN = frozenset({"python", "pip"})
-_TEMPLATE = (
-    "Install it in a Dockerfile.template of the version's own, whose base image or RUN steps bring it, or name its "
-    "wheel in requirements.txt and take it out of conda.yaml."
-)
 _CORRECT = "Correct the model's requirements and register it again, or ship a Dockerfile.template that installs them."
 
 
@@ -62,6 +61,7 @@ class Requirements:
         logged: when the model was logged, in UTC; None where MLmodel does not tell.
         required: the requirements, in order, each once.
         constraints: bounds for what is installed anyway.
+        conda: what conda.yaml asks of conda, to be added where the lock lacks the package.
         local: wheels of the model folder that `required` names.
         indexes: addresses of package indexes that the model names beside the configured ones.
         prereleases: whether pre-releases are taken.
@@ -77,6 +77,7 @@ class Requirements:
     logged: datetime | None = None
     required: tuple[Required, ...] = ()
     constraints: tuple[Required, ...] = ()
+    conda: tuple[Required, ...] = ()
     local: tuple[LocalWheel, ...] = ()
     indexes: tuple[str, ...] = ()
     prereleases: bool = False
@@ -104,7 +105,7 @@ class Requirements:
 
         Raises:
             InvalidVersion: a file is malformed, a link or too large, or asks for what cannot be had: every line that
-                does is named. Packages of conda beside Python and pip are.
+                does is named. What conda is asked for beside Python and pip is `conda` of the result.
         """
         reader = _Reader(context, model_folder, indexes or Indexes())
         python_env = reader.yaml(PYTHON_ENV)
@@ -128,6 +129,7 @@ class Requirements:
             required=_ordered([*reader.required, *build]),
             constraints=_ordered(reader.constraints),
             build=frozenset(one.name for one in build),
+            conda=_ordered(reader.conda_packages),
             local=tuple(reader.local[path] for path in sorted(reader.local)),
             indexes=tuple(dict.fromkeys(reader.indexes)),
             prereleases=reader.prereleases,
@@ -175,6 +177,7 @@ class Requirements:
         lines += ["--pre"] if self.prereleases else []
         lines += ["--require-hashes"] if self.require_hashes else []
         lines += sorted(f"--constraint {_line(required, digests)}" for required in self.constraints)
+        lines += sorted(f"--conda {_line(required, digests)}" for required in self.conda)
         lines += sorted(_line(required, digests) for required in self.required)
         return "".join(f"{line}\n" for line in lines)
 
@@ -204,6 +207,7 @@ class _Reader:
         self._count = self._bytes = self._text_lines = self._lines = 0
         self.required: list[Required] = []
         self.constraints: list[Required] = []
+        self.conda_packages: list[Required] = []
         self.local: dict[str, LocalWheel] = {}
         self.indexes: list[str] = []
         self.prereleases = False
@@ -257,7 +261,7 @@ class _Reader:
         """Return conda.yaml's pip section.
 
         Raises:
-            InvalidVersion: conda itself is asked for more than Python and pip.
+            InvalidVersion: conda itself is asked for what is no package's name and version, or for too much.
         """
         entries = document.get("dependencies")
         pip: list[str] = []
@@ -265,14 +269,16 @@ class _Reader:
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and set(entry) == {"pip"}:
                 pip += self.strings(entry["pip"], CONDA)
+                continue
+            name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
+            if name and name[1].lower() in _CONDA_KNOWN:
+                continue
+            if isinstance(entry, str) and (package := conda_package(entry)):
+                self.conda_packages.append(package)
             else:
-                name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
-                if not name or name[1].lower() not in _CONDA_KNOWN:
-                    others.append(_shown(name[1] if name else entry, 60))
-        if others:
-            what = ", ".join(others[:_MOST_PROBLEMS])
-            message = f"The model's conda.yaml asks conda for {what}, and conda is not run here."
-            raise InvalidVersion(message, remedy=_TEMPLATE)
+                others.append(_shown(name[1] if name else entry, 60))
+        if others or len(self.conda_packages) > _MOST_CONDA:
+            raise conda_refused(others or [one.name for one in self.conda_packages])
         return pip
 
     def file(self, path: str, *, constraints: bool = False) -> None:

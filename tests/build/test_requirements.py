@@ -280,7 +280,10 @@ def test_everything_wrong_is_said_at_once(model):
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        ({"conda": "dependencies:\n- python=3.11\n- cudatoolkit=11\n- conda-forge::gcc\n"}, "cudatoolkit, gcc"),
+        (
+            {"conda": 'dependencies: ["cudatoolkit[build=x]", gcc @ file:///x, {other: [x]}]'},
+            "cudatoolkit, gcc, a value of the type dict",
+        ),
         ({"conda": "dependencies:\n- [1, 2]\n", "requirements": "x"}, "asks conda for"),
         ({"conda": "dependencies: [\n"}, "not YAML"),
         ({"conda": "dependencies:\n- pip:\n  - {a: b}\n"}, "not one line of text"),

@@ -412,7 +412,12 @@ def test_a_base_image_is_taken_from_the_tag_only_where_allowed(context, model, w
         ("mlflow==2.9.2", "2.9.2", " 'setuptools<81'", "gunicorn"),
         ("mlflow==2.9.2\nsetuptools\n", "2.9.2", " 'setuptools<81'", "gunicorn"),
         ("mlflow==1.30.0", "", " 'setuptools<81'", "gunicorn"),
-        ("scikit-learn", "2.15.1", " 'mlflow-skinny==2.15.1' 'setuptools<81' 'pandas' 'flask<4' 'gunicorn'", "gunicorn"),
+        (
+            "scikit-learn",
+            "2.15.1",
+            " 'mlflow-skinny==2.15.1' 'setuptools<81' 'pandas' 'flask<4' 'gunicorn'",
+            "gunicorn",
+        ),
         ("mlflow==2.16.2", "2.16.2", "", "gunicorn"),
         ("mlflow-skinny==3.1.0 ; python_version > '3'\nPandas>2\n", "3.1.0", " 'starlette<1' 'uvicorn'", "uvicorn"),
         ("mlflow==2.22.0", "2.22.0", " 'starlette<1'", "uvicorn"),
