@@ -93,7 +93,7 @@ def push_images(
                     *(Addition(layer=wheels[group.source], history=f"wheel {group.title}") for group in part.groups),
                     *own,
                 ],
-                _runtime(recipe),
+                _runtime(recipe, part),
                 labels=labels,
                 annotations=labels,
                 created=plan.version.created,
@@ -207,20 +207,27 @@ def _wheel_layers(
     return placed
 
 
-def _runtime(recipe: Recipe) -> Runtime:
+def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
     """Return how a container is started; the built-in Dockerfile.j2 says the same."""
-    served = {} if recipe.client_folder else {"__pyfunc_model_path__": f"{_HOME}/{recipe.model_folder}"}
+    served = {
+        "__pyfunc_model_path__": f"{_HOME}/{recipe.model_folder}",
+        # MLflow sets up its tracking anew after an error; where it cannot write, that hides the error from the log.
+        "MLFLOW_TRACKING_URI": "file:///tmp/mlruns",
+    }
     return Runtime(
         environment={
             "HOME": "/tmp",  # noqa: S108  # the one folder that any user may write
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "GIT_PYTHON_REFRESH": "quiet",
-            **served,
+            # The user has no name of its own in a base image, and getpass.getuser() wants one.
+            "USER": "model",
+            "LOGNAME": "model",
+            **({} if recipe.client_folder else served),
         },
         path=[f"/{ENVIRONMENT}/bin"],
         user=USER,
         workdir=_HOME,
-        command=recipe.command,
+        command=part.command,
         ports=[f"{PORT}/tcp"],
     )

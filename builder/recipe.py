@@ -31,6 +31,7 @@ class PlatformRecipe(BaseModel):
         platform: which.
         interpreter: the base's interpreter, an absolute path.
         base_layers: how many layers the base has.
+        command: what a container runs, relative to the context's folder.
         lock: the wheels.
     """
 
@@ -39,6 +40,7 @@ class PlatformRecipe(BaseModel):
     platform: AsPlatform
     interpreter: str
     base_layers: int
+    command: tuple[str, ...]
     lock: Lock
 
     @property
@@ -54,7 +56,6 @@ class Recipe(BaseModel):
         python: the model's Python, `3.11`.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
-        command: what a container runs, relative to the context's folder.
         indexes: package indexes that the model names beside the configured ones.
         requirements: digest of what is installed, as the locks were made from it.
         platforms: those that are made so.
@@ -67,7 +68,6 @@ class Recipe(BaseModel):
     python: str
     model_folder: str
     client_folder: str = ""
-    command: tuple[str, ...]
     indexes: tuple[str, ...] = ()
     requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())

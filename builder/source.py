@@ -10,9 +10,11 @@ from typing import Self
 
 from builder.build.environment import REQUIREMENTS
 from builder.build.indexes import Indexes
+from builder.build.locked import LOCK_VERSION, Lock
+from builder.build.mlflow_release import server_of
 from builder.build.overlooked import overlooked
 from builder.build.requirements import Requirements
-from builder.build.serving import for_serving
+from builder.build.serving import for_serving, locked_release
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
 from builder.errors import InvalidVersion
 from builder.log import get_logger
@@ -34,7 +36,7 @@ class Source:
 
     Attributes:
         context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
-        created: when the version was registered.
+        as_of: when the model was logged or, where that is not known or not earlier, when the version was registered.
         requirements: what is to be installed.
         indexes: who is asked for it.
         python: the model's Python, `3.11`.
@@ -42,11 +44,11 @@ class Source:
         own_base: whether the version names it itself.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
-        command: what a container runs.
+        client_command: what a container runs; empty where that is MLflow's scoring server.
     """
 
     context: Path
-    created: datetime
+    as_of: datetime
     requirements: Requirements
     indexes: Indexes
     python: str
@@ -54,12 +56,16 @@ class Source:
     own_base: bool
     model_folder: str
     client_folder: str
-    command: tuple[str, ...]
+    client_command: tuple[str, ...]
 
     @property
     def digest(self) -> Digest:
-        """A digest of the requirements."""
-        return Digest.of(self.requirements.to_text().encode())
+        """A digest of the requirements, and of the rules by which they become a lock."""
+        return Digest.of(f"{LOCK_VERSION} {self.requirements.serves}\n{self.requirements.to_text()}".encode())
+
+    def command(self, lock: Lock) -> tuple[str, ...]:
+        """Return what a container runs, given the lock of its environment."""
+        return self.client_command or _served(server_of(locked_release(lock.versions)))
 
     @classmethod
     def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
@@ -82,7 +88,7 @@ class Source:
         client_folder = inputs.client_folder if client else ""
         configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
         asked = Requirements.read(context, folder, configured, client_folder=client_folder)
-        serving = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        requirements = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
         named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
         if not asked.required and not named:
             message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
@@ -98,15 +104,15 @@ class Source:
             raise InvalidVersion(message, remedy=remedy)
         return cls(
             context=context,
-            created=version.created,
-            requirements=serving.requirements,
+            as_of=min(version.created, asked.logged or version.created),
+            requirements=requirements,
             indexes=configured.joined(asked.indexes),
             python=asked.python_version,
             base=base,
             own_base=bool(inputs.base_image),
             model_folder=folder,
             client_folder=client_folder,
-            command=tuple(client) or _served(serving.server),
+            client_command=tuple(client),
         )
 
 

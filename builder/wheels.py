@@ -105,7 +105,13 @@ def planned(
             except NoWheel as error:
                 return error, found, platform
             check_libraries(base, facts, lock)
-            part = PlatformRecipe(platform=platform, interpreter=interpreter, base_layers=len(base.layers), lock=lock)
+            part = PlatformRecipe(
+                platform=platform,
+                interpreter=interpreter,
+                base_layers=len(base.layers),
+                command=source.command(lock),
+                lock=lock,
+            )
             return part, found, platform
 
         results = [
@@ -116,7 +122,6 @@ def planned(
         python=source.python,
         model_folder=source.model_folder,
         client_folder=source.client_folder,
-        command=source.command,
         indexes=source.requirements.indexes,
         requirements=source.digest,
         platforms=tuple(parts[platform] for platform in platforms if platform in parts),
@@ -149,7 +154,7 @@ def resolver_of(
         client=client,
         model=source.context / source.model_folder,
         python=source.python,
-        as_of=source.created if settings.resolve_as_of == "registered" else None,
+        as_of=source.as_of if settings.resolve_as_of == "registered" else None,
         former=lambda platform: former(platform, source.digest),
         # Several may run at a time, so one has its share, or what an honest one needs.
         memory=min(MOST_MEMORY, max(Budget.of(settings).memory // _RESOLVERS, _LEAST_MEMORY)),

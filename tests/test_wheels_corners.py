@@ -157,3 +157,30 @@ def test_asked_to_end_it_ends_and_another_goes_on(small, small_environ, small_se
     assert out == b""
     published = publish(small_settings(model))
     assert "PASS" in crane("validate", "--remote", str(published.reference))
+
+
+def test_a_user_without_a_name_and_a_tracking_address_that_can_be_written(small, small_settings, crane):
+    served = small("mlflow-skinny==2.9.2\n", files={"client/app.py": None}, tags={"MODEL_ENTRY_POINT": ""})
+    with running() as index:
+        for name, version in (("mlflow-skinny", "2.9.2"), ("setuptools", "80.9.0"), ("setuptools", "82.0.0")):
+            index.add(name, version)
+        for name in ("pandas", "flask", "gunicorn"):
+            index.add(name, "1.0")
+        published = publish(small_settings(served, UV_DEFAULT_INDEX=index.simple))
+    config = json.loads(crane("config", str(published.reference)))["config"]
+    environment = dict(line.split("=", 1) for line in config["Env"])
+    assert environment["USER"] == environment["LOGNAME"] == "model"
+    assert environment["MLFLOW_TRACKING_URI"] == "file:///tmp/mlruns"
+    # The server of the release in the lock.
+    assert config["Cmd"][2:4] == ["gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app"]
+
+
+def test_packages_are_those_of_the_day_the_model_was_logged(small, small_settings, crane, tmp_path):
+    model = small("dated\n", files={"mymodel/MLmodel": MLMODEL + "utc_time_created: '2022-05-01 12:34:56.789'\n"})
+    with running() as index:
+        index.add("dated", "1.0", uploaded="2022-04-30T00:00:00Z")
+        index.add("dated", "2.0", uploaded="2022-05-02T00:00:00Z")
+        published = publish(small_settings(model, UV_DEFAULT_INDEX=index.simple))
+    assert "opt/model/lib/python3.11/site-packages/dated-1.0.dist-info/METADATA" in files_of(
+        crane, published.reference, tmp_path
+    )

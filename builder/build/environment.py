@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
 from builder.build.beneath import SAFE_PATH, exists_beneath, read_beneath
+from builder.build.mlflow_release import SETUPTOOLS, bounds_of, needs_of, release_of, server_of
 from builder.errors import InvalidVersion
 from builder.yaml_file import MOST_BYTES, read_mapping
 
@@ -23,12 +26,12 @@ _MOST_PATHS = 10_000
 _PYTHON = re.compile(r"(3\.[0-9]{1,2})(?![0-9])")
 _CONDA_PYTHON = re.compile(r"(?:[^\s:]{1,99}::)?python[ \t]{0,9}={1,2}[ \t]{0,9}(3\.[0-9]{1,2})(?![0-9])")
 _MLFLOW = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
+# `2022-05-01 12:34:56.789`: what MLflow writes, and no more than that is read.
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.+Z]{5,32}\Z")
+# MLflow's own; a time before it is none.
+_FIRST_YEAR = 2018
 _PINNED = re.compile(r"==\s*([0-9]{1,9}(?:\.[0-9]{1,9}){1,9})(?![0-9])")
 _REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
-# From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
-_FIRST_ASGI = (2, 21)
-# Starlette 1 has no `route` decorator any more; no release of MLflow before this one says that it needs it.
-_FIRST_WITHOUT_ROUTE = (3, 13)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,7 @@ class Environment:
     Attributes:
         python_version: major and minor, `3.11`; empty where no file tells.
         mlflow_version: the release of MLflow that logged the model; empty where MLmodel does not tell.
+        logged: when the model was logged, in UTC; None where MLmodel does not tell.
         has_requirements: whether there is a requirements.txt.
         requirement_inputs: what pip reads beside it, relative to the model folder: constraints, further requirement
             files, local wheels and source folders that it names.
@@ -47,6 +51,7 @@ class Environment:
 
     python_version: str = ""
     mlflow_version: str = ""
+    logged: datetime | None = None
     has_requirements: bool = False
     requirement_inputs: tuple[str, ...] = ()
     server_requirements: tuple[str, ...] = ()
@@ -65,7 +70,7 @@ class Environment:
         mlflow = logged if isinstance(logged, str) and _MLFLOW.fullmatch(logged) else ""
         raw = read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT)
         try:
-            lines = [] if raw is None else _requirement_lines(raw.decode("utf-8-sig"))
+            lines = [] if raw is None else _requirement_lines(requirements_text(raw))
         except UnicodeDecodeError as error:
             message = f"{model_folder}/{REQUIREMENTS} is not UTF-8."
             raise InvalidVersion(message, remedy="Log the model again with a requirements.txt in UTF-8.") from error
@@ -73,11 +78,24 @@ class Environment:
         return cls(
             python_version=_python(context, model_folder, model),
             mlflow_version=mlflow,
+            logged=_logged(model),
             has_requirements=raw is not None,
             requirement_inputs=tuple(_inputs(lines, context, model_folder)),
             server_requirements=needs,
             server=server,
         )
+
+
+def requirements_text(content: bytes) -> str:
+    """Return the text of a requirements file, as pip reads it: UTF-16 where it begins with that one's mark.
+
+    PowerShell's `pip freeze > requirements.txt` writes such files.
+
+    Raises:
+        UnicodeDecodeError: it is neither that nor UTF-8.
+    """
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig")
 
 
 def read_description(context: Path, model_folder: str, name: str) -> dict[str, Yaml]:
@@ -96,20 +114,32 @@ def read_description(context: Path, model_folder: str, name: str) -> dict[str, Y
 
 
 def _python(context: Path, model_folder: str, model: dict[str, Yaml]) -> str:
-    """Return the model's Python, major and minor: of python_env.yaml, else of MLmodel, else of conda.yaml."""
-    flavors = model.get("flavors")
-    pyfunc = flavors.get("python_function") if isinstance(flavors, dict) else None
-    for told in (
-        read_description(context, model_folder, PYTHON_ENV).get("python"),
-        pyfunc.get("python_version") if isinstance(pyfunc, dict) else None,
-    ):
-        if isinstance(told, str) and (found := _PYTHON.match(told)):
-            return found[1]
+    """Return the model's Python, major and minor: of python_env.yaml, else conda.yaml, else MLmodel, as MLflow."""
+    told = read_description(context, model_folder, PYTHON_ENV).get("python")
+    if isinstance(told, str) and (found := _PYTHON.match(told)):
+        return found[1]
     entries = read_description(context, model_folder, CONDA).get("dependencies")
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, str) and (found := _CONDA_PYTHON.match(entry)):
             return found[1]
-    return ""
+    flavors = model.get("flavors")
+    pyfunc = flavors.get("python_function") if isinstance(flavors, dict) else None
+    told = pyfunc.get("python_version") if isinstance(pyfunc, dict) else None
+    found = _PYTHON.match(told) if isinstance(told, str) else None
+    return found[1] if found else ""
+
+
+def _logged(model: dict[str, Yaml]) -> datetime | None:
+    """Return when MLmodel says that the model was logged, in UTC; None where it says nothing that is a time."""
+    told = model.get("utc_time_created")
+    if not isinstance(told, str) or not _TIME.match(told):
+        return None
+    try:
+        found = datetime.fromisoformat(told)
+        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    return found if found.year >= _FIRST_YEAR else None
 
 
 def _requirement_lines(text: str) -> list[str]:
@@ -143,17 +173,15 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
         if name := _REQUIREMENT_NAME.match(line):
             pinned = _PINNED.search(line)
             listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = pinned[1] if pinned else ""
-    version = listed.get("mlflow") or listed.get("mlflow-skinny") or logged
-    release = tuple(int(part) for part in version.split(".")[:2]) if version else _FIRST_WITHOUT_ROUTE
-    asgi = release >= _FIRST_ASGI
-    old_routes = ["starlette<1"] if _FIRST_ASGI <= release < _FIRST_WITHOUT_ROUTE else []
-    server = (
-        ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
-        if asgi
-        else ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
-    )
-    needs = ["pandas", "uvicorn"] if asgi else ["pandas", "flask<4", "gunicorn"]
-    needs = old_routes if "mlflow" in listed else [*old_routes, *needs]
+    release = release_of(listed.get("mlflow") or listed.get("mlflow-skinny") or logged)
+    server = server_of(release)
+    bounds = dict(bounds_of(release))
+    names = ["starlette", *((SETUPTOOLS,) if SETUPTOOLS in bounds else ())]
+    needs = [f"{name}{bounds[name]}" for name in names if name in bounds]
+    if "mlflow" not in listed:
+        needs += [f"{name}<4" if name == "flask" else name for name in needs_of(release)]
     if not {"mlflow", "mlflow-skinny"} & listed.keys():
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
-    return server, tuple(need for need in needs if need.split("<")[0] not in listed)
+    # No MLflow that imports pkg_resources starts without it, so that its bound counts beside what the model pins.
+    own = listed.keys() - {SETUPTOOLS}
+    return server, tuple(need for need in needs if need.split("<")[0] not in own)

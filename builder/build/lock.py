@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
@@ -10,15 +11,19 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 
 from builder.build import lock_pip, lock_uv
+from builder.build.conda import conda_refused
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
 from builder.build.locked import Lock, LockedWheel, moments
 from builder.build.process import run
+from builder.build.requirement import Required
 from builder.build.requirements import Requirements
 from builder.build.resolver import MOST_MEMORY, Question, Tool, private_folder
-from builder.build.tags import minor_version, wheel_tags
+from builder.build.serving import for_release, locked_release
+from builder.build.tags import minor_version, rank_of, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel import open_wheel
 from builder.build.wheel_name import parse_wheel_name
@@ -52,7 +57,7 @@ def lock(
 
     The wheels carry their addresses, so that downloads can start at once. The resolution is made as of the beginning
     of `as_of`'s day and, where that fails, as of `as_of` itself; `Lock.as_of` says which. Where the requirements cannot
-    be fulfilled, those that they name as `otherwise` are taken.
+    be fulfilled, those that they name as `otherwise` are taken. What MLflow's release needs is decided by the lock.
 
     Args:
         requirements: what is to be installed.
@@ -105,13 +110,63 @@ class _Locking:
     def lock(self) -> Lock:
         """Return the lock of the requirements, or of what they name as `otherwise`."""
         try:
-            return self._as_of(self._question)
+            return self._built_with(self._question)
         except Unsatisfiable as error:
             otherwise = self._question.requirements.otherwise
             if otherwise is None:
                 raise
             _log.info("the whole package is installed instead", why=error.what)
-        return self._as_of(replace(self._question, requirements=otherwise))
+        return self._built_with(replace(self._question, requirements=otherwise))
+
+    def _built_with(self, question: Question) -> Lock:
+        """Return the lock with the packages that the environment was built with, unless another needs others."""
+        try:
+            return self._complete(question)
+        except Unsatisfiable as error:
+            build = question.requirements.build
+            if not build & set(re.findall(r"[a-z0-9-]+", error.said)):
+                raise
+            _log.info("build dependencies give way", packages=sorted(build), why=error.what)
+        return self._complete(replace(question, requirements=question.requirements.without_build()))
+
+    def _complete(self, question: Question) -> Lock:
+        """Return the lock with what its MLflow needs and what conda was to bring, resolved again where needed."""
+        found = self._as_of(question)
+        lacking = self._lacking(found, question)
+        served = for_release(question.requirements, found.versions)
+        if served is None and not lacking:
+            return found
+        more = served or question.requirements
+        more = more.with_changes(required=(*more.required, *lacking))
+        _log.info(
+            "resolving once more",
+            mlflow=str(locked_release(found.versions)),
+            conda=[one.text() for one in lacking],
+        )
+        return self._as_of(replace(question, requirements=more))
+
+    def _lacking(self, found: Lock, question: Question) -> list[Required]:
+        """Return what conda was to bring and a lock lacks.
+
+        Raises:
+            InvalidVersion: there is no wheel of a package; each is named.
+        """
+        there = found.versions
+        lacking = [one for one in question.requirements.conda if one.name not in there]
+        if none := [one.text() for one in lacking if not self._has_wheel(one, found)]:
+            raise conda_refused(none)
+        return lacking
+
+    def _has_wheel(self, one: Required, found: Lock) -> bool:
+        ranks = wheel_tags(found.platform, found.python, found.glibc)
+        wanted = SpecifierSet(one.specifier)
+        return any(
+            file.filename.endswith(".whl")
+            and file.release is not None
+            and wanted.contains(file.release[1], prereleases=True)
+            and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
+            for file in self._client.files(one.name)
+        )
 
     def _as_of(self, question: Question) -> Lock:
         """Return the lock as of the first moment that there is one for."""
@@ -236,7 +291,7 @@ def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
     """Raise NoWheel for a wheel that does not fit: resolvers take an address's or a path's as it is."""
     tags = wheel_tags(question.platform, question.python, question.glibc)
     for wheel in wheels:
-        if tags.isdisjoint(parse_wheel_name(wheel.filename)[3]):
+        if rank_of(parse_wheel_name(wheel.filename)[3], tags) is None:
             major, minor = minor_version(question.python)
             said = f"{wheel.filename} is not for it and CPython {major}.{minor}"
             raise NoWheel(wheel.name, question.platform, said)
@@ -248,7 +303,9 @@ def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> 
         hashes = {digest for one in requirements.named(wheel.name) for digest in one.hashes}
         local = {one.sha256 for one in requirements.local if one.filename == wheel.filename}
         named = hashes or (local if wheel.origin == "model" else set())
-        if wheel.sha256 not in named and (named or requirements.require_hashes):
+        # What MLflow installs beside requirements.txt, and what it forgets to name, has no hash in it.
+        ours = wheel.origin == "index" and wheel.name in requirements.added | requirements.build
+        if wheel.sha256 not in named and (named or (requirements.require_hashes and not ours)):
             message = f"{wheel.filename} has the sha256 {wheel.sha256}, which the model's requirements do not name."
             remedy = "Name the hashes of the wheels of every platform that is published for."
             raise InvalidVersion(message, remedy=remedy)

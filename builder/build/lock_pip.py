@@ -26,7 +26,7 @@ from builder.build.indexes import FIRST_INDEX, Indexes
 from builder.build.locked import LockedWheel, Origin
 from builder.build.pip_for_target import ADDRESS, UNKNOWN_PIP
 from builder.build.resolver import Question, Tool, failure, interpreter, private_folder, run_tool
-from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
+from builder.build.tags import marker_environment, rank_of, wheel_platforms, wheel_tags
 from builder.build.tool_files import option_line
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel_name import parse_wheel_name
@@ -203,7 +203,7 @@ def _releases(name: str, specifier: SpecifierSet, question: Question, client: In
         late = question.as_of and file.uploaded and file.uploaded >= question.as_of
         if file.release and not late and specifier.contains(file.release[1], prereleases=True):
             wheel = file.filename.endswith(".whl")
-            found.append(wheel and not tags.isdisjoint(parse_wheel_name(file.filename)[3]))
+            found.append(wheel and rank_of(parse_wheel_name(file.filename)[3], tags) is not None)
     return found
 
 

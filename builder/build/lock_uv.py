@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.utils import InvalidWheelFilename
+from packaging.tags import Tag
+from packaging.utils import BuildTag, InvalidWheelFilename
 from packaging.version import Version
 from pydantic import ValidationError
 
 from builder.build.indexes import FIRST_INDEX, Indexes, built_in_index
 from builder.build.locked import LockedWheel, Origin
+from builder.build.requirement import Required
 from builder.build.resolver import (
     Question,
     Tool,
@@ -26,7 +28,7 @@ from builder.build.resolver import (
     refused,
     run_tool,
 )
-from builder.build.tags import OLDEST_GLIBC, machine
+from builder.build.tags import OLDEST_GLIBC, machine, rank_of, wheel_tags
 from builder.build.tool_files import toml_of
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel_name import parse_wheel_name
@@ -172,18 +174,39 @@ def _wheels(path: Path, question: Question) -> Iterator[LockedWheel]:
     """Yield the wheels of a pylock.toml that uv wrote."""
     try:
         document = tomllib.loads(path.read_text())
+        ranks = wheel_tags(question.platform, question.python, question.glibc)
         for package in document.get("packages", []):
-            yield _wheel(package, question, path.parent)
+            yield _wheel(package, question, path.parent, ranks)
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         message = f"What uv resolved cannot be read ({type(error).__name__})."
         raise BuildFailed(message, remedy="Use the release of uv that this program was made for.") from error
 
 
-def _wheel(package: dict[str, Any], question: Question, folder: Path) -> LockedWheel:
+def _best(files: list[dict[str, Any]], required: Sequence[Required], ranks: dict[Tag, int]) -> dict[str, Any]:
+    """Return the wheel that pip would take of those that uv names, which are all that fit and in no order of merit.
+
+    It is one of a hash that is asked for, then the one of the best tag, then that of the highest build number.
+    """
+    hashes = {digest for one in required for digest in one.hashes}
+
+    def merit(file: dict[str, Any]) -> tuple[bool, bool, int, BuildTag]:
+        _, _, build, tags = parse_wheel_name(_filename(file))
+        rank = rank_of(tags, ranks)
+        return file["hashes"]["sha256"] in hashes, rank is not None, -(rank or 0), build
+
+    return max(files, key=merit)
+
+
+def _filename(file: dict[str, Any]) -> str:
+    name = file.get("name") or unquote(urlsplit(file.get("url") or file["path"]).path.rpartition("/")[2])
+    return str(name)
+
+
+def _wheel(package: dict[str, Any], question: Question, folder: Path, ranks: dict[Tag, int]) -> LockedWheel:
     archive = package.get("archive")
-    file = archive or package["wheels"][0]
+    file = archive or _best(package["wheels"], question.requirements.named(package["name"]), ranks)
     url = (folder / file["path"]).as_uri() if "path" in file else file["url"]
-    filename = file.get("name") or unquote(urlsplit(url).path.rpartition("/")[2])
+    filename = _filename(file)
     origin: Origin = "address" if archive else "index"
     size = file.get("size")
     if archive and "path" in file:

@@ -22,7 +22,7 @@ from builder.errors import InvalidVersion, one_line
 from builder.reference import Platform
 
 # Raised when the same inputs would give another lock.
-LOCK_VERSION = 1
+LOCK_VERSION = 2
 _CREATOR = "model-image-builder"
 _MOST_BYTES = 4 << 20
 _LONGEST_NAME = 255
@@ -122,6 +122,11 @@ class Lock(BaseModel):
     def as_of_enforced(self) -> bool:
         """Whether every package of an index was resolved as of the time asked for."""
         return self.as_of is not None and not self.exempt
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each package, by its name."""
+        return {wheel.name: wheel.version for wheel in self.wheels}
 
     @property
     def note(self) -> str:
@@ -297,6 +302,7 @@ def lock_key(
     what = [
         LOCK_VERSION,
         requirements.to_text(),
+        requirements.serves,
         requirements.otherwise.to_text() if requirements.otherwise else None,
         str(platform),
         python,

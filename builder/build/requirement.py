@@ -143,6 +143,9 @@ def _named(text: str, marker: str, hashes: tuple[str, ...]) -> Required:
         raise Unusable(message) from error
     name, url = _name(parsed.name, "name"), ""
     if parsed.url:
+        if parsed.url.lower().startswith("file:") and not parsed.url.endswith(".whl"):
+            message = f"conda or a build left this address of its own machine; write {name}==<version> in its place"
+            raise Unusable(message)
         if not _HTTP.match(parsed.url):
             message = f"its address is not https; {WHEELS_ONLY}, and name it by its path, as in ./wheels/name.whl"
             raise Unusable(message)

@@ -23,6 +23,7 @@ _TEXT = re.compile(r"[\t -~]*")
 _WORD = re.compile(r"""(?:[^\s'"\\]|'[^'\\]*'|"[^"\\]*")+""")
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _SHORT = {"-r": "--requirement", "-c": "--constraint", "-e": "--editable", "-i": "--index-url", "-f": "--find-links"}
+_PYPI = re.compile(r"https://(?:pypi\.python\.org|pypi\.org)(?::443)?/simple/?", re.IGNORECASE)
 # What other ways of installing may choose, and what changes nothing where there are wheels alone.
 _IGNORED = frozenset({"--prefer-binary", "--only-binary", "--no-cache-dir", "--upgrade", "-U"})
 
@@ -42,6 +43,11 @@ class Line:
     option: str = ""
     value: str = ""
     required: Required | None = None
+
+
+def is_pypi(address: str) -> bool:
+    """Return whether an address is PyPI's, by its name or by the one that it had until 2018."""
+    return _PYPI.fullmatch(address) is not None
 
 
 def logical_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -138,6 +144,9 @@ def _options(number: int, options: list[tuple[str, str]]) -> Iterator[Line]:
         if name == "--no-binary":
             message = f"--no-binary asks for source; {WHEELS_ONLY}"
             raise Unusable(message)
+        if name == "--find-links" and is_pypi(value):
+            yield Line(number, "--extra-index-url", value)
+            continue
         if name == "--find-links":
             message = "no folder or page is searched for wheels; name each by its path, as in ./wheels/name.whl"
             raise Unusable(message)

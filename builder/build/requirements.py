@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
 from builder.build.beneath import SAFE_PATH, digest_beneath, read_beneath
-from builder.build.environment import REQUIREMENTS, Environment, read_description
+from builder.build.conda import conda_package, conda_refused
+from builder.build.environment import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description, requirements_text
 from builder.build.indexes import Indexes
 from builder.build.requirement import Required, Unusable, checked_url
-from builder.build.requirement_lines import logical_lines, parse_line
+from builder.build.requirement_lines import is_pypi, logical_lines, parse_line
 from builder.errors import InvalidVersion, one_line
 from builder.yaml_file import Yaml
 
@@ -22,11 +24,10 @@ _MOST_PROBLEMS = 10
 # The most characters of an author's text that are looked at for a message.
 _MOST_SHOWN = 1000
 _CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
+_REQUIREMENTS_FILE = re.compile(r"(?:-r|--requirement)[ =]?(?:\./)?requirements\.txt")
+# Each that the lock lacks is looked up in the indexes.
+_MOST_CONDA = 500
 _CONDA_KNOWN = frozenset({"python", "pip"})
-_TEMPLATE = (
-    "Install it in a Dockerfile.template of the version's own, whose base image or RUN steps bring it, or name its "
-    "wheel in requirements.txt and take it out of conda.yaml."
-)
 _CORRECT = "Correct the model's requirements and register it again, or ship a Dockerfile.template that installs them."
 
 
@@ -57,23 +58,33 @@ class Requirements:
     Attributes:
         python_version: the model's, major and minor: `3.11`; empty where no file tells.
         mlflow_version: the release of MLflow that logged the model; empty where no file tells.
+        logged: when the model was logged, in UTC; None where MLmodel does not tell.
         required: the requirements, in order, each once.
         constraints: bounds for what is installed anyway.
+        conda: what conda.yaml asks of conda, to be added where the lock lacks the package.
         local: wheels of the model folder that `required` names.
         indexes: addresses of package indexes that the model names beside the configured ones.
         prereleases: whether pre-releases are taken.
         require_hashes: whether every package has to be of a hash that `required` names.
+        serves: whether MLflow's scoring server runs in the environment.
+        build: packages in `required` that the environment was built with, and that give way to what needs others.
+        added: packages in `required` that the model does not name.
         otherwise: what is installed where these cannot be; None for nothing.
     """
 
     python_version: str = ""
     mlflow_version: str = ""
+    logged: datetime | None = None
     required: tuple[Required, ...] = ()
     constraints: tuple[Required, ...] = ()
+    conda: tuple[Required, ...] = ()
     local: tuple[LocalWheel, ...] = ()
     indexes: tuple[str, ...] = ()
     prereleases: bool = False
     require_hashes: bool = False
+    serves: bool = False
+    build: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
     otherwise: Requirements | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -83,7 +94,8 @@ class Requirements:
         """Return the requirements of the model in `context / model_folder`.
 
         They are those of requirements.txt; where there is none, those of python_env.yaml; where that names none, those
-        of conda.yaml's pip section.
+        of conda.yaml's pip section. python_env.yaml's build dependencies come beside them, unless they name the same
+        package.
 
         Args:
             context: folder of the version's artifacts.
@@ -93,26 +105,31 @@ class Requirements:
 
         Raises:
             InvalidVersion: a file is malformed, a link or too large, or asks for what cannot be had: every line that
-                does is named. Packages of conda beside Python and pip are.
+                does is named. What conda is asked for beside Python and pip is `conda` of the result.
         """
         reader = _Reader(context, model_folder, indexes or Indexes())
-        conda = reader.yaml("conda.yaml")
+        python_env = reader.yaml(PYTHON_ENV)
+        conda = reader.yaml(CONDA)
         conda_pip = reader.conda(conda)
         if read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.file(REQUIREMENTS)
-        elif lines := reader.strings(reader.yaml("python_env.yaml").get("dependencies"), "python_env.yaml"):
-            reader.lines("\n".join(lines), "python_env.yaml")
+        elif lines := reader.dependencies(python_env):
+            reader.lines("\n".join(lines), PYTHON_ENV)
         else:
-            reader.lines("\n".join(conda_pip), "conda.yaml")
+            reader.lines("\n".join(conda_pip), CONDA)
         if client_folder and read_beneath(context, f"{client_folder}/{REQUIREMENTS}", _LIMIT) is not None:
             reader.client(client_folder)
+        build = reader.build(python_env)
         reader.refuse()
         environment = Environment.read(context, model_folder)
         return cls(
             python_version=environment.python_version,
             mlflow_version=environment.mlflow_version,
-            required=_ordered(reader.required),
+            logged=environment.logged,
+            required=_ordered([*reader.required, *build]),
             constraints=_ordered(reader.constraints),
+            build=frozenset(one.name for one in build),
+            conda=_ordered(reader.conda_packages),
             local=tuple(reader.local[path] for path in sorted(reader.local)),
             indexes=tuple(dict.fromkeys(reader.indexes)),
             prereleases=reader.prereleases,
@@ -145,6 +162,11 @@ class Requirements:
         """Return the same with other requirements, and with constraints beside those that are there."""
         return replace(self, required=_ordered(required), constraints=_ordered([*self.constraints, *constraints]))
 
+    def without_build(self) -> Self:
+        """Return the same without the packages that the environment was built with."""
+        required = tuple(one for one in self.required if one.name not in self.build)
+        return replace(self, required=required, build=frozenset())
+
     def to_text(self) -> str:
         """Return the canonical text, whose hash can stand for the environment.
 
@@ -155,6 +177,7 @@ class Requirements:
         lines += ["--pre"] if self.prereleases else []
         lines += ["--require-hashes"] if self.require_hashes else []
         lines += sorted(f"--constraint {_line(required, digests)}" for required in self.constraints)
+        lines += sorted(f"--conda {_line(required, digests)}" for required in self.conda)
         lines += sorted(_line(required, digests) for required in self.required)
         return "".join(f"{line}\n" for line in lines)
 
@@ -184,6 +207,7 @@ class _Reader:
         self._count = self._bytes = self._text_lines = self._lines = 0
         self.required: list[Required] = []
         self.constraints: list[Required] = []
+        self.conda_packages: list[Required] = []
         self.local: dict[str, LocalWheel] = {}
         self.indexes: list[str] = []
         self.prereleases = False
@@ -219,26 +243,42 @@ class _Reader:
                 self._problem(f"{name} has a requirement that is not one line of text: {_shown(entry, 80)}")
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
+    def dependencies(self, python_env: dict[str, Yaml]) -> list[str]:
+        """Return python_env.yaml's dependencies, less the requirements.txt that MLflow names there."""
+        lines = self.strings(python_env.get("dependencies"), PYTHON_ENV)
+        return [line for line in lines if not _REQUIREMENTS_FILE.fullmatch(line.strip())]
+
+    def build(self, python_env: dict[str, Yaml]) -> list[Required]:
+        """Return python_env.yaml's build dependencies, less the packages that the requirements name themselves."""
+        named = {one.name for one in self.required}
+        others, self.required = self.required, []
+        lines = self.strings(python_env.get("build_dependencies"), PYTHON_ENV)
+        self.lines("\n".join(lines), f"{PYTHON_ENV}, build_dependencies")
+        build, self.required = self.required, others
+        return [one for one in build if one.name not in named]
+
     def conda(self, document: dict[str, Yaml]) -> list[str]:
         """Return conda.yaml's pip section.
 
         Raises:
-            InvalidVersion: conda itself is asked for more than Python and pip.
+            InvalidVersion: conda itself is asked for what is no package's name and version, or for too much.
         """
         entries = document.get("dependencies")
         pip: list[str] = []
         others: list[str] = []
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and set(entry) == {"pip"}:
-                pip += self.strings(entry["pip"], "conda.yaml")
+                pip += self.strings(entry["pip"], CONDA)
+                continue
+            name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
+            if name and name[1].lower() in _CONDA_KNOWN:
+                continue
+            if isinstance(entry, str) and (package := conda_package(entry)):
+                self.conda_packages.append(package)
             else:
-                name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
-                if not name or name[1].lower() not in _CONDA_KNOWN:
-                    others.append(_shown(name[1] if name else entry, 60))
-        if others:
-            what = ", ".join(others[:_MOST_PROBLEMS])
-            message = f"The model's conda.yaml asks conda for {what}, and conda is not run here."
-            raise InvalidVersion(message, remedy=_TEMPLATE)
+                others.append(_shown(name[1] if name else entry, 60))
+        if others or len(self.conda_packages) > _MOST_CONDA:
+            raise conda_refused(others or [one.name for one in self.conda_packages])
         return pip
 
     def file(self, path: str, *, constraints: bool = False) -> None:
@@ -255,9 +295,9 @@ class _Reader:
             message = f"there is no file {path!r} in the model folder"
             raise Unusable(message)
         try:
-            text = content.decode("utf-8-sig")
+            text = requirements_text(content)
         except UnicodeDecodeError:
-            self._problem(f"{path} is not UTF-8")
+            self._problem(f"{self._folder}/{path} is not UTF-8")
             return
         self.lines(text, path, constraints=constraints)
 
@@ -328,7 +368,8 @@ class _Reader:
                 message = "the file it names is not in the model folder"
                 raise Unusable(message)
             self.file(path, constraints=constraints or option == "--constraint")
-        else:
+        elif not is_pypi(value) or self._indexes.allows(checked_url(value)):
+            # Where PyPI is no index that a model may name, the configured one stands for it, or it is asked anyway.
             self.indexes.append(self._allow(checked_url(value)).rstrip("/"))
 
     def _allow(self, url: str) -> str:

@@ -3,56 +3,39 @@
 `mlflow` brings the tracking server, its database and its plots: hundreds of megabytes that serving never imports.
 `mlflow-skinny` has the same modules without them; what the scoring server imports beside it is known here for each
 release. docs/decisions/0032-serving.md says how that was found out.
+
+Which release it is, only a lock tells: requirements may leave it open, and MLmodel names the one that logged the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
+from builder.build.mlflow_release import (
+    SETUPTOOLS,
+    bounds_of,
+    imports_pkg_resources,
+    needs_of,
+    release_of,
+)
 from builder.build.requirement import Required
 from builder.build.requirements import Requirements
 
 MLFLOW = "mlflow"
 SKINNY = "mlflow-skinny"
-# From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
-_FIRST_ASGI = Version("2.21")
-# The bounds that `mlflow` sets on what serving imports, and `mlflow-skinny` does not: the releases from the first
-# version and before the second are bound so. None for any later one.
-_BOUNDS = (
-    ("2.0", "2.16", "numpy", "<2"),
-    ("2.16", "4", "numpy", "<3"),
-    ("2.0", "3.16", "pandas", "<3"),
-    ("3.16", "4", "pandas", "<4"),
-    ("2.0", "4", "flask", "<4"),
-    # Starlette 1 has no `route` decorator any more, and no release of MLflow before 3.12 says that it needs it.
-    ("2.21", "3.13", "starlette", "<1"),
-)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """What to install, and what then serves the model.
-
-    Attributes:
-        requirements: the model's, with MLflow's part replaced.
-        server: module of MLflow's scoring server and its argument: `python -m uvicorn mlflow.…app:app`.
-    """
-
-    requirements: Requirements
-    server: tuple[str, str]
-
-
-def for_serving(requirements: Requirements, *, full: bool = False, own_client: bool = False) -> Serving:
+def for_serving(requirements: Requirements, *, full: bool = False, own_client: bool = False) -> Requirements:
     """Return what to install so that a model can be served.
 
     Where the model asks for `mlflow`, that becomes `mlflow-skinny` of the same version, with what the scoring server
     imports beside it; the packages that the model's flavor imports are among the requirements that MLflow logged. What
-    the model pins by itself stays as it is. The result's `requirements.otherwise` keeps the whole package, for a
-    release that has no `mlflow-skinny`.
+    the model pins by itself stays as it is. `otherwise` of the result keeps the whole package, for a release that
+    has no `mlflow-skinny`.
 
     Args:
         requirements: the model's own.
@@ -60,34 +43,91 @@ def for_serving(requirements: Requirements, *, full: bool = False, own_client: b
         own_client: the version ships its own server, so that MLflow is not added where the model does not ask for it.
     """
     asked = requirements.named(MLFLOW)
-    version = _version(requirements)
-    needs = _needs(version, requirements)
-    bounds = _bounds(version, requirements)
-    whole = requirements.with_changes(required=requirements.required, constraints=bounds)
+    if own_client and not asked:
+        return requirements
+    requirements = replace(requirements, serves=True)
     if asked:
-        if full:
-            return Serving(requirements=whole, server=_server(version))
+        whole = _served(requirements)
+        # The hashes that a model names are those of the whole package and of what that requires.
+        if full or requirements.require_hashes or any(one.hashes for one in asked):
+            return whole
         others = tuple(one for one in requirements.required if one.name != MLFLOW)
         skinny = tuple(_skinny(one, requirements.mlflow_version) for one in asked)
-        lean = requirements.with_changes(required=(*others, *skinny, *needs), constraints=bounds)
-        return Serving(requirements=replace(lean, otherwise=whole), server=_server(version))
-    if own_client:
-        return Serving(requirements=requirements, server=_server(version))
+        lean = _served(requirements.with_changes(required=(*others, *skinny)))
+        return replace(lean, otherwise=whole)
     # A model without either was logged by hand; the server is that of the release that wrote its MLmodel.
     logged = f"=={requirements.mlflow_version}" if requirements.mlflow_version else ""
     added = () if requirements.named(SKINNY) else (Required(name=SKINNY, specifier=logged),)
-    served = requirements.with_changes(required=(*requirements.required, *added, *needs), constraints=bounds)
-    return Serving(requirements=served, server=_server(version))
+    return _served(requirements.with_changes(required=(*requirements.required, *added)))
 
 
-def _version(requirements: Requirements) -> Version | None:
-    """Return the release of MLflow that will be installed, as far as that is known."""
-    pinned = next((one.pinned for one in (*requirements.named(MLFLOW), *requirements.named(SKINNY)) if one.pinned), "")
-    try:
-        return Version(pinned or requirements.mlflow_version)
-    except NotAVersion:
-        # None at all, or one that `===` names and no index has: the resolver says so.
+def for_release(requirements: Requirements, locked: Mapping[str, str]) -> Requirements | None:
+    """Return what has to be resolved in place of requirements whose lock lacks what its release of MLflow needs.
+
+    MLflow is pinned to the release of the lock, so that what is added is right for what comes of it.
+
+    Args:
+        requirements: what was resolved.
+        locked: the versions in the lock, by package.
+
+    Returns:
+        None where the lock has all that is needed.
+    """
+    release = locked_release(locked)
+    if release is None:
         return None
+    changed = _with_needs(requirements, release)
+    missing = [one for one in changed.required if one not in requirements.required and one.name not in locked]
+    broken = [
+        one
+        for one in changed.constraints
+        if one not in requirements.constraints
+        and one.name in locked
+        and not SpecifierSet(one.specifier).contains(locked[one.name], prereleases=True)
+    ]
+    if not missing and not broken:
+        return None
+    pins = tuple(Required(name=name, specifier=f"=={locked[name]}") for name in (MLFLOW, SKINNY) if name in locked)
+    return changed.with_changes(required=changed.required, constraints=pins)
+
+
+def locked_release(locked: Mapping[str, str]) -> Version | None:
+    """Return the release of MLflow in a lock; None for none.
+
+    Args:
+        locked: the versions in the lock, by package.
+    """
+    found = locked.get(MLFLOW) or locked.get(SKINNY)
+    return Version(found) if found else None
+
+
+def _pinned(requirements: Requirements) -> Version | None:
+    """Return the release of MLflow that a requirement pins."""
+    named = (*requirements.named(MLFLOW), *requirements.named(SKINNY))
+    return next((found for one in named if one.pinned and (found := release_of(one.pinned))), None)
+
+
+def _served(requirements: Requirements) -> Requirements:
+    """Return requirements with what their release needs, as far as they pin one; its lock is looked at in any case."""
+    return _with_needs(requirements, _pinned(requirements))
+
+
+def _with_needs(requirements: Requirements, release: Version | None) -> Requirements:
+    """Return requirements with what a release needs, in place of what was added for another one."""
+    own = tuple(one for one in requirements.required if one.name not in requirements.added)
+    everywhere = {one.name for one in own if not one.marker}
+    names = needs_of(release) if requirements.serves and MLFLOW not in everywhere else ()
+    if release is not None and imports_pkg_resources(release):
+        names = (*names, SETUPTOOLS)
+    added = tuple(Required(name=name) for name in names if name not in everywhere)
+    bounds = tuple(
+        Required(name=name, specifier=specifier)
+        for name, specifier in bounds_of(release)
+        # What a model pins is not bounded; but an MLflow without pkg_resources does not start.
+        if name == SETUPTOOLS or (requirements.serves and not requirements.named(name))
+    )
+    changed = requirements.with_changes(required=(*own, *added), constraints=bounds)
+    return replace(changed, added=frozenset(one.name for one in added))
 
 
 def _skinny(required: Required, logged: str) -> Required:
@@ -99,25 +139,3 @@ def _skinny(required: Required, logged: str) -> Required:
     if logged and not required.pinned and SpecifierSet(specifier).contains(logged, prereleases=True):
         specifier = f"=={logged}"
     return replace(required, name=SKINNY, specifier=specifier, hashes=(), url="", path="")
-
-
-def _needs(version: Version | None, requirements: Requirements) -> tuple[Required, ...]:
-    asgi = version is None or version >= _FIRST_ASGI
-    names = ("pandas", "uvicorn") if asgi else ("pandas", "flask", "gunicorn")
-    return tuple(Required(name=name) for name in names if not requirements.named(name))
-
-
-def _bounds(version: Version | None, requirements: Requirements) -> tuple[Required, ...]:
-    if version is None:
-        return ()
-    return tuple(
-        Required(name=name, specifier=specifier)
-        for first, end, name, specifier in _BOUNDS
-        if Version(first) <= version < Version(end) and not requirements.named(name)
-    )
-
-
-def _server(version: Version | None) -> tuple[str, str]:
-    if version is None or version >= _FIRST_ASGI:
-        return "uvicorn", "mlflow.pyfunc.scoring_server.app:app"
-    return "gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 
@@ -25,6 +25,7 @@ _MACHINES = {
 # PEP 600: manylinux_x_y and the older names of three of them; nothing but x86 has any before 2.17 (PEP 599).
 _OLDER_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 _FIRST, _FIRST_X86 = 17, 5
+_FIRST_WITHOUT_M = (3, 8)
 
 
 def machine(platform: Platform) -> str:
@@ -65,8 +66,8 @@ def _manylinux(name: str, newest: int, oldest: int) -> Iterator[str]:
             yield f"{_OLDER_NAMES[minor]}_{name}"
 
 
-def wheel_tags(platform: Platform, python: str, glibc: tuple[int, int] | None) -> frozenset[Tag]:
-    """Return the tags of all wheels that a platform's CPython can use.
+def wheel_tags(platform: Platform, python: str, glibc: tuple[int, int] | None) -> dict[Tag, int]:
+    """Return the tags of all wheels that a platform's CPython can use, each with its rank: 0 is the best.
 
     Args:
         platform: the platform.
@@ -78,10 +79,25 @@ def wheel_tags(platform: Platform, python: str, glibc: tuple[int, int] | None) -
     """
     version = minor_version(python)
     platforms = wheel_platforms(platform, glibc)
-    abi = f"cp{version[0]}{version[1]}"
-    return frozenset(
-        [*cpython_tags(version, [abi], platforms), *compatible_tags(version, interpreter=abi, platforms=platforms)]
-    )
+    interpreter = f"cp{version[0]}{version[1]}"
+    # Until 3.7 an interpreter's ABI says that it has pymalloc, which all of them do (PEP 425, bpo-36707).
+    abi = f"{interpreter}m" if version < _FIRST_WITHOUT_M else interpreter
+    compatible = compatible_tags(version, interpreter=interpreter, platforms=platforms)
+    tags = [*cpython_tags(version, [abi], platforms), *compatible]
+    ranks: dict[Tag, int] = {}
+    for tag in tags:
+        ranks.setdefault(tag, len(ranks))
+    return ranks
+
+
+def rank_of(tags: Collection[Tag], ranks: dict[Tag, int]) -> int | None:
+    """Return the rank of a wheel by its best tag, as pip ranks it; None where it does not fit.
+
+    Args:
+        tags: the wheel's.
+        ranks: as `wheel_tags` gives them.
+    """
+    return min((ranks[tag] for tag in tags if tag in ranks), default=None)
 
 
 def minor_version(python: str) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class Unsatisfiable(InvalidVersion):
         remedy = "Correct them and register the model again. RESOLVE_AS_OF=now takes packages newer than it, too."
         super().__init__(message, remedy=remedy)
         self.platform = platform
+        self.said = said
 
 
 def names_an_address(required: str, wheel: str = "A wheel") -> InvalidVersion:

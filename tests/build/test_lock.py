@@ -171,6 +171,32 @@ def test_another_python(index):
     assert found == {"3.11": "1.0", "3.11.4": "1.5", "3.12": "2.0"}
 
 
+@BOTH
+def test_of_several_wheels_the_one_that_pip_takes(index, platform):
+    name = {"amd64": "x86_64", "arm": "armv7l"}[platform.architecture]
+    for tag in (f"cp311-cp311-manylinux2014_{name}", f"cp311-cp311-manylinux_2_28_{name}", "py3-none-any"):
+        index.add("several", "1.0", tag=tag)
+    for tag in (f"py3-none-manylinux2014_{name}", f"py3-none-manylinux_2_28_{name}", "py3-none-any"):
+        index.add("pure", "1.0", tag=tag)
+    index.add("abi3", "1.0", tag=f"cp37-abi3-manylinux2014_{name}")
+    index.add("abi3", "1.0", tag=f"cp311-cp311-manylinux2014_{name}")
+    found = locked("several", "pure", "abi3", indexes=asked(index), platform=platform)
+    assert {wheel.filename for wheel in found.wheels} == {
+        f"several-1.0-cp311-cp311-manylinux_2_28_{name}.whl",
+        f"pure-1.0-py3-none-manylinux_2_28_{name}.whl",
+        f"abi3-1.0-cp311-cp311-manylinux2014_{name}.whl",
+    }
+    old = locked("several", indexes=asked(index), platform=platform, glibc=(2, 17))
+    assert [wheel.filename for wheel in old.wheels] == [f"several-1.0-cp311-cp311-manylinux2014_{name}.whl"]
+
+
+def test_of_several_wheels_one_of_the_hashes_that_are_named(index):
+    digest = index.add("several", "1.0", tag="py3-none-any")[1]
+    index.add("several", "1.0", tag="cp311-cp311-manylinux_2_28_x86_64")
+    found = locked(f"several==1.0 --hash=sha256:{digest}", indexes=asked(index))
+    assert [wheel.filename for wheel in found.wheels] == ["several-1.0-py3-none-any.whl"]
+
+
 # What cannot be fulfilled.
 
 
@@ -456,10 +482,10 @@ def test_pre_releases_only_where_they_are_asked_for(index):
 def test_the_whole_of_mlflow_where_there_is_no_skinny_one(index):
     for name, requires in (("mlflow", ["numpy"]), ("numpy", []), ("pandas", ["numpy"]), ("uvicorn", [])):
         index.add(name, "3.1.0" if name == "mlflow" else "1.0", requires=requires)
-    serving = for_serving(Requirements.of("mlflow==3.1.0"))
-    assert set(versions(locked(serving.requirements, indexes=asked(index)))) == {"mlflow", "numpy"}
+    lean = for_serving(Requirements.of("mlflow==3.1.0"))
+    assert set(versions(locked(lean, indexes=asked(index)))) == {"mlflow", "numpy"}
     index.add("mlflow-skinny", "3.1.0")
-    assert set(versions(locked(serving.requirements, indexes=asked(index)))) == {
+    assert set(versions(locked(lean, indexes=asked(index)))) == {
         "mlflow-skinny",
         "numpy",
         "pandas",

@@ -184,7 +184,7 @@ def test_every_input_is_in_the_key(change):
 
 def test_keeping_the_whole_package_is_another_key():
     requirements = Requirements.of("mlflow==3.17.2")
-    lean, whole = (keys(for_serving(requirements, full=full).requirements) for full in (False, True))
+    lean, whole = (keys(for_serving(requirements, full=full)) for full in (False, True))
     assert not set(lean) & set(whole)
 
 

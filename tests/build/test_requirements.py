@@ -3,6 +3,7 @@
 import hashlib
 import string
 from contextlib import suppress
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -59,7 +60,7 @@ def test_what_mlflow_logs(model):
         MLmodel="flavors: {}\nmlflow_version: 3.17.2\n",
     )
     assert (read.python_version, read.mlflow_version) == ("3.11", "3.17.2")
-    assert lines(read) == ["mlflow==3.17.2", "numpy==2.4.6", "scikit-learn==1.9.1"]
+    assert lines(read) == ["mlflow==3.17.2", "numpy==2.4.6", "pip", "scikit-learn==1.9.1", "setuptools"]
 
 
 def test_conda_alone(model):
@@ -187,6 +188,86 @@ def test_what_is_refused(model, text, why):
     assert "secret@" not in caught.value.one_line()
 
 
+PYPI = ["https://pypi.python.org/simple", "https://pypi.python.org/simple/", "https://pypi.org/simple"]
+
+
+@pytest.mark.parametrize("option", ["--extra-index-url", "--index-url", "-i", "--find-links", "-f"])
+@pytest.mark.parametrize("address", PYPI)
+@pytest.mark.parametrize("default", ["", "https://mirror.example.com/simple"])
+def test_pypi_is_asked_anyway_by_whichever_name(model, option, address, default):
+    indexes = Indexes(default=IndexUrl(default) if default else None)
+    read = model(indexes, requirements=f"{option} {address}\nnumpy==1.26.4\n")
+    assert lines(read) == ["numpy==1.26.4"]
+
+
+@pytest.mark.parametrize("address", ["https://pypi.python.org.example.com/simple", "https://pypi.python.org/other"])
+def test_what_only_looks_like_pypi_is_refused(model, address):
+    with pytest.raises(InvalidVersion, match="ALLOWED_INDEXES"):
+        model(requirements=f"--extra-index-url {address}\nnumpy==1.26.4\n")
+
+
+@pytest.mark.parametrize("path", ["croot/numpy_1672336185480/work", "tmp/build/80754af9/scipy_1597686635649/work"])
+def test_an_address_that_conda_left_is_told_its_remedy(model, path):
+    with pytest.raises(InvalidVersion, match=r"write numpy==<version> in its place"):
+        model(requirements=f"numpy @ file:///{path}\n")
+
+
+@pytest.mark.parametrize("line", ["-r requirements.txt", "--requirement=./requirements.txt", "-rrequirements.txt"])
+def test_conda_s_list_counts_where_python_env_names_a_file_that_is_not_there(model, line):
+    read = model(env=f"python: 3.11.7\ndependencies:\n- {line}\n", conda=CONDA)
+    assert lines(read) == ["mlflow==3.17.2", "numpy==2.4.6"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
+def test_utf_16_with_its_mark_is_read(model, encoding):
+    mark = {"utf-16": b"", "utf-16-be": b"\xfe\xff", "utf-16-le": b"\xff\xfe"}[encoding]
+    assert lines(model(requirements=mark + "numpy==2.4.6\r\n".encode(encoding))) == ["numpy==2.4.6"]
+
+
+def test_a_client_s_file_is_named_by_its_own_path(tmp_path, model):
+    model(requirements="numpy\n")
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client/requirements.txt").write_bytes(b"\xffnumpy")
+    with pytest.raises(InvalidVersion, match=r"client/requirements\.txt is not UTF-8"):
+        Requirements.read(tmp_path, "model", client_folder="client")
+
+
+@pytest.mark.parametrize(
+    ("files", "python"),
+    [
+        ({"env": "python: 3.9.1", "conda": "dependencies: [python=3.10]"}, "3.9"),
+        ({"conda": "dependencies: [python=3.8.5]"}, "3.8"),
+        ({"conda": "dependencies: [pip]"}, "3.7"),
+        ({}, "3.7"),
+    ],
+)
+def test_python_is_that_of_the_file_that_mlflow_would_take(model, files, python):
+    mlmodel = "flavors:\n  python_function:\n    python_version: 3.7.6\n"
+    assert model(requirements="numpy\n", MLmodel=mlmodel, **files).python_version == python
+
+
+@pytest.mark.parametrize(
+    ("told", "logged"),
+    [
+        ("'2022-05-01 12:34:56.789'", datetime(2022, 5, 1, 12, 34, 56, 789000, tzinfo=UTC)),
+        ("2022-05-01 12:34:56", datetime(2022, 5, 1, 12, 34, 56, tzinfo=UTC)),
+        ("'2022-05-01T12:34:56+02:00'", datetime(2022, 5, 1, 10, 34, 56, tzinfo=UTC)),
+        ("0001-01-01 00:00:00", None),
+        ("'0001-01-01T00:00:00+23:59'", None),
+        ("9999-99-99 00:00:00", None),
+        ("yesterday", None),
+        ("[2022]", None),
+    ],
+)
+def test_when_a_model_was_logged(model, told, logged):
+    assert model(requirements="numpy\n", MLmodel=f"flavors: {{}}\nutc_time_created: {told}\n").logged == logged
+
+
+def test_a_revision_is_shown_as_it_is(model):
+    with pytest.raises(InvalidVersion, match=r"-e git\+https://github\.com/o/r\.git@rev'"):
+        model(requirements="-e git+https://github.com/o/r.git@rev\n")
+
+
 def test_everything_wrong_is_said_at_once(model):
     with pytest.raises(InvalidVersion) as caught:
         model(requirements="-e .\nfine\ngit+https://x.example.com/y\n" + "bad--\n" * 20)
@@ -199,7 +280,10 @@ def test_everything_wrong_is_said_at_once(model):
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        ({"conda": "dependencies:\n- python=3.11\n- cudatoolkit=11\n- conda-forge::gcc\n"}, "cudatoolkit, gcc"),
+        (
+            {"conda": 'dependencies: ["cudatoolkit[build=x]", gcc @ file:///x, {other: [x]}]'},
+            "cudatoolkit, gcc, a value of the type dict",
+        ),
         ({"conda": "dependencies:\n- [1, 2]\n", "requirements": "x"}, "asks conda for"),
         ({"conda": "dependencies: [\n"}, "not YAML"),
         ({"conda": "dependencies:\n- pip:\n  - {a: b}\n"}, "not one line of text"),

@@ -12,22 +12,20 @@ from pathlib import Path
 
 import httpx
 import pytest
+from packaging.version import Version
 
 from builder.build.failure import machine_platform
 from builder.build.index import IndexClient
 from builder.build.lock import lock
+from builder.build.mlflow_release import server_of
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving
 from tests.build.package_index import machine_indexes
 from tests.waiting import HANG
 
-ASGI = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
-WSGI = ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
-
 
 def served(*lines, logged="", **options):
-    serving = for_serving(Requirements.of(*lines, mlflow_version=logged), **options)
-    return serving.requirements.to_text().splitlines(), serving.server
+    return for_serving(Requirements.of(*lines, mlflow_version=logged), **options).to_text().splitlines()
 
 
 def wanted(lines):
@@ -35,37 +33,33 @@ def wanted(lines):
 
 
 @pytest.mark.parametrize(
-    ("lines", "logged", "expected", "server"),
+    ("lines", "logged", "expected"),
     [
         (
             ["mlflow==3.17.2", "scikit-learn==1.9.1"],
             "3.17.2",
             ["mlflow-skinny==3.17.2", "pandas", "scikit-learn==1.9.1", "uvicorn"],
-            ASGI,
         ),
-        (["mlflow==3.17.2", "pandas==3.1.1"], "3.17.2", ["mlflow-skinny==3.17.2", "pandas==3.1.1", "uvicorn"], ASGI),
-        (["mlflow==2.20.1"], "2.20.1", ["flask", "gunicorn", "mlflow-skinny==2.20.1", "pandas"], WSGI),
-        (["mlflow[databricks]==3.1.0"], "3.1.0", ["mlflow-skinny[databricks]==3.1.0", "pandas", "uvicorn"], ASGI),
-        (["mlflow"], "3.1.0", ["mlflow-skinny==3.1.0", "pandas", "uvicorn"], ASGI),
-        (["mlflow>=2,<3"], "3.1.0", ["mlflow-skinny<3,>=2", "pandas", "uvicorn"], ASGI),
-        (["mlflow==2.*"], "2.20.0", ["flask", "gunicorn", "mlflow-skinny==2.20.0", "pandas"], WSGI),
-        (["mlflow; python_version < '4'"], "", ['mlflow-skinny; python_version < "4"', "pandas", "uvicorn"], ASGI),
-        (["mlflow-skinny==3.1.0", "numpy"], "3.1.0", ["mlflow-skinny==3.1.0", "numpy", "pandas", "uvicorn"], ASGI),
-        (["numpy"], "2.19.0", ["flask", "gunicorn", "mlflow-skinny==2.19.0", "numpy", "pandas"], WSGI),
-        (["numpy"], "", ["mlflow-skinny", "numpy", "pandas", "uvicorn"], ASGI),
-        (["mlflow===foo"], "3.1.0", ["mlflow-skinny===foo", "pandas", "uvicorn"], ASGI),
+        (["mlflow==3.17.2", "pandas==3.1.1"], "3.17.2", ["mlflow-skinny==3.17.2", "pandas==3.1.1", "uvicorn"]),
+        (["mlflow==2.20.1"], "2.20.1", ["flask", "gunicorn", "mlflow-skinny==2.20.1", "pandas"]),
+        (["mlflow[databricks]==3.1.0"], "3.1.0", ["mlflow-skinny[databricks]==3.1.0", "pandas", "uvicorn"]),
+        (["mlflow"], "3.1.0", ["mlflow-skinny==3.1.0", "pandas", "uvicorn"]),
+        (["mlflow>=2,<3"], "3.1.0", ["mlflow-skinny<3,>=2", "pandas", "uvicorn"]),
+        (["mlflow==2.*"], "2.20.0", ["flask", "gunicorn", "mlflow-skinny==2.20.0", "pandas"]),
+        (["mlflow; python_version < '4'"], "", ['mlflow-skinny; python_version < "4"', "pandas", "uvicorn"]),
+        (["mlflow-skinny==3.1.0", "numpy"], "3.1.0", ["mlflow-skinny==3.1.0", "numpy", "pandas", "uvicorn"]),
+        (["numpy"], "2.19.0", ["flask", "gunicorn", "mlflow-skinny==2.19.0", "numpy", "pandas"]),
+        (["numpy"], "", ["mlflow-skinny", "numpy", "pandas", "uvicorn"]),
     ],
 )
-def test_what_stands_for_mlflow(lines, logged, expected, server):
-    found, module = served(*lines, logged=logged)
-    assert wanted(found) == expected
-    assert module == server
+def test_what_stands_for_mlflow(lines, logged, expected):
+    assert wanted(served(*lines, logged=logged)) == expected
 
 
 @pytest.mark.parametrize(
     ("version", "bounds"),
     [
-        ("2.14.0", {"flask<4", "numpy<2", "pandas<3"}),
+        ("2.14.0", {"flask<4", "numpy<2", "pandas<3", "setuptools<81"}),
         ("2.22.0", {"flask<4", "numpy<3", "pandas<3", "starlette<1"}),
         ("3.12.0", {"flask<4", "numpy<3", "pandas<3", "starlette<1"}),
         ("3.15.0", {"flask<4", "numpy<3", "pandas<3"}),
@@ -74,23 +68,23 @@ def test_what_stands_for_mlflow(lines, logged, expected, server):
     ],
 )
 def test_the_bounds_that_mlflow_sets_are_kept(version, bounds):
-    found, _ = served(f"mlflow=={version}")
+    found = served(f"mlflow=={version}")
     assert {line.removeprefix("--constraint ") for line in found if line.startswith("--")} == bounds
 
 
 def test_what_the_model_pins_is_not_bounded():
-    assert "pandas<3" not in " ".join(served("mlflow==2.22.0", "pandas==3.1.1")[0])
+    assert "pandas<3" not in " ".join(served("mlflow==2.22.0", "pandas==3.1.1"))
 
 
 def test_the_whole_package_is_kept_if_asked_for():
-    assert wanted(served("mlflow==3.17.2", "numpy", full=True)[0]) == ["mlflow==3.17.2", "numpy"]
-    serving = for_serving(Requirements.of("mlflow==3.17.2"))
-    assert wanted(serving.requirements.otherwise.to_text().splitlines()) == ["mlflow==3.17.2"]
+    assert wanted(served("mlflow==3.17.2", "numpy", full=True)) == ["mlflow==3.17.2", "numpy"]
+    lean = for_serving(Requirements.of("mlflow==3.17.2"))
+    assert wanted(lean.otherwise.to_text().splitlines()) == ["mlflow==3.17.2"]
 
 
 def test_nothing_is_added_for_a_client_of_the_version_s_own():
-    assert served("numpy", logged="3.17.2", own_client=True)[0] == ["numpy"]
-    assert "mlflow-skinny==3.17.2" in served("mlflow==3.17.2", own_client=True)[0]
+    assert served("numpy", logged="3.17.2", own_client=True) == ["numpy"]
+    assert "mlflow-skinny==3.17.2" in served("mlflow==3.17.2", own_client=True)
 
 
 # Real models, served from what was locked and nothing else.
@@ -192,8 +186,8 @@ def test_a_model_is_served_with_no_more_than_what_is_locked(wheels, tmp_path, ml
     lines = [line for line in logged if line != "skops" or mlflow != "2.22.0"] + (
         ["cloudpickle"] if mlflow == "2.22.0" else []
     )
-    serving = for_serving(Requirements.of(f"mlflow=={mlflow}", *lines, mlflow_version=mlflow))
-    python, names = environment(serving.requirements, wheels, tmp_path)
+    requirements = for_serving(Requirements.of(f"mlflow=={mlflow}", *lines, mlflow_version=mlflow))
+    python, names = environment(requirements, wheels, tmp_path)
     assert "mlflow-skinny" in names
     assert not names & {"mlflow", "sqlalchemy", "alembic", "matplotlib", "pyarrow", "docker", "graphene"}
     (tmp_path / "train.py").write_text(TRAIN.format(flavor=flavor, train=textwrap.dedent(train)))
@@ -205,7 +199,7 @@ def test_a_model_is_served_with_no_more_than_what_is_locked(wheels, tmp_path, ml
     expected = json.loads(done.stdout.splitlines()[-1])
     with socket.create_server(("127.0.0.1", 0)) as listening, (tmp_path / "log").open("wb") as log:
         os.set_inheritable(listening.fileno(), True)  # noqa: FBT003
-        module, app = serving.server
+        module, app = server_of(Version(mlflow))
         server = subprocess.Popen(
             [python, "-m", module, app, "--fd", str(listening.fileno())],
             cwd=tmp_path,

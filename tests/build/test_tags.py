@@ -6,7 +6,7 @@ from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
 from builder.build.failure import machine_platform
-from builder.build.tags import marker_environment, wheel_platforms, wheel_tags
+from builder.build.tags import marker_environment, rank_of, wheel_platforms, wheel_tags
 from builder.errors import InvalidVersion
 from builder.reference import Platform
 
@@ -39,14 +39,23 @@ AMD64, ARM64, ARMV7 = (Platform.parse(text) for text in ("linux/amd64", "linux/a
     ],
 )
 def test_wheels(platform, glibc, wheel, fits):
-    assert (not wheel_tags(platform, "3.11.2", glibc).isdisjoint(parse_wheel_filename(wheel)[3])) is fits
+    assert (rank_of(parse_wheel_filename(wheel)[3], wheel_tags(platform, "3.11.2", glibc)) is not None) is fits
 
 
 def test_this_machine_s_own_wheels_fit_it():
     glibc = next(tag.platform.split("_")[1:3] for tag in sys_tags() if tag.platform.startswith("manylinux_"))
     ours = wheel_tags(machine_platform(), "3.11", (int(glibc[0]), int(glibc[1])))
     theirs = {tag for tag in sys_tags() if tag.interpreter.startswith(("cp311", "py3")) and "cp311" in str(tag)}
-    assert theirs <= ours
+    assert theirs <= ours.keys()
+
+
+@pytest.mark.parametrize(
+    ("python", "abi", "fits"),
+    [("3.7", "cp37m", True), ("3.7.9", "cp37m", True), ("3.8", "cp38", True), ("3.8", "cp38m", False)],
+)
+def test_the_abi_of_an_old_python_has_an_m(python, abi, fits):
+    tags = parse_wheel_filename(f"x-1-{abi[:4]}-{abi}-manylinux2014_x86_64.whl")[3]
+    assert (rank_of(tags, wheel_tags(Platform.parse("linux/amd64"), python, (2, 31))) is not None) is fits
 
 
 def test_the_best_come_first():

@@ -342,7 +342,8 @@ def test_the_default_serves_with_mlflow(context, model):
     text = got.dockerfile.decode()
     assert (got.used_default, got.template) == (True, "built-in Dockerfile.j2")
     assert Dockerfile.parse(text).final_base() == "docker.io/library/python:3.12-slim"
-    assert "ENV __pyfunc_model_path__=/app/mymodel\n" in text
+    assert "ENV __pyfunc_model_path__=/app/mymodel \\\n    MLFLOW_TRACKING_URI=file:///tmp/mlruns\n" in text
+    assert "    USER=model \\\n    LOGNAME=model \\\n" in text
     assert 'CMD ["python", "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--host", "0.0.0.0"' in text
     assert "USER 10001:0\n" in text
     assert "apt" not in text
@@ -408,7 +409,16 @@ def test_a_base_image_is_taken_from_the_tag_only_where_allowed(context, model, w
     [
         ("mlflow==3.17.2\n", "3.17.2", "", "uvicorn"),
         ("mlflow\npandas\n", "", "", "uvicorn"),
-        ("mlflow==2.9.2", "2.9.2", "", "gunicorn"),
+        ("mlflow==2.9.2", "2.9.2", " 'setuptools<81'", "gunicorn"),
+        ("mlflow==2.9.2\nsetuptools\n", "2.9.2", " 'setuptools<81'", "gunicorn"),
+        ("mlflow==1.30.0", "", " 'setuptools<81'", "gunicorn"),
+        (
+            "scikit-learn",
+            "2.15.1",
+            " 'mlflow-skinny==2.15.1' 'setuptools<81' 'pandas' 'flask<4' 'gunicorn'",
+            "gunicorn",
+        ),
+        ("mlflow==2.16.2", "2.16.2", "", "gunicorn"),
         ("mlflow-skinny==3.1.0 ; python_version > '3'\nPandas>2\n", "3.1.0", " 'starlette<1' 'uvicorn'", "uvicorn"),
         ("mlflow==2.22.0", "2.22.0", " 'starlette<1'", "uvicorn"),
         ("mlflow==3.12.0\nstarlette==0.46.1", "3.12.0", "", "uvicorn"),
@@ -458,6 +468,6 @@ def test_a_clients_own_requirements_are_installed(context, model):
 
 
 def test_requirements_that_are_not_text_are_refused(context, model):
-    (model / "requirements.txt").write_bytes(b"\xff\xfe")
+    (model / "requirements.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidVersion, match=r"requirements.txt is not UTF-8"):
         rendered(context)

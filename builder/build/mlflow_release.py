@@ -1,0 +1,62 @@
+"""What each release of MLflow needs to serve a model, beside what its packages require by themselves.
+
+docs/decisions/0032-serving.md says how that was found out.
+"""
+
+from __future__ import annotations
+
+import re
+
+from packaging.version import Version
+
+SETUPTOOLS = "setuptools"
+WSGI = ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
+ASGI = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
+# From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
+_FIRST_ASGI = Version("2.21")
+# Older releases import pkg_resources, which setuptools 81 was the last but one to have, and no release requires.
+_FIRST_WITHOUT_PKG_RESOURCES = Version("2.16")
+_WITH_PKG_RESOURCES = "<81"
+# The bounds that `mlflow` sets on what serving imports, and `mlflow-skinny` does not: the releases from the first
+# version and before the second are bound so. None for any later one.
+_BOUNDS = (
+    ("2.0", "2.16", "numpy", "<2"),
+    ("2.16", "4", "numpy", "<3"),
+    ("2.0", "3.16", "pandas", "<3"),
+    ("3.16", "4", "pandas", "<4"),
+    ("2.0", "4", "flask", "<4"),
+    # Starlette 1 has no `route` decorator any more, and no release of MLflow before 3.12 says that it needs it.
+    ("2.21", "3.13", "starlette", "<1"),
+)
+_RELEASE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
+
+
+def release_of(text: str) -> Version | None:
+    """Return the release that a text names; None for none, or for what is no plain number."""
+    return Version(text) if _RELEASE.fullmatch(text) else None
+
+
+def server_of(release: Version | None) -> tuple[str, str]:
+    """Return the module of a release's scoring server and its argument; the newest one's for None."""
+    return ASGI if release is None or release >= _FIRST_ASGI else WSGI
+
+
+def imports_pkg_resources(release: Version) -> bool:
+    """Return whether a release imports pkg_resources, which setuptools has up to a version."""
+    return release < _FIRST_WITHOUT_PKG_RESOURCES
+
+
+def needs_of(release: Version | None) -> tuple[str, ...]:
+    """Return the packages that a release's scoring server imports, and `mlflow-skinny` does not require."""
+    if release is None or release >= _FIRST_ASGI:
+        return "pandas", "uvicorn"
+    return "pandas", "flask", "gunicorn"
+
+
+def bounds_of(release: Version | None) -> tuple[tuple[str, str], ...]:
+    """Return the bounds that a release's server needs: a package and a specifier each; none for None."""
+    if release is None:
+        return ()
+    old = ((SETUPTOOLS, _WITH_PKG_RESOURCES),) if imports_pkg_resources(release) else ()
+    bounds = ((name, specifier) for first, end, name, specifier in _BOUNDS if Version(first) <= release < Version(end))
+    return (*bounds, *old)
