@@ -91,10 +91,16 @@ REFUSED = {
         {"files": {f"{'/'.join([f'{n:x}'] * 50)}/x": b"" for n in range(2500)}},
         "more than 100,000 directories",
     ),
-    "a file in the place of bin": ({"files": {"demo-1.0.data/data/bin": b""}}, "a file and a directory"),
-    "a file in the place of lib": ({"files": {"demo-1.0.data/data/lib": b""}}, "a file and a directory"),
-    "a file in the place of lib64": ({"files": {"demo-1.0.data/data/lib64": b""}}, "a file and a directory"),
-    "a file in the place of include": ({"files": {"demo-1.0.data/data/include": b""}}, "a file and a directory"),
+    "a file in the place of bin": ({"files": {"demo-1.0.data/data/bin": b""}}, "demo-1.0.data/data/bin' would replace"),
+    "a file in the place of lib": ({"files": {"demo-1.0.data/data/lib": b""}}, "demo-1.0.data/data/lib' would replace"),
+    "a file in the place of lib64": (
+        {"files": {"demo-1.0.data/data/lib64": b""}},
+        "demo-1.0.data/data/lib64' would replace",
+    ),
+    "a file in the place of include": (
+        {"files": {"demo-1.0.data/data/include": b""}},
+        "demo-1.0.data/data/include' would replace",
+    ),
 }
 
 

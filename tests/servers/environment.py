@@ -14,8 +14,18 @@ from builder.settings import Settings
 from scripts.launch import ambient
 
 
+# What a publish leaves in this process for MLflow's client (`builder.models.environment`): a test's own authorities
+# would be those of the next test, which may need the machine's.
+_NETWORK = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
+    for name in _NETWORK:
+        before = os.environ.get(name)
+        monkeypatch.setenv(name, before or "")  # what is set is remembered, and given back
+        if before is None:
+            monkeypatch.delenv(name)
     # A password of one test's is an ordinary word of the next one's.
     monkeypatch.setattr(masking, "_known", masking._Known())
     for name in list(os.environ):
