@@ -112,9 +112,11 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
 def _unraisable(event: sys.UnraisableHookArgs) -> None:
     """Repeat a request to end that came in a destructor or another place that can raise nothing."""
     if isinstance(event.exc_value, Terminated):
-        # Once this hook has returned: it can raise nothing either.
-        signal.signal(signal.SIGALRM, _terminated)
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        # Once this hook has returned: it can raise nothing either. Not by a timer of the system's: a deadline has that.
+        signal.signal(signal.SIGTERM, _terminated)
+        again = threading.Timer(_AGAIN, os.kill, [os.getpid(), signal.SIGTERM])
+        again.daemon = True
+        again.start()
     else:
         sys.__unraisablehook__(event)
 

@@ -463,7 +463,8 @@ class Settings(CatalogSettings, BuildSettings):
     )
     resolve_as_of: Literal["registered", "now"] = _setting(
         "RESOLVE_AS_OF",
-        "`registered` resolves requirements as of the version's creation, `now` as of today.",
+        "`registered` resolves requirements as of the model's logging, where MLmodel tells it and it is older than the "
+        "version, else as of the version's creation; `now` as of today.",
         "registered",
         form="registered or now",
     )
