@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.build.indexes import Indexes, IndexUrl
+from builder.build.indexes import Indexes, IndexUrl, built_in_index
 from builder.build.requirement import Unusable
 from builder.build.requirement_lines import logical_lines, parse_line
 from builder.build.requirements import Requirements
@@ -188,7 +188,9 @@ def test_what_is_refused(model, text, why):
     assert "secret@" not in caught.value.one_line()
 
 
-PYPI = ["https://pypi.python.org/simple", "https://pypi.python.org/simple/", "https://pypi.org/simple"]
+NEW_NAME = built_in_index().url
+OLD_NAME = NEW_NAME.replace("pypi.", "pypi.python.")
+PYPI = [OLD_NAME, f"{OLD_NAME}/", NEW_NAME]
 
 
 @pytest.mark.parametrize("option", ["--extra-index-url", "--index-url", "-i", "--find-links", "-f"])
@@ -200,7 +202,7 @@ def test_pypi_is_asked_anyway_by_whichever_name(model, option, address, default)
     assert lines(read) == ["numpy==1.26.4"]
 
 
-@pytest.mark.parametrize("address", ["https://pypi.python.org.example.com/simple", "https://pypi.python.org/other"])
+@pytest.mark.parametrize("address", [OLD_NAME.replace(".org", ".org.example.com"), OLD_NAME.replace("simple", "other")])
 def test_what_only_looks_like_pypi_is_refused(model, address):
     with pytest.raises(InvalidVersion, match="ALLOWED_INDEXES"):
         model(requirements=f"--extra-index-url {address}\nnumpy==1.26.4\n")
