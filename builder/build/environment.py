@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
 from builder.build.beneath import SAFE_PATH, exists_beneath, read_beneath
-from builder.build.mlflow_release import SETUPTOOLS, bounds_of, needs_of, release_of, server_of
 from builder.errors import InvalidVersion
 from builder.yaml_file import MOST_BYTES, read_mapping
 
@@ -173,6 +172,9 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
         if name := _REQUIREMENT_NAME.match(line):
             pinned = _PINNED.search(line)
             listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = pinned[1] if pinned else ""
+    # `packaging` takes a while to import, and `download` reads templates without it.
+    from builder.build.mlflow_release import SETUPTOOLS, bounds_of, needs_of, release_of, server_of
+
     release = release_of(listed.get("mlflow") or listed.get("mlflow-skinny") or logged)
     server = server_of(release)
     bounds = dict(bounds_of(release))
