@@ -132,8 +132,16 @@ class CommandLine:
 
     def remove(self, name: str) -> None:
         """Kill and remove a container, and remove its image."""
+        try:
+            self._remove(name)
+        except BaseException:
+            # A request to end, or a deadline, came meanwhile: what is half removed is removed before it goes on.
+            self._remove(name)
+            raise
+
+    def _remove(self, name: str) -> None:
         image = f"localhost/{name}"
-        for argv in (["kill", "--signal=KILL", name], ["rm", "--force", "--volumes", name], ["rmi", image]):
+        for argv in (["kill", "--signal=KILL", name], ["rm", "--force", "--volumes", name], ["rmi", "--force", image]):
             with suppress(CannotRun):
                 self._call(argv)
 
