@@ -29,7 +29,7 @@ from builder.errors import (
 )
 from builder.join import push_and_tag, same_version
 from builder.leftovers import remove_leftovers
-from builder.log import get_logger, masked, safe_line
+from builder.log import get_logger, safe_line
 from builder.models.context import Progress, content_digest, sketch_context, write_context
 from builder.models.version import TAG_PLATFORMS, ModelVersion
 from builder.network import network
@@ -301,7 +301,7 @@ def _build(settings: BuildSettings, workspace: Workspace, plan: Plan) -> BuildRe
             _build_platform(settings, workspace, engine, step.platform)
             result = result.model_copy(update={"built": (*result.built, step.platform)})
     except BuilderError as error:
-        log.error("the build failed", error=masked(error.one_line()))
+        log.error("the build failed", error=error.one_line())
         result = result.failing(error)
     except Exception as error:
         log.exception("the build failed in a way that nobody foresaw")

@@ -11,7 +11,7 @@ from builder.errors import BuilderError, InvalidSettings
 from builder.images.existing import published as read_published
 from builder.images.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
 from builder.images.profile import check, profile_for
-from builder.log import get_logger, masked
+from builder.log import get_logger
 from builder.models.catalog import Artifact
 from builder.models.context import listing_digest, sketch_context
 from builder.models.version import Inputs, ModelVersion, check_version_text, wanted_platforms
@@ -113,7 +113,7 @@ def changes(services: Services, plan: Plan) -> list[str]:
             found.append("the artifacts have changed since this version was published; --rebuild takes them up")
     except BuilderError as error:
         # The image stands, whether or not what it was made from still does.
-        log.warning("the artifacts could not be listed", version=str(plan.version), error=masked(error.one_line()))
+        log.warning("the artifacts could not be listed", version=str(plan.version), error=error.one_line())
     name, digest = was.get(BASE_NAME), was.get(BASE_DIGEST)
     if not name or not digest:
         return found

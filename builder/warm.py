@@ -15,7 +15,7 @@ from builder.budget import Budget, check_listing
 from builder.build.unsatisfied import NoWheel
 from builder.children import Children
 from builder.errors import BuilderError, ExitCode, InvalidVersion, UsageError
-from builder.log import get_logger, masked
+from builder.log import get_logger
 from builder.models.context import sketch_context
 from builder.models.mlflow_catalog import MlflowCatalog
 from builder.models.version import ModelVersion, natural_order, wanted_platforms
@@ -211,8 +211,8 @@ def _guarded(name: str, work: Callable[[], Warmed]) -> Warmed:
     try:
         return work()
     except BuilderError as error:
-        log.error("failed", of=name, error=masked(error.one_line()))
-        return Warmed(name=name, state="failed", detail=masked(error.one_line()), exit_code=error.exit_code)
+        log.error("failed", of=name, error=error.one_line())
+        return Warmed(name=name, state="failed", detail=error.one_line(), exit_code=error.exit_code)
     except MemoryError:
         raise  # `Children` knows what it means
     except Exception as error:
