@@ -81,7 +81,8 @@ def register(
         folder: what the version's source names below the run.
     """
     client = MlflowClient(uri)
-    name = name or f"model-{next(_number)}"
+    # Of one width, since versions are taken in the order of their models' names.
+    name = name or f"model-{next(_number):06}"
     run = client.create_run("0")
     with tempfile.TemporaryDirectory() as local:
         for path, content in files.items():

@@ -138,7 +138,6 @@ exec("from builder.log import get_logger; [get_logger('publish').error('flood ' 
 'done'
 """
     with caplog.at_level(logging.WARNING, "builder"):
-        logging.getLogger("builder").propagate = True
         assert run(children, text) == "done"
     assert "a-secret-of-ours" not in caplog.text
     assert "it is *****" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 
@@ -32,6 +33,12 @@ def _clean_environment(monkeypatch):
             monkeypatch.delenv(name)
     _run_no_image(monkeypatch)
     yield
+    # As it is before `log.configure`: pytest puts its handler on each logger that tells no other, and a test that lets
+    # such a one tell the others sees every line twice.
+    ours = logging.getLogger("builder")
+    ours.handlers.clear()
+    ours.propagate = True
+    ours.setLevel(logging.NOTSET)
     if "mlflow" in sys.modules:
         # `mlflow.set_tracking_uri` is kept in the module, and would lead the next test to this test's server.
         import mlflow
