@@ -32,7 +32,8 @@ from builder.safe_open import open_beneath
 _MOST_OPCODES = 2_000_000
 # A longer argument is data, and is passed over.
 _MOST_ARGUMENT = 4 << 20
-_MOST_SOURCE = 4 << 20
+# Of one Python file, and of all.
+_MOST_SOURCE, _MOST_SOURCES = 4 << 20, 64 << 20
 # What is unpacked of a compressed file; and what is searched where opcodes cannot be read, of all files together.
 _MOST_UNPACKED = _MOST_SEARCHED = 32 << 20
 _LONGEST_NAME = 200
@@ -131,7 +132,7 @@ class _Reader:
     def __init__(self, loaded: Collection[str]) -> None:
         self.found = NamedModules()
         self._loaded = loaded
-        self._opcodes, self._searched = _MOST_OPCODES, 0
+        self._opcodes, self._sources, self._searched = _MOST_OPCODES, 0, 0
 
     def loads(self, module: str, path: str) -> None:
         """Take note of a module that is imported when the model is loaded."""
@@ -143,7 +144,8 @@ class _Reader:
         """Read a file."""
         size = os.fstat(file).st_size
         if path.endswith(".py"):
-            if size <= _MOST_SOURCE:
+            self._sources += size
+            if size <= _MOST_SOURCE and self._sources <= _MOST_SOURCES:
                 self._source(path, os.pread(file, _MOST_SOURCE, 0).decode("utf-8", "replace"))
             return
         head = os.pread(file, 8, 0)

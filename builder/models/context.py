@@ -20,7 +20,7 @@ from builder.models.version import Inputs
 from builder.reference import Digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from builder.models.catalog import Artifact
     from builder.models.version import ModelVersion
@@ -117,7 +117,7 @@ def sketch_context(catalog: Downloads, version: ModelVersion, artifacts: Sequenc
 
     with on_disk(f"write a sketch of {version}"):
         read = [artifact for artifact in artifacts if _describes(artifact, inputs, model_folder)]
-        read += _naming(set(artifacts) - set(read), inputs, model_folder)
+        read = list(dict.fromkeys([*read, *_naming(artifacts, inputs, model_folder)]))
         _check_space(folder, read)
         for artifact in artifacts:
             path = folder / artifact.path
@@ -139,15 +139,17 @@ def _describes(artifact: Artifact, inputs: Inputs, model_folder: str) -> bool:
     return named and ((artifact.size or 0) <= _MOST_SKETCHED or path.endswith(".whl"))
 
 
-def _naming(artifacts: Collection[Artifact], inputs: Inputs, model_folder: str) -> list[Artifact]:
-    """Return those that name modules, the smallest first, as many as may be read beforehand."""
+def _naming(artifacts: Sequence[Artifact], inputs: Inputs, model_folder: str) -> list[Artifact]:
+    """Return those that name modules, the smallest first, as many as may be read beforehand; none for a Dockerfile."""
+    template = f"{inputs.templates_folder}/Dockerfile."
+    if not inputs.no_dockerfile and any(artifact.path.startswith(template) for artifact in artifacts):
+        return []
     folders = (f"{model_folder}/", f"{inputs.client_folder}/")
     named = [
         (artifact.size, artifact.path, artifact)
         for artifact in artifacts
         if artifact.size is not None
         and artifact.size <= _MOST_NAMING
-        # Only these are in an image for which the version has no Dockerfile.
         and artifact.path.startswith(folders)
         and names_modules(artifact.path)
     ]
