@@ -154,7 +154,7 @@ class _Reader:
             return
         for magic, unpacked in _COMPRESSED.items():
             if head.startswith(magic):
-                with suppress(zlib.error, lzma.LZMAError, OSError, EOFError, MemoryError):
+                with suppress(zlib.error, lzma.LZMAError, OSError, EOFError):
                     self._pickles(path, _Content(io.BytesIO(unpacked(os.pread(file, _MOST_UNPACKED, 0)))))
                 return
         with open(file, "rb", closefd=False) as content:  # a descriptor
@@ -219,7 +219,8 @@ class _Reader:
                         self.loads(module, path)
                 elif opcode.name in _STRINGS:
                     self._mention(str(argument), path)
-        except (ValueError, TypeError, IndexError, OverflowError, MemoryError):
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            # What `pickletools` raises; the last but one where an argument was passed over that is a string's.
             return False
         return True
 
