@@ -33,7 +33,7 @@ _MOST_OPCODES = 2_000_000
 # A longer argument is data, and is passed over.
 _MOST_ARGUMENT = 4 << 20
 # Of one Python file, and of all.
-_MOST_SOURCE, _MOST_SOURCES = 4 << 20, 64 << 20
+_MOST_SOURCE, _MOST_SOURCES = 4 << 20, 32 << 20
 # What is unpacked of a compressed file; and what is searched where opcodes cannot be read, of all files together.
 _MOST_UNPACKED = _MOST_SEARCHED = 32 << 20
 _LONGEST_NAME = 200
