@@ -25,7 +25,7 @@ from builder.build.environment import MLMODEL, read_description
 from builder.build.mlflow_release import BROUGHT, IMPLIED
 from builder.build.mlmodel import loaded_files, loader_of
 from builder.build.wheel_directory import STORED, BadArchive, read_at, read_directory
-from builder.errors import InvalidVersion
+from builder.errors import InvalidVersion, one_line
 from builder.safe_open import open_beneath
 
 # Of all pickles of a version together: a million takes two seconds.
@@ -34,9 +34,11 @@ _MOST_OPCODES = 2_000_000
 _MOST_ARGUMENT = 4 << 20
 # Of one Python file, and of all.
 _MOST_SOURCE, _MOST_SOURCES = 4 << 20, 32 << 20
-# What is unpacked of a compressed file; and what is searched where opcodes cannot be read, of all files together.
-_MOST_UNPACKED = _MOST_SEARCHED = 32 << 20
-_LONGEST_NAME = 200
+# What is unpacked of compressed files, and searched where opcodes cannot be read; of all files together.
+_MOST_UNPACKED, _MOST_SEARCHED = 32 << 20, 32 << 20
+_MOST_MEMORY = 128 << 20
+_LEAST = 1 << 14
+_LONGEST_NAME, _SHOWN = 200, 80
 _MOST_NAMES = 10_000
 
 _STRINGS = frozenset(
@@ -66,16 +68,24 @@ _IN_BYTES = re.compile(
 _HEADER = struct.Struct("<26xHH")
 
 
-def _inflated(data: bytes) -> bytes:
-    return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, _MOST_UNPACKED)
+def _inflated(data: bytes, most: int) -> bytes:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, most)
 
 
-# What MLflow and joblib compress with, by the first bytes.
-_COMPRESSED: Mapping[bytes, Callable[[bytes], bytes]] = {
+def _deflated(data: bytes, most: int) -> bytes:
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
+
+
+def _stored(data: bytes, _most: int) -> bytes:
+    return data
+
+
+# What MLflow and joblib compress with, by the first bytes; each is given the most that it may return.
+_COMPRESSED: Mapping[bytes, Callable[[bytes, int], bytes]] = {
     b"\x1f\x8b": _inflated,
     **dict.fromkeys((b"x\x01", b"x\x5e", b"x\x9c", b"x\xda"), _inflated),
-    b"BZh": lambda data: bz2.BZ2Decompressor().decompress(data, _MOST_UNPACKED),
-    b"\xfd7zXZ": lambda data: lzma.LZMADecompressor(memlimit=_MOST_UNPACKED * 4).decompress(data, _MOST_UNPACKED),
+    b"BZh": lambda data, most: bz2.BZ2Decompressor().decompress(data, most),
+    b"\xfd7zXZ": lambda data, most: lzma.LZMADecompressor(memlimit=_MOST_MEMORY).decompress(data, most),
 }
 
 
@@ -91,10 +101,6 @@ class NamedModules:
 
     loaded: dict[str, str] = field(default_factory=dict)
     uses: dict[str, str] = field(default_factory=dict)
-
-    def joined(self, other: NamedModules) -> NamedModules:
-        """Return both together."""
-        return NamedModules(loaded={**other.loaded, **self.loaded}, uses={**other.uses, **self.uses})
 
 
 def read_named_modules(context: Path, folder: str, files: Collection[str]) -> NamedModules:
@@ -132,7 +138,8 @@ class _Reader:
     def __init__(self, loaded: Collection[str]) -> None:
         self.found = NamedModules()
         self._loaded = loaded
-        self._opcodes, self._sources, self._searched = _MOST_OPCODES, 0, 0
+        self._opcodes, self._unpacked = _MOST_OPCODES, _MOST_UNPACKED
+        self._sources = self._searched = 0
 
     def loads(self, module: str, path: str) -> None:
         """Take note of a module that is imported when the model is loaded."""
@@ -155,7 +162,7 @@ class _Reader:
         for magic, unpacked in _COMPRESSED.items():
             if head.startswith(magic):
                 with suppress(zlib.error, lzma.LZMAError, OSError, EOFError):
-                    self._pickles(path, _Content(io.BytesIO(unpacked(os.pread(file, _MOST_UNPACKED, 0)))))
+                    self._packed(path, os.pread(file, self._unpacked, 0), unpacked)
                 return
         with open(file, "rb", closefd=False) as content:  # a descriptor
             self._pickles(path, _Content(content))
@@ -175,7 +182,7 @@ class _Reader:
         module = rest.partition(".")[0] if top == "mlflow" else top
         distribution = BROUGHT.get(module) or IMPLIED.get(module)
         if distribution:
-            self.found.uses.setdefault(distribution, f"{path} names {name}")
+            self.found.uses.setdefault(distribution, f"{path} names {one_line(name, _SHOWN)}")
 
     def _archive(self, path: str, file: int) -> None:
         """Read what PyTorch writes, a zip archive with a pickle in it, and skops, one with a schema."""
@@ -185,12 +192,17 @@ class _Reader:
                 if entry.name.rpartition("/")[2] in {"data.pkl", "schema.json"}:
                     name, extra = _HEADER.unpack(read_at(file, entry.header, _HEADER.size))
                     begin = entry.header + _HEADER.size + name + extra
-                    content = read_at(file, begin, min(entry.compressed, _MOST_UNPACKED))
-                    if entry.method != STORED:
-                        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, _MOST_UNPACKED)
-                    self._pickles(path, _Content(io.BytesIO(content)))
-        except (BadArchive, zlib.error, struct.error, OSError):
+                    content = read_at(file, begin, min(entry.compressed, self._unpacked))
+                    self._packed(path, content, _stored if entry.method == STORED else _deflated)
+        except (BadArchive, zlib.error, OSError):
             return
+
+    def _packed(self, path: str, content: bytes, unpacked: Callable[[bytes, int], bytes]) -> None:
+        if self._unpacked > 0:
+            plain = unpacked(content, self._unpacked)
+            # A beginning costs something, too, however little comes of it.
+            self._unpacked -= max(len(plain), len(content), _LEAST)
+            self._pickles(path, _Content(io.BytesIO(plain)))
 
     def _pickles(self, path: str, content: _Content) -> None:
         """Read pickles that stand one after the other; what is behind a part that cannot be read is searched."""

@@ -236,6 +236,28 @@ def test_opcodes_are_counted(read, monkeypatch):
     assert read({"python_model.pkl": content}).uses == {}
 
 
+def test_what_is_unpacked_is_bounded_together(read, monkeypatch):
+    monkeypatch.setattr(named_modules, "_MOST_UNPACKED", 1 << 20)
+    bomb = gzip.compress(bytes(4 << 20))
+    packed = gzip.compress(pickle.dumps("sklearn.svm"))
+    assert "scikit-learn" in read({"a.pkl.gz": packed, "b.pkl.gz": bomb}).uses
+    assert read({"a.pkl.gz": bomb, "b.pkl.gz": packed}).uses == {}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for number in range(100):
+            file.writestr(f"{number}/data.pkl", b"")
+        file.writestr("archive/data.pkl", pickle.dumps("sklearn.svm"))
+    assert read({"a.pt": archive.getvalue()}).uses == {}
+
+
+def test_a_name_is_shown_on_one_line(read):
+    found = read({"python_model.pkl": pickle.dumps("sklearn.\x1b[31m\n" + "x" * 150)})
+    (said,) = found.uses.values()
+    assert "\n" not in said
+    assert "\x1b" not in said
+    assert len(said) < 120
+
+
 def test_the_table_has_what_the_newest_mlflow_brings():
     def requires(name):
         parsed = (Requirement(line) for line in importlib.metadata.requires(name))
