@@ -252,11 +252,16 @@ def main(name: str, folder: Path) -> None:
     example = _SAVE[name](model)
     (folder / "question.json").write_text(json.dumps(_question(example), default=float))
     answer = mlflow.pyfunc.load_model(str(model)).predict(example)
+    (folder / "expected.json").write_text(json.dumps(_plain(answer), default=float))
+
+
+def _plain(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return {key: _plain(value) for key, value in answer.items()}
     if hasattr(answer, "to_json"):
-        answer = json.loads(answer.to_json(orient="records", date_format="iso"))
-    elif hasattr(answer, "tolist"):
-        answer = answer.tolist()
-    (folder / "expected.json").write_text(json.dumps(answer, default=float))
+        frame = answer.to_frame() if hasattr(answer, "to_frame") else answer
+        return json.loads(frame.to_json(orient="records", date_format="iso", date_unit="s"))
+    return answer.tolist() if hasattr(answer, "tolist") else answer
 
 
 if __name__ == "__main__":
