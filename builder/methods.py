@@ -13,6 +13,7 @@ from builder.build.locked import Lock
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.images.existing import published, resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST
+from builder.images.profile import profile_for
 from builder.judged import judged
 from builder.log import get_logger
 from builder.models.catalog import Artifact
@@ -84,6 +85,9 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
                 raise error from None
             log.warning("an engine builds this platform", platform=str(platform), engine=engine.name, why=error.what)
         recipe = planned.recipe if planned.bases else None
+        wheels.check_files(
+            planned.recipe, served(plan.version, plan.artifacts), profile_for(plan.target).most_layer_bytes
+        )
         plan = _updated(
             plan, {platform: {"method": "wheels", "base": base} for platform, base in planned.bases.items()}
         )
