@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock settings image bench clean
+.PHONY: help setup demo test lint format lock settings image bench flavors clean
 
 python := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE :=
@@ -42,6 +42,10 @@ image: ## build the builder image, and report its size (KANIKO_IMAGE=scratch lea
 bench: ## time what is worth timing
 	@scripts/setup.sh test
 	@$(python) -m benchmarks
+
+flavors: ## publish, run and ask a model of every MLflow flavor, and write what came of it into docs/flavors.md
+	@scripts/setup.sh test
+	@$(python) -m scripts.flavors
 
 clean: ## remove what was made in this checkout; caches outside it stay
 	rm -rf .venv .demo .cache .coverage .coverage.* htmlcov dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \

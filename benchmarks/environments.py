@@ -111,7 +111,17 @@ def environments() -> list[Environment]:
         Environment(name="pure", title="pure Python (requests)", register=_pure, platforms=PLATFORMS),
         Environment(name="model-1g", title="a model of 1 GB, 1 MB of it changed", register=_gigabyte, platforms=native),
         Environment(
-            name="model-4g", title="a model of 4 GB, 1 MB of it changed", register=_four, platforms=native, large=True
+            name="model-shards",
+            title="a model of 400 MB in 40 shards, 1 MB of it changed",
+            register=_shards,
+            platforms=native,
+        ),
+        Environment(
+            name="model-4g",
+            title="a model of 4 GB in 40 shards, 1 MB of it changed",
+            register=_four,
+            platforms=native,
+            large=True,
         ),
         Environment(
             name="torch",
@@ -153,22 +163,31 @@ def _torch(uri: str) -> Versions:
 
 
 def _gigabyte(uri: str) -> Versions:
-    return _weights(uri, "model-1g", 10)
+    return _weights(uri, "model-1g", _pins("packaging"), files=10, mebi=100)
+
+
+def _shards(uri: str) -> Versions:
+    return _weights(uri, "model-shards", _stack(), files=40, mebi=10)
 
 
 def _four(uri: str) -> Versions:
-    return _weights(uri, "model-4g", 40)
+    return _weights(uri, "model-4g", _stack(), files=40, mebi=100)
 
 
-def _weights(uri: str, name: str, files: int) -> Versions:
-    """Register versions with some files of 100 MB, which are in all of them, and one of 1 MB, which is not."""
+def _stack() -> str:
+    """Return the requirements of an environment that takes many of an image's layers."""
+    return _pins("mlflow-skinny", "scikit-learn", "pandas", "pyarrow", "fastapi", "uvicorn")
+
+
+def _weights(uri: str, name: str, requirements: str, *, files: int, mebi: int) -> Versions:
+    """Register versions with some large files, which are in all of them, and one of 1 MB, which is not."""
     with tempfile.TemporaryDirectory(prefix="bench-model-") as scratch:
         large = Path(scratch)
         for number in range(files):
             with (large / f"weights-{number}.bin").open("wb") as file:
-                file.writelines(os.urandom(_MEBI) for _ in range(100))
+                file.writelines(os.urandom(_MEBI) for _ in range(mebi))
         return _versions(
-            uri, name, _pins("packaging"), clients.WEIGHTS, lambda _: {"head.bin": os.urandom(_MEBI)}, large=large
+            uri, name, requirements, clients.WEIGHTS, lambda _: {"head.bin": os.urandom(_MEBI)}, large=large
         )
 
 

@@ -20,13 +20,14 @@ from builder.images.files_layer import FileEntry, FilesLayer, split
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
 from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image
+from builder.images.profile import profile_for
 from builder.images.push import Stoppable
 from builder.images.referrers import attach
 from builder.images.registries import Registries
 from builder.images.registry import RemoteBlob
 from builder.log import get_logger
 from builder.plan import Plan, PlatformPlan
-from builder.recipe import MODEL_LAYERS, PlatformRecipe, Recipe
+from builder.recipe import HOME, PlatformRecipe, Recipe
 from builder.reference import Digest, Reference, Repository
 from builder.settings import Settings
 from builder.source import PORT
@@ -35,7 +36,6 @@ from builder.wheels import layer_store, wheel_layers
 
 _log = get_logger("assemble")
 _THREADS = 4
-_HOME = "/app"
 USER = "10001:0"
 
 
@@ -71,17 +71,20 @@ def push_images(
     parts = [recipe.for_platform(step.platform) for step in steps]
     target = _Target(registries, plan.reference.repository, layer_store(settings, registries))
     bases = [_base(registries, step) for step in steps]
+    shares = _shares(context, recipe, parts, profile_for(plan.target).most_layer_bytes)
+    # Platforms have all or most of them in common.
+    each = list(dict.fromkeys(files for share in shares for files in share))
     tasks: list[Callable[[], list[Addition]]] = [
-        *(partial(target.files, *each) for each in _entries(context, recipe)),
+        *(partial(target.files, files, _title(recipe, files)) for files in each),
         *(partial(target.base, base) for base in bases),
     ]
     # After a failure uploads end within a chunk, or with the answer that they wait for.
     with in_background(tasks, threads=_THREADS, stop=target.stop) as results:
         wheels = _wheel_layers(settings, target, recipe, parts)
-        own = [addition for result in results() for addition in result]
+        made = dict(zip(each, results(), strict=False))
     images = []
     with stage("manifests"):
-        for step, part, base in zip(steps, parts, bases, strict=True):
+        for step, part, base, share in zip(steps, parts, bases, shares, strict=True):
             venv, content = venv_layer(part.interpreter, recipe.python)
             target.push(content)
             lock = part.lock.to_text().encode()
@@ -91,7 +94,7 @@ def push_images(
                 [
                     Addition(layer=venv, history=f"environment on {part.interpreter}"),
                     *(Addition(layer=wheels[group.source], history=f"wheel {group.title}") for group in part.groups),
-                    *own,
+                    *(addition for files in share for addition in made[files]),
                 ],
                 _runtime(recipe, part),
                 labels=labels,
@@ -145,9 +148,7 @@ class _Target:
         return []
 
     def files(self, entries: Sequence[FileEntry], history: str) -> list[Addition]:
-        """Push the layer of some files, and return it; none for no files."""
-        if not entries:
-            return []
+        """Push the layer of some files, and return it."""
         with stage("model layers"):
             layer = FilesLayer.of(entries)
             sent = self.push(layer)
@@ -155,27 +156,31 @@ class _Target:
         return [Addition(layer=layer.layer, history=history)]
 
 
-def _entries(context: Path, recipe: Recipe) -> list[tuple[tuple[FileEntry, ...], str]]:
-    """Return the files of each layer that holds the version's own, with a line of history."""
+def _shares(
+    context: Path, recipe: Recipe, parts: Sequence[PlatformRecipe], limit: int | None
+) -> list[list[tuple[FileEntry, ...]]]:
+    """Return the files of each layer that holds the version's own, for each platform."""
     model = _files(context, recipe.model_folder)
     if not model:
         message = f"The folder {recipe.model_folder!r} of the model is empty."
         raise InvalidVersion(message, remedy="Log the model again.")
     client = _files(context, recipe.client_folder) if recipe.client_folder else []
-    layers = [(tuple(each), _title("model", each)) for each in split(model, most=MODEL_LAYERS - bool(client))]
-    return [*layers, *([(tuple(client), _title("client", client))] if client else [])]
+    return [split(model, client, most=part.model_layers, limit=limit) for part in parts]
 
 
 def _files(context: Path, folder: str) -> list[FileEntry]:
     return [
-        FileEntry(path=f"{_HOME[1:]}/{path.relative_to(context).as_posix()}", source=path, size=path.lstat().st_size)
+        FileEntry(path=f"{HOME[1:]}/{path.relative_to(context).as_posix()}", source=path, size=path.lstat().st_size)
         for path in sorted((context / folder).rglob("*"))
         if not path.is_dir() or path.is_symlink()
     ]
 
 
-def _title(what: str, entries: Sequence[FileEntry]) -> str:
-    return f"{what} {entries[0].path}" if len(entries) == 1 else f"{what}, {len(entries)} files"
+def _title(recipe: Recipe, files: Sequence[FileEntry]) -> str:
+    """Return a layer's line of history."""
+    client = f"{HOME[1:]}/{recipe.client_folder}/"
+    what = "client" if recipe.client_folder and files[0].path.startswith(client) else "model"
+    return f"{what} {files[0].path}" if len(files) == 1 else f"{what}, {len(files)} files"
 
 
 def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
@@ -210,7 +215,7 @@ def _wheel_layers(
 def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
     """Return how a container is started; the built-in Dockerfile.j2 says the same."""
     served = {
-        "__pyfunc_model_path__": f"{_HOME}/{recipe.model_folder}",
+        "__pyfunc_model_path__": f"{HOME}/{recipe.model_folder}",
         # MLflow sets up its tracking anew after an error; where it cannot write, that hides the error from the log.
         "MLFLOW_TRACKING_URI": "file:///tmp/mlruns",
     }
@@ -227,7 +232,7 @@ def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
         },
         path=[f"/{ENVIRONMENT}/bin"],
         user=USER,
-        workdir=_HOME,
+        workdir=HOME,
         command=part.command,
         ports=[f"{PORT}/tcp"],
     )

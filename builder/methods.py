@@ -14,6 +14,7 @@ from builder.build.named_modules import NamedModules, read_named_modules
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.images.existing import published, resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST
+from builder.images.profile import profile_for
 from builder.judged import judged
 from builder.log import get_logger
 from builder.models.artifacts import names_modules
@@ -108,6 +109,7 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
                 raise error from None
             log.warning("an engine builds this platform", platform=str(platform), engine=engine.name, why=error.what)
         recipe = planned.recipe if planned.bases else None
+        wheels.check_files(planned.recipe, needed, profile_for(plan.target).most_layer_bytes)
         for note in sorted({note for notes in planned.notes.values() for note in notes}):
             log.info(note)
         later = tuple(f"{path} is read when it is downloaded: what it names may add packages" for path in unread)

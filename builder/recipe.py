@@ -17,11 +17,13 @@ from builder.images.layer_store import Text
 from builder.plan import AsDigest, AsPlatform
 from builder.reference import Platform
 
-# Layers that are kept for the model's files, so that the environment's do not depend on the model.
-MODEL_LAYERS = 24
+# Where the folders of the model and of its client are in an image.
+HOME = "/app"
+# Layers that are kept for the model's files at least, so that the environment's do not depend on the model.
+_MODEL_LAYERS = 24
 _ENVIRONMENT_LAYERS = 1
 # Wheels need five layers at least to be grouped in.
-MOST_BASE_LAYERS = MOST_LAYERS - MODEL_LAYERS - _ENVIRONMENT_LAYERS - 5
+MOST_BASE_LAYERS = MOST_LAYERS - _MODEL_LAYERS - _ENVIRONMENT_LAYERS - 5
 
 
 class PlatformRecipe(BaseModel):
@@ -46,7 +48,12 @@ class PlatformRecipe(BaseModel):
     @property
     def groups(self) -> tuple[Group, ...]:
         """The wheels by the layers they stand in."""
-        return grouped(self.lock.wheels, MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - MODEL_LAYERS)
+        return grouped(self.lock.wheels, MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - _MODEL_LAYERS)
+
+    @property
+    def model_layers(self) -> int:
+        """The most layers of the model and its client: all that are left on this platform, whatever others have."""
+        return MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - len(self.groups)
 
 
 class Recipe(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from builder.bases import base_with_facts, check_libraries, interpreter_of
 from builder.budget import Budget
@@ -19,6 +20,7 @@ from builder.build.wheel_layers import WheelLayers, compiler_for
 from builder.crew import side_by_side
 from builder.errors import InvalidVersion
 from builder.images.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
+from builder.images.files_layer import FileEntry, split
 from builder.images.layer_store import LayerStore
 from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.images.registries import Registries
@@ -27,7 +29,7 @@ from builder.log import get_logger
 from builder.models.catalog import Artifact
 from builder.network import network
 from builder.plan import Base, Layers
-from builder.recipe import PlatformRecipe, Recipe
+from builder.recipe import HOME, PlatformRecipe, Recipe
 from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
 from builder.source import Source
@@ -184,6 +186,22 @@ def wheel_layers(settings: Settings, store: LayerStore, recipe: Recipe) -> Itera
         WheelLayers(store, client, python=recipe.python, compiler=compiler) as layers,
     ):
         yield layers
+
+
+def check_files(recipe: Recipe, artifacts: Sequence[Artifact], limit: int | None) -> None:
+    """Refuse files that an image has no layers for, before they are downloaded.
+
+    Args:
+        recipe: what the images are made from.
+        artifacts: those of the model and of its client; one whose size nobody tells counts as empty.
+        limit: bytes that every layer has to be smaller than; None where any size will do.
+
+    Raises:
+        InvalidVersion: a file is too large, all of them are, or one cannot be in an image.
+    """
+    files = [FileEntry(path=f"{HOME[1:]}/{each.path}", source=Path(), size=each.size or 0) for each in artifacts]
+    for part in recipe.platforms:
+        split(files, most=part.model_layers, limit=limit)
 
 
 def known_layers(

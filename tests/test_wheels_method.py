@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import httpx
 import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion
+from builder.images.profile import _PROFILES, FOUNDRY
 from builder.publish import publish
 from builder.survey import preview
 from scripts.launch import clean_environ
@@ -403,6 +406,28 @@ def test_names_that_are_hard_to_write_arrive_as_they_are(small, small_settings, 
     assert owners == {(0, 0)}
 
 
+def test_a_shard_that_changes_is_sent_alone(small, small_settings, registry, mlflow_server):
+    files = {f"mymodel/shard-{number}.bin": os.urandom(400_000) for number in range(40)}
+    files["mymodel/head.bin"] = os.urandom(300_000)
+    model = small(files=files)
+    with forwarding(registry.host) as proxy:
+        there = {"REGISTRY_URL": f"{proxy.host}/{model.name}"}
+        publish(small_settings(model, **there))
+        before = proxy.sent
+        files["mymodel/head.bin"] = os.urandom(300_000)
+        publish(small_settings(register(mlflow_server.uri, small_files(**files), name=model.name), **there))
+        assert 300_000 < proxy.sent - before < 500_000
+
+
+def test_a_file_that_no_layer_may_hold_is_refused_before_it_is_downloaded(small, small_settings, monkeypatch):
+    rules = dataclasses.replace(FOUNDRY, most_layer_bytes=700_000)
+    monkeypatch.setitem(_PROFILES, "pltr_foundry", rules)
+    monkeypatch.setattr("builder.publish.write_context", lambda *_, **__: pytest.fail("it is downloaded"))
+    model = small(files={"mymodel/large.bin": os.urandom(700_000)})
+    with pytest.raises(InvalidVersion, match=r"'app/mymodel/large.bin' of 700000 bytes .* 700000 bytes.*shards"):
+        publish(small_settings(model))
+
+
 def test_a_model_of_empty_files(small, small_settings, crane):
     published = publish(small_settings(small(files={"mymodel/weights.txt": b"", "client/app.py": b""})))
     assert "PASS" in crane("validate", "--remote", str(published.reference))
@@ -441,8 +466,22 @@ def test_what_fails_is_told_with_its_time(small, small_environ):
     assert datetime.fromisoformat(last["timestamp"]).tzinfo is UTC
 
 
-def test_an_image_is_the_same_whether_its_index_was_made_at_once_or_extended(small, small_settings, registry, crane):
-    model = small()
+# The second has more files than layers, and more layers for them on amd64 than on arm64.
+MODELS = {
+    "small": ("small-app\n", {}),
+    "many files": (
+        "small-app\n" + "".join(f"tiny-{number:03}==1.0; platform_machine == 'aarch64'\n" for number in range(9)),
+        {f"mymodel/{number}.bin": random.Random(number).randbytes(300_000) for number in range(120)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_image_is_the_same_whether_its_index_was_made_at_once_or_extended(
+    small, small_settings, registry, crane, kind
+):
+    requirements, files = MODELS[kind]
+    model = small(requirements, files=files)
     first = publish(small_settings(model, TARGET_PLATFORMS="linux/amd64"))
     both = {"TARGET_PLATFORMS": "linux/amd64,linux/arm64"}
     extended = publish(small_settings(model, **both))

@@ -30,6 +30,7 @@ _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.+Z]{5,32}\Z")
 # MLflow's own; a time before it is none.
 _FIRST_YEAR = 2018
 _PINNED = re.compile(r"==\s*([0-9]{1,9}(?:\.[0-9]{1,9}){1,9})(?![0-9])")
+_SPECIFIER = re.compile(r"[<>=!~]=?=?[^;#@\[\]]{1,200}")
 _REQUIREMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
@@ -165,25 +166,35 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
     """Return the scoring server's module and arguments, and the requirements it adds.
 
     `mlflow` brings all it needs, but for a bound that some releases lack. `mlflow-skinny` lacks pandas and, where
-    it is older, the web server. Where neither is listed, the skinny one of the release that logged the model is added.
+    it is older, the web server. Where neither is listed, the skinny one of the release that logged the model is added,
+    and where one is listed that leaves its release open, that release is asked for, if it fits.
     """
     listed: dict[str, str] = {}
     for line in lines:
         if name := _REQUIREMENT_NAME.match(line):
-            pinned = _PINNED.search(line)
-            listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = pinned[1] if pinned else ""
+            listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = line
     # `packaging` takes a while to import, and `download` reads templates without it.
-    from builder.build.mlflow_release import SETUPTOOLS, bounds_of, needs_of, release_of, server_of
+    from builder.build.mlflow_release import SETUPTOOLS, bounds_of, needs_of, server_of, taken
 
-    release = release_of(listed.get("mlflow") or listed.get("mlflow-skinny") or logged)
+    asked = next((name for name in ("mlflow", "mlflow-skinny") if name in listed), "")
+    pinned = _PINNED.search(listed.get(asked, ""))
+    release = taken("==" + pinned[1] if pinned else _specifier(listed.get(asked, "")), logged)
     server = server_of(release)
     bounds = dict(bounds_of(release))
     names = ["starlette", *((SETUPTOOLS,) if SETUPTOOLS in bounds else ())]
     needs = [f"{name}{bounds[name]}" for name in names if name in bounds]
     if "mlflow" not in listed:
         needs += [f"{name}<4" if name == "flask" else name for name in needs_of(release)]
-    if not {"mlflow", "mlflow-skinny"} & listed.keys():
+    if not asked:
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
+    elif not pinned and str(release) == logged:
+        needs.insert(0, f"{asked}=={logged}")
     # No MLflow that imports pkg_resources starts without it, so that its bound counts beside what the model pins.
     own = listed.keys() - {SETUPTOOLS}
     return server, tuple(need for need in needs if need.split("<")[0] not in own)
+
+
+def _specifier(line: str) -> str:
+    """Return what a requirement's line says of releases, `>=2.10,<3`; empty where it says nothing, or another thing."""
+    found = _SPECIFIER.search(line)
+    return found[0] if found else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 SETUPTOOLS = "setuptools"
@@ -63,6 +64,26 @@ _RELEASE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
 def release_of(text: str) -> Version | None:
     """Return the release that a text names; None for none, or for what is no plain number."""
     return Version(text) if _RELEASE.fullmatch(text) else None
+
+
+def taken(specifier: str, logged: str) -> Version | None:
+    """Return the release that a resolver takes, or one that is served as it is; None for the newest.
+
+    Args:
+        specifier: of the requirement, `>=2.10,<3`; what cannot be read leaves the release open.
+        logged: the release that logged the model, which is taken where the specifier has it; empty for none.
+    """
+    try:
+        allowed = SpecifierSet(specifier)
+    except InvalidSpecifier:
+        allowed = SpecifierSet()
+    if logged and allowed.contains(logged, prereleases=True):
+        return release_of(logged)
+    if allowed.contains("999"):
+        return None
+    ends = (f"{major}.{minor}.99" for major, most in ((3, 99), (2, 22), (1, 30)) for minor in range(most, -1, -1))
+    exact = [one.version for one in allowed if one.operator in {"==", "<=", "~="}]
+    return max(map(Version, (one for one in (*ends, *exact) if release_of(one) and allowed.contains(one))), default=None)
 
 
 def server_of(release: Version | None) -> tuple[str, str]:

@@ -9,11 +9,12 @@ lists them.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from builder.errors import InvalidVersion, TryAgain
 from builder.images import files
@@ -22,8 +23,13 @@ from builder.reference import Digest
 
 # A file of this size is worth a layer of its own: the requests for one take as long as sending so much.
 LARGE = 256 << 10
-# The files that have no layer of their own stay in one layer until they are larger than this together.
+# Smaller files stay in one layer until they are larger than this together.
 BUCKET = 32 << 20
+_HASH_BITS = 256
+_MAGNITUDE_BITS = 4
+# More urgent than any size, and larger than any layer.
+_FIRST = 1 << 20
+_NO_LIMIT = 1 << 100
 # The longest name of a file, in bytes, on every file system of Linux that images are unpacked to.
 _LONGEST_NAME = 255
 # A file of such a name says that another is deleted: image specification, layer.md, "Whiteouts".
@@ -45,6 +51,10 @@ class FileEntry:
     source: Path
     size: int
     executable: bool = False
+
+
+# Files with the keys of `_key`, in the order of those.
+_Group: TypeAlias = list[tuple[int, FileEntry]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,56 +111,124 @@ class FilesLayer:
         yield from _archive(LayerWriter(measures=False), self.entries, self._times)
 
 
-def split(entries: Iterable[FileEntry], *, most: int) -> list[tuple[FileEntry, ...]]:
+def split(*folders: Iterable[FileEntry], most: int, limit: int | None = None) -> list[tuple[FileEntry, ...]]:
     """Return the files in groups, one for each layer: a function of paths and sizes, whatever their order.
 
-    A file of 256 KiB or more has a layer to itself, so that it is sent again only when itself it has changed. Where
-    there are too many of those, the largest get half of the layers, one each. All other files are in one layer, or,
-    where they are larger than 32 MiB together, in a number of layers that is a power of two; the hash of its path says
-    in which one a file is. Files that have their own layer do not depend on small ones, and a file that changes within
-    its size changes no layer but its own.
+    A group is sent again as a whole when one of its files has changed. So one of all files is divided in two, and then
+    always the largest that there is, while layers are left and it pays: first the folders are divided from each other,
+    and files below 256 KiB, which change most often, from larger ones; then files of other magnitudes; then files of
+    one magnitude, by the hashes of their paths. A file of 256 KiB or more has a layer to itself where there are enough
+    of them, and the small files of a folder share one of up to 32 MiB.
 
-    The files with a layer of their own come first, by path. What unpacks an image knows a layer by all that are below
-    it, too, and the small files are those that always change: MLmodel names its run.
+    Where a group is divided depends on its own files alone. A file that changes within its size changes no layer but
+    its own; a file more, or a layer less, changes a few.
+
+    Large files come first, small ones last. What unpacks an image knows a layer by all that are below it, too, and the
+    small files are those that always change: MLmodel names its run.
 
     Args:
-        entries: the files of one folder, or of several.
+        folders: the files of each folder.
         most: layers there may be.
+        limit: bytes that every layer has to be smaller than, as it is sent; None where any size will do.
 
     Raises:
-        InvalidVersion: a path cannot stand in a layer, two files have the same, one is a folder of another; or there
-            are files, and no layer is left for them.
+        InvalidVersion: a path cannot stand in a layer, two files have the same, one is a folder of another; or the
+            files do not fit into so many layers of that size.
     """
-    ordered = _ordered(entries)
+    members = [[*folder] for folder in folders]
+    ordered = _ordered(entry for folder in members for entry in folder)
     if not ordered:
         return []
     if most < 1:
         message = f"{len(ordered)} files, {ordered[0].path!r} the first, are to be put into an image that is full."
         raise InvalidVersion(message, remedy="Use a base image that has fewer layers.")
-    large = sorted((entry for entry in ordered if entry.size >= LARGE), key=lambda entry: (-entry.size, entry.path))
-    alone = {entry.path for entry in (large if len(large) < most else large[: most // 2])}
-    rest = [entry for entry in ordered if entry.path not in alone]
-    count = _buckets(sum(entry.size for entry in rest), most - len(alone))
-    buckets: list[list[FileEntry]] = [[] for _ in range(count)]
-    for entry in rest:
-        digest = hashlib.sha256(entry.path.encode()).digest()
-        buckets[int.from_bytes(digest[:4], "big") % count].append(entry)
-    return [
-        *((entry,) for entry in ordered if entry.path in alone),
-        *(tuple(bucket) for bucket in buckets if bucket),
-    ]
+    limit = _NO_LIMIT if limit is None else limit
+    whole = sorted((_key(number, entry), entry) for number, folder in enumerate(members) for entry in folder)
+    groups = _divided([whole], most, limit)
+    if any(_sent(group) >= limit for group in groups):
+        groups = _divided(_packed(whole, most, limit), most, limit)
+    found = [tuple(sorted((entry for _, entry in group), key=lambda entry: entry.path)) for group in groups]
+    return sorted(found, key=lambda group: (-min(_magnitude(entry) for entry in group), group[0].path))
 
 
-def _buckets(size: int, most: int) -> int:
-    """Return how many layers `size` bytes of files are divided into.
+def _key(folder: int, entry: FileEntry) -> int:
+    """Return bits that say where a file stands: its folder, whether it is large, its magnitude, its path's hash.
 
-    Powers of two, so that when the number doubles, each layer is divided into two, and when files come and go it
-    seldom changes at all.
+    Files are divided at the highest bit in which they differ, so that the first of these counts most.
     """
-    count = 1
-    while count * BUCKET < size and count * 2 <= most:
-        count *= 2
-    return count
+    place = (folder << 1 | (entry.size >= LARGE)) << _MAGNITUDE_BITS | _magnitude(entry)
+    return place << _HASH_BITS | int.from_bytes(hashlib.sha256(entry.path.encode()).digest(), "big")
+
+
+def _magnitude(entry: FileEntry) -> int:
+    """Return 0 for a small file, 1 from 256 KiB on, 2 from 4 MiB on, 3 from 64 MiB on, and so forth."""
+    return min(((entry.size // LARGE).bit_length() + 3) // 4, (1 << _MAGNITUDE_BITS) - 1)
+
+
+def _divided(groups: list[_Group], most: int, limit: int) -> list[_Group]:
+    """Return the groups, the most urgent divided until there are `most` of them, or no more is worth it."""
+    # No two files have the same key, so that groups themselves are never compared.
+    heap = [(-_urgency(group, limit), group[0][0], group) for group in groups]
+    heapq.heapify(heap)
+    while len(heap) < most and heap[0][0] < 0:
+        _, _, group = heapq.heappop(heap)
+        bit = 1 << (_spread(group).bit_length() - 1)
+        middle = next(number for number, (key, _) in enumerate(group) if key & bit)
+        for half in (group[:middle], group[middle:]):
+            heapq.heappush(heap, (-_urgency(half, limit), half[0][0], half))
+    return [group for _, _, group in heap]
+
+
+def _urgency(group: _Group, limit: int) -> int:
+    """Return what decides which group is divided next; 0 where it does not pay.
+
+    It is the size of the group in steps of 19 %: files of about one size should not change places for a few bytes.
+    """
+    if len(group) == 1:
+        return 0
+    if _spread(group) >> (_MAGNITUDE_BITS + _HASH_BITS) or _sent(group) >= limit:
+        return _FIRST
+    size = sum(entry.size for _, entry in group)
+    return 0 if group[0][1].size < LARGE and size <= BUCKET else (size**4).bit_length()
+
+
+def _spread(group: _Group) -> int:
+    """Return bits, the highest of which is the highest in which files of a group differ."""
+    return group[0][0] ^ group[-1][0]
+
+
+def _packed(files: _Group, most: int, limit: int) -> list[_Group]:
+    """Return the files in groups below the limit: the largest first, each where there is room for it.
+
+    Raises:
+        InvalidVersion: there is none.
+    """
+    groups: list[_Group] = []
+    filled: list[int] = []
+    for key, entry in sorted(files, key=lambda each: (-each[1].size, each[1].path)):
+        size = _sent([(key, entry)])
+        if size >= limit:
+            message = f"The file {entry.path!r} of {entry.size} bytes cannot be in a layer of less than {limit} bytes."
+            raise InvalidVersion(message, remedy="Save the weights in shards.")
+        number = next((number for number, used in enumerate(filled) if used + size < limit), len(groups))
+        if number == most:
+            total = sum(each.size for _, each in files)
+            message = f"{len(files)} files of {total} bytes do not fit into {most} layers of less than {limit} bytes."
+            raise InvalidVersion(message, remedy="Save the weights in smaller shards, or use a base of fewer layers.")
+        if number == len(groups):
+            groups.append([])
+            filled.append(0)
+        groups[number].append((key, entry))
+        filled[number] += size
+    return [sorted(group) for group in groups]
+
+
+def _sent(group: _Group) -> int:
+    """Return bytes that a group's layer never exceeds: contents in stored blocks, headers of files and of folders."""
+    return sum(
+        entry.size + (entry.size >> 13) + (1 + entry.path.count("/")) * (2048 + 2 * len(entry.path.encode()))
+        for _, entry in group
+    )
 
 
 def _archive(writer: LayerWriter, entries: tuple[FileEntry, ...], times: dict[str, int]) -> Iterator[bytes]:
