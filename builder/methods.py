@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder import wheels
 from builder.build.dockerfile import Dockerfile
 from builder.build.engines import select_engine
 from builder.build.locked import Lock
+from builder.build.named_modules import NamedModules, read_named_modules
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.images.existing import published, resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST
 from builder.images.profile import profile_for
 from builder.judged import judged
 from builder.log import get_logger
+from builder.models.artifacts import names_modules
 from builder.models.catalog import Artifact
 from builder.models.context import listing_digest
 from builder.models.version import Inputs
@@ -41,6 +43,8 @@ class Made:
         needed: the artifacts that the images are made from: all for a Dockerfile of the version's own, else those of
             the model and of the client.
         changed: files of the model that are others in the image than they were logged, by path.
+        names: the modules that the version's files name, as far as they were read.
+        unread: paths of files that name modules, and were not there to be read.
     """
 
     plan: Plan
@@ -48,6 +52,20 @@ class Made:
     dockerfile: bytes = b""
     recipe: Recipe | None = None
     changed: Mapping[str, bytes] = field(default_factory=dict)
+    names: NamedModules = field(default_factory=NamedModules)
+    unread: tuple[str, ...] = ()
+
+    def lacks(self, context: Path) -> bool:
+        """Return whether the files that were not there to be read name what no other one does.
+
+        Args:
+            context: the folder they are in now.
+        """
+        if self.recipe is None or not self.unread:
+            return False
+        log.info("reading what was too large to be read before", files=list(self.unread))
+        found = read_named_modules(context, self.recipe.model_folder, self.unread)
+        return not (found.uses.keys() <= self.names.uses.keys() and found.loaded.keys() <= self.names.loaded.keys())
 
 
 def by_methods(settings: Settings, services: Services, plan: Plan, context: Path, *, keep: bool = True) -> Made:
@@ -69,11 +87,17 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     method = chosen_method(settings, plan.version, paths)
     own = method == "dockerfile" and bool(own_templates(Inputs.of(plan.version), paths))
     changed = {} if own else judged(settings, plan.version, context, paths)
+    # A platform without a wheel belongs to the others: it is not made by a template that they are not made by.
+    needed = plan.artifacts if own else served(plan.version, plan.artifacts)
+    names = NamedModules()
+    unread: tuple[str, ...] = ()
     if method == "wheels":
+        source = Source.of(settings, plan.version, context, paths)
+        names, unread = source.names, _unread(needed, context)
         planned = wheels.planned(
             settings,
             services.registries,
-            Source.of(settings, plan.version, context, paths),
+            source,
             plan.builds,
             former=_former_locks(services, plan),
             keep=keep,
@@ -85,22 +109,33 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
                 raise error from None
             log.warning("an engine builds this platform", platform=str(platform), engine=engine.name, why=error.what)
         recipe = planned.recipe if planned.bases else None
-        wheels.check_files(
-            planned.recipe, served(plan.version, plan.artifacts), profile_for(plan.target).most_layer_bytes
-        )
-        plan = _updated(
-            plan, {platform: {"method": "wheels", "base": base} for platform, base in planned.bases.items()}
-        )
+        wheels.check_files(planned.recipe, needed, profile_for(plan.target).most_layer_bytes)
+        for note in sorted({note for notes in planned.notes.values() for note in notes}):
+            log.info(note)
+        later = tuple(f"{path} is read when it is downloaded: what it names may add packages" for path in unread)
+        steps = {
+            platform: {"method": "wheels", "base": base, "notes": (*planned.notes[platform], *later)}
+            for platform, base in planned.bases.items()
+        }
+        plan = _updated(plan, steps)
+    made = Made(plan=plan, recipe=recipe, needed=needed, changed=changed, names=names, unread=unread)
     if not plan.made_by("dockerfile"):
-        return Made(plan=plan, recipe=recipe, needed=served(plan.version, plan.artifacts), changed=changed)
-    # A platform without a wheel belongs to the others: it is not made by a template that they are not made by.
-    needed = plan.artifacts if own else served(plan.version, plan.artifacts)
+        return made
     dockerfile = rendered(settings, plan.version, context, paths, own=method == "dockerfile").dockerfile
     text = dockerfile.decode("utf-8", "replace")
     name = Dockerfile.parse(text).final_base()
     bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
     plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
-    return Made(plan=plan, dockerfile=dockerfile, recipe=recipe, needed=needed, changed=changed)
+    return replace(made, plan=plan, dockerfile=dockerfile)
+
+
+def _unread(artifacts: Sequence[Artifact], context: Path) -> tuple[str, ...]:
+    """Return the files that name modules and have no content yet."""
+    return tuple(
+        artifact.path
+        for artifact in artifacts
+        if names_modules(artifact.path) and artifact.size != 0 and not (context / artifact.path).lstat().st_size
+    )
 
 
 def _former_locks(services: Services, plan: Plan) -> wheels.Former:

@@ -77,6 +77,7 @@ class PlatformPlan(BaseModel):
         kept: digest of the image that is kept.
         base: what an image that is built stands on.
         layers: what is known of its wheel layers, in a plan that is only looked at.
+        notes: what was added to its environment, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +88,7 @@ class PlatformPlan(BaseModel):
     kept: AsDigest | None = None
     base: Base | None = None
     layers: Layers | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Plan(BaseModel):

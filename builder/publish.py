@@ -227,7 +227,8 @@ def _written(
     """Write the context, the Dockerfile and the recipe; return the plan with the method of every image.
 
     What describes the model is downloaded and judged first, and then what the images need, so that a version that
-    cannot be published is refused before its weights are here.
+    cannot be published is refused before its weights are here. Weights may name modules, too: what was too large to be
+    read with the description is read when it is here.
     """
     # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
     with stage("imports"):
@@ -240,6 +241,9 @@ def _written(
         with stage("artifacts"):
             write_context(described, made.needed, workspace.context, progress=progress)
             workspace.change_context(made.changed)
+        if made.lacks(workspace.context):
+            made = by_methods(settings, services, plan, workspace.context)
+        with stage("artifacts"):
             content = content_digest(workspace.context)
     if made.dockerfile:
         workspace.write_dockerfile(made.dockerfile)

@@ -60,6 +60,7 @@ def plan(planned: Plan, *, engine: str, push_checked: bool, smoke_test: str) -> 
         base = f", base {step.base.name} at {step.base.digest}" if step.base else ""
         how = f"keep {step.kept}" if step.kept else "assemble" if step.method == "wheels" else f"build with {engine}"
         rows.append((str(step.platform), how + base))
+        rows += [("", one_line(note, 300)) for note in step.notes]
         if step.layers:
             layers = step.layers
             missing = f"{len(layers.missing)} wheels to get ({size(layers.download)})"

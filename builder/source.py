@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -12,13 +12,14 @@ from builder.build.environment import REQUIREMENTS
 from builder.build.indexes import Indexes
 from builder.build.locked import LOCK_VERSION, Lock
 from builder.build.mlflow_release import server_of
+from builder.build.named_modules import NamedModules, read_named_modules
 from builder.build.overlooked import overlooked
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving, locked_release
 from builder.build.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, BaseImages, client_command
 from builder.errors import InvalidVersion
 from builder.log import get_logger
-from builder.models.artifacts import MODEL_FILE, find_model_folder
+from builder.models.artifacts import MODEL_FILE, find_model_folder, names_modules
 from builder.models.catalog import Artifact
 from builder.models.version import TAG_DOCKERFILE, TAG_TEMPLATES_FOLDER, Inputs, ModelVersion, template_variables
 from builder.network import network
@@ -45,6 +46,8 @@ class Source:
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
         client_command: what a container runs; empty where that is MLflow's scoring server.
+        names: the modules that the version's files name, as far as those are there.
+        own_paths: paths of the model's and the client's files.
     """
 
     context: Path
@@ -57,6 +60,8 @@ class Source:
     model_folder: str
     client_folder: str
     client_command: tuple[str, ...]
+    names: NamedModules = field(default_factory=NamedModules)
+    own_paths: tuple[str, ...] = ()
 
     @property
     def digest(self) -> Digest:
@@ -88,7 +93,10 @@ class Source:
         client_folder = inputs.client_folder if client else ""
         configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
         asked = Requirements.read(context, folder, configured, client_folder=client_folder)
-        requirements = for_serving(asked, full=settings.full_mlflow, own_client=bool(client))
+        folders = tuple(f"{each}/" for each in (folder, client_folder) if each)
+        own = tuple(path for path in paths if path.startswith(folders))
+        names = read_named_modules(context, folder, [path for path in own if names_modules(path)])
+        requirements = for_serving(asked, full=settings.full_mlflow, own_client=bool(client), uses=names.uses)
         named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
         if not asked.required and not named:
             message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
@@ -113,6 +121,8 @@ class Source:
             model_folder=folder,
             client_folder=client_folder,
             client_command=tuple(client),
+            names=names,
+            own_paths=own,
         )
 
 

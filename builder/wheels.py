@@ -13,6 +13,7 @@ from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
 from builder.build.kept_locks import LOCK_TYPE, Resolver
 from builder.build.locked import Lock
+from builder.build.provided_modules import check_provided
 from builder.build.resolver import MOST_MEMORY
 from builder.build.unsatisfied import NoWheel
 from builder.build.wheel_layers import WheelLayers, compiler_for
@@ -55,11 +56,13 @@ class Planned:
     Attributes:
         recipe: of the platforms that it can make.
         bases: the base image of each of them.
+        notes: what was added to the environment of each, and why, for people.
         impossible: the platforms for which a package has no wheel.
     """
 
     recipe: Recipe
     bases: dict[Platform, Base]
+    notes: dict[Platform, tuple[str, ...]]
     impossible: dict[Platform, NoWheel]
 
 
@@ -107,6 +110,9 @@ def planned(
             except NoWheel as error:
                 return error, found, platform
             check_libraries(base, facts, lock)
+            # A client loads the model as it likes, and a base image may have a place of its own for modules.
+            if not source.client_command and "PYTHONPATH" not in base.environ:
+                check_provided(source.names.loaded, source.own_paths, lock, client)
             part = PlatformRecipe(
                 platform=platform,
                 interpreter=interpreter,
@@ -133,8 +139,15 @@ def planned(
     return Planned(
         recipe=recipe,
         bases={platform: base for _, base, platform in results if platform in parts},
+        notes={platform: tuple(_notes(source, part.lock)) for platform, part in parts.items()},
         impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
     )
+
+
+def _notes(source: Source, lock: Lock) -> Iterator[str]:
+    for name in lock.added:
+        why = source.names.uses.get(name, "the model's files name it")
+        yield f"added {name} {lock.versions[name]}, which comes with the whole mlflow: {why}"
 
 
 def resolver_of(

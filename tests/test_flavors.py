@@ -9,6 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sklearn
 
@@ -19,7 +20,7 @@ from scripts.machine import native_platform, pip_configuration
 
 ROOT = Path(__file__).parent.parent
 ASK = (ROOT / "examples" / "ask.py").read_text()
-FLAVORS = ("sklearn", "xgboost", "lightgbm", "pyfunc")
+FLAVORS = ("sklearn", "xgboost", "lightgbm", "pyfunc", "by_value")
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +70,5 @@ def test_a_container_predicts_what_the_model_predicts(
         answer = json.loads(container.python(ASK, model["body"]))
         # Not the whole package, which serving never imports.
         assert container.python("import importlib.util as u; print(u.find_spec('sqlalchemy'))") == "None\n"
-    assert answer["predictions"] == pytest.approx(model["prediction"])
+    flat = [np.ravel(each).tolist() for each in (answer["predictions"], model["prediction"])]
+    assert flat[0] == pytest.approx(flat[1])

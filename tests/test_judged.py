@@ -99,7 +99,7 @@ def test_a_requirement_is_refused_before_the_weights_are_downloaded(small, small
     got, error = downloads(mlflow_server, small_environ(model))
     assert "small-app==9" in str(error)
     assert "mymodel/MLmodel" in got
-    assert not {"checkpoints/one.bin", "mymodel/large.bin", "client/app.py"} & set(got)
+    assert not {"checkpoints/one.bin", "mymodel/large.bin"} & set(got)
     assert not (tmp_path / "workspace/description").exists()
 
 

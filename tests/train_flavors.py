@@ -93,6 +93,25 @@ def pyfunc(name: str) -> Any:
         return mlflow.pyfunc.load_model(f"models:/{name}/1")
 
 
+class Scaled(mlflow.pyfunc.PythonModel):
+    """Is in no module where this file is the program, so that it is pickled by value; its requirements name no sklearn."""
+
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
+        """Return each row, scaled."""
+        from sklearn.preprocessing import scale
+
+        return scale(model_input, axis=1).tolist()
+
+
+def by_value(name: str) -> Any:
+    """Log a Python model of a class that is here alone, with the requirements that MLflow infers, and return it."""
+    mlflow.pyfunc.log_model(name="mymodel", python_model=Scaled(), registered_model_name=name)
+    return mlflow.pyfunc.load_model(f"models:/{name}/1")
+
+
+FLAVORS = {each.__name__: each for each in (sklearn, xgboost, lightgbm, pyfunc, by_value)}
+
+
 def main() -> None:
     """Log what the arguments name."""
     prefix, *names = sys.argv[1:]
@@ -101,9 +120,7 @@ def main() -> None:
     printed, sys.stdout = sys.stdout, sys.stderr
     for name in names:
         with mlflow.start_run():
-            model = {"sklearn": sklearn, "xgboost": xgboost, "lightgbm": lightgbm, "pyfunc": pyfunc}[name](
-                prefix + name
-            )
+            model = FLAVORS[name](prefix + name)
         own = model.predict(sent)
         told[name] = {
             "name": prefix + name,

@@ -9,7 +9,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from builder.build.address import origin_of
-from builder.build.index_download import Progress, WheelNotFound, digest, fetch, save
+from builder.build.index_download import Progress, WheelNotFound, digest, fetch, save, tail
 from builder.build.index_http import ABSENT, Session, check, chunks, host_of, strange
 from builder.build.index_page import ACCEPT, IndexFile, NoPage, of_project, parse_page
 from builder.build.indexes import FIRST_INDEX, Indexes, IndexUrl, built_in_index
@@ -179,6 +179,14 @@ class IndexClient:
             moved = wheel.model_copy(update={"url": None})
             file = self.find(moved)
             save(self._session, moved, file, destination, patience=self._patience, progress=progress)
+
+    def tail(self, wheel: LockedWheel, size: int) -> tuple[bytes, int]:
+        """Return the last bytes of a wheel, at most `size`, and how many it has; they are not verified.
+
+        Raises:
+            WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had, or not in part.
+        """
+        return tail(self._session, wheel.filename, self.find(wheel).url, size)
 
     def fetch(self, filename: str, url: str, destination: Path) -> None:
         """Write the wheel of an address, of which nothing is known, to `destination`.

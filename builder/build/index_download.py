@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from builder.images.retry import Patience, patiently
 _CHUNK = 1 << 18
 # Of a wheel of which no index says the size; the largest that people install have two thirds of it.
 _MOST_BYTES = 4 << 30
+
+_PART = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 
 # Told how many bytes have arrived since it was told last; fewer than none where a download begins again.
 Progress = Callable[[int], None]
@@ -112,6 +115,40 @@ def fetch(session: Session, filename: str, url: str, destination: Path, *, patie
             patience=patience,
             seconds=patience.seconds_for(_MOST_BYTES >> 3),
         )
+
+
+def tail(session: Session, filename: str, url: str, size: int) -> tuple[bytes, int]:
+    """Return the last bytes of a file, at most `size`, and how many it has; asked for once.
+
+    Raises:
+        WheelNotFound: it is not there.
+        ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had, or not in part.
+    """
+    if url.startswith("file:"):
+        try:
+            content = Path(unquote(urlsplit(url).path)).read_bytes()
+        except OSError as error:
+            message = f"The wheel {filename} cannot be read: {error.strerror}."
+            raise WheelNotFound(message, remedy="Fetch the version again.") from error
+        return content[-size:], len(content)
+    try:
+        with session.answer(url, {"Accept-Encoding": "identity", "Range": f"bytes=-{size}"}) as answer:
+            check(url, answer, filename)
+            part = _PART.fullmatch(str(answer.headers.get("Content-Range", "")))
+            if answer.status_code != HTTPStatus.PARTIAL_CONTENT or part is None:
+                raise away(url, "it gives no part of a file")
+            begin, end, whole = map(int, part.groups())
+            received = bytearray()
+            for chunk in chunks(url, answer):
+                received += chunk
+                if len(received) > size:
+                    break
+            if len(received) != end + 1 - begin or end + 1 != whole:
+                raise away(url, "it sent another part than it was asked for")
+            return bytes(received), whole
+    except Later as error:
+        failure = error.error(f"the end of {filename}")
+        raise failure from error
 
 
 def _receive(session: Session, url: str, target: _Target, until: float) -> None:

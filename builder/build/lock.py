@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from builder.build.process import run
 from builder.build.requirement import Required
 from builder.build.requirements import Requirements
 from builder.build.resolver import MOST_MEMORY, Question, Tool, private_folder
-from builder.build.serving import for_release, locked_release
+from builder.build.serving import for_release, locked_release, whole_of, with_used
 from builder.build.tags import minor_version, rank_of, wheel_tags
 from builder.build.unsatisfied import NoWheel, Unsatisfiable, names_an_address
 from builder.build.wheel import open_wheel
@@ -135,7 +136,7 @@ class _Locking:
         lacking = self._lacking(found, question)
         served = for_release(question.requirements, found.versions)
         if served is None and not lacking:
-            return found
+            return self._with_used(found, question)
         more = served or question.requirements
         more = more.with_changes(required=(*more.required, *lacking))
         _log.info(
@@ -143,7 +144,36 @@ class _Locking:
             mlflow=str(locked_release(found.versions)),
             conda=[one.text() for one in lacking],
         )
-        return self._as_of(replace(question, requirements=more))
+        question = replace(question, requirements=more)
+        return self._with_used(self._as_of(question), question)
+
+    def _with_used(self, found: Lock, question: Question) -> Lock:
+        """Return the lock with what the model's files name of the whole MLflow, in the versions that come with that.
+
+        A name may be no module's after all, so that nothing is refused for it. Where the part cannot have what is
+        added, the whole is taken; where the whole cannot be had, any version will do.
+        """
+        requirements = question.requirements
+        whole = whole_of(requirements, found.versions)
+        if whole is None:
+            return found
+        everything = None
+        with suppress(Unsatisfiable, NoWheel):
+            everything = self._as_of(replace(question, requirements=whole))
+        more = with_used(requirements, found.versions, everything.versions if everything else None)
+        names = tuple(sorted(more.added - requirements.added))
+        if not names:
+            return found
+        _log.info("resolving once more", added=list(names))
+        try:
+            made = self._as_of(replace(question, requirements=more))
+        except (Unsatisfiable, NoWheel) as error:
+            if everything is None:
+                _log.warning("what the model's files name of mlflow cannot be added", names=names, why=error.what)
+                return found
+            _log.info("the whole package is installed instead", why=error.what)
+            made = everything
+        return made.model_copy(update={"added": names})
 
     def _lacking(self, found: Lock, question: Question) -> list[Required]:
         """Return what conda was to bring and a lock lacks.

@@ -98,6 +98,7 @@ class Lock(BaseModel):
         glibc: the C library that the wheels may need at most; None where the base's was not known.
         as_of: no wheel was uploaded after this; None where that was not asked for.
         exempt: names of packages whose index gives no upload times, so that `as_of` was not enforced for them.
+        added: names of packages that come with the whole MLflow alone, and are here since the model's files name them.
         wheels: in the order of their names.
     """
 
@@ -108,12 +109,13 @@ class Lock(BaseModel):
     glibc: tuple[int, int] | None = None
     as_of: datetime | None = None
     exempt: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     wheels: tuple[LockedWheel, ...] = ()
 
     @model_validator(mode="after")
     def _one_wheel_for_each_package(self) -> Self:
         names = [wheel.name for wheel in self.wheels]
-        if names != sorted(set(names)) or not set(self.exempt) <= set(names):
+        if names != sorted(set(names)) or not {*self.exempt, *self.added} <= set(names):
             message = "its packages are not one wheel each, in order"
             raise ValueError(message)
         return self
@@ -147,6 +149,7 @@ class Lock(BaseModel):
             "glibc": list(self.glibc) if self.glibc else None,
             "as-of": self.as_of,
             "as-of-not-enforced": list(self.exempt) or None,
+            "added": list(self.added) or None,
         }
         minor = ".".join(self.python.split(".")[:2])
         lines = [
@@ -187,6 +190,7 @@ class Lock(BaseModel):
                 glibc=tuple(table["glibc"]) if "glibc" in table else None,
                 as_of=table.get("as-of"),
                 exempt=tuple(table.get("as-of-not-enforced", ())),
+                added=tuple(table.get("added", ())),
                 wheels=tuple(_from_table(package) for package in document.get("packages", [])),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidVersion) as error:

@@ -29,6 +29,35 @@ _BOUNDS = (
     # Starlette 1 has no `route` decorator any more, and no release of MLflow before 3.12 says that it needs it.
     ("2.21", "3.13", "starlette", "<1"),
 )
+# What `mlflow` brings, in any release, and `mlflow-skinny` with pandas does not: distributions by their modules.
+# tests/build/test_named_modules.py holds it against the newest release.
+BROUGHT = {
+    **dict.fromkeys(("matplotlib", "mpl_toolkits", "pylab"), "matplotlib"),
+    "PIL": "pillow",
+    "attr": "attrs",
+    "fontTools": "fonttools",
+    "graphql": "graphql-core",
+    "sklearn": "scikit-learn",
+    **{name.replace("-", "_"): name for name in ("flask-cors", "graphql-relay", "querystring-parser")},
+    "prometheus_flask_exporter": "prometheus-flask-exporter",
+    **{
+        name: name
+        for name in (
+            *("aiohttp", "alembic", "attrs", "blinker", "contourpy", "cryptography", "cycler", "docker", "entrypoints"),
+            *("flask", "graphene", "greenlet", "gunicorn", "huey", "itsdangerous", "jinja2", "joblib", "kiwisolver"),
+            *("mako", "markdown", "markupsafe", "multidict", "narwhals", "prettytable", "pyarrow"),
+            *("pyparsing", "pytz", "scipy", "skops", "sqlalchemy", "sqlparse", "tabulate", "threadpoolctl"),
+            *("waitress", "wcwidth", "werkzeug", "yarl"),
+        )
+    },
+}
+# What comes with another one of these wherever that is installed.
+COMES_WITH = {"joblib": "scikit-learn", "scipy": "scikit-learn", "threadpoolctl": "scikit-learn"}
+# Methods of pandas that import one of these, by their names.
+IMPLIED = {
+    **dict.fromkeys(("read_parquet", "to_parquet", "read_feather", "to_feather", "read_orc", "to_orc"), "pyarrow"),
+    **dict.fromkeys(("read_sql", "read_sql_query", "read_sql_table", "to_sql"), "sqlalchemy"),
+}
 _RELEASE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
 
 

@@ -22,6 +22,9 @@ _PATHS = frozenset(
     {"data", "model_code_path", "model_path", "model_data", "model_file", "model_binary"}
     | {"pickled_model", "python_model"}
 )
+# Those that MLflow's own loaders read with pickle or torch.
+_LOADED = frozenset({"data", "model_data", "model_path", "pickled_model", "python_model"})
+_TORCH = "model.pth"
 _SHOWN = 300
 
 
@@ -55,6 +58,29 @@ def check_served(context: Path, folder: str, paths: Collection[str]) -> None:
         remedy = "Log the model by a flavor that has it (mlflow.pyfunc and most others do), or log a client that loads "
         raise InvalidVersion(message, remedy=f"{remedy}the model, and set MODEL_ENTRY_POINT.")
     _repairs(model, folder, paths)
+
+
+def loader_of(model: dict[str, Yaml]) -> str:
+    """Return the module that MLflow's scoring server loads a model with; empty for none.
+
+    Args:
+        model: the content of MLmodel.
+    """
+    loader = _mapping(_mapping(model.get("flavors")).get(PYFUNC)).get("loader_module")
+    return loader if isinstance(loader, str) else ""
+
+
+def loaded_files(model: dict[str, Yaml], folder: str) -> set[str]:
+    """Return the files that a loader of MLflow's own reads as it loads a model; none for another loader.
+
+    Args:
+        model: the content of MLmodel.
+        folder: the model's folder.
+    """
+    if not loader_of(model).startswith("mlflow."):
+        return set()
+    named = {posixpath.normpath(f"{folder}/{value}") for keys, value in _named(model) if keys[-1] in _LOADED}
+    return named | {f"{name}/{_TORCH}" for name in named}
 
 
 def repaired(context: Path, folder: str, paths: Collection[str]) -> bytes | None:

@@ -69,6 +69,7 @@ class Requirements:
         serves: whether MLflow's scoring server runs in the environment.
         build: packages in `required` that the environment was built with, and that give way to what needs others.
         added: packages in `required` that the model does not name.
+        uses: packages to be added as `otherwise` has them, where that does and the lock of these does not.
         otherwise: what is installed where these cannot be; None for nothing.
     """
 
@@ -85,6 +86,7 @@ class Requirements:
     serves: bool = False
     build: frozenset[str] = frozenset()
     added: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
     otherwise: Requirements | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -177,6 +179,7 @@ class Requirements:
         lines += ["--pre"] if self.prereleases else []
         lines += ["--require-hashes"] if self.require_hashes else []
         lines += sorted(f"--constraint {_line(required, digests)}" for required in self.constraints)
+        lines += [f"--uses {name}" for name in sorted(self.uses)]
         lines += sorted(f"--conda {_line(required, digests)}" for required in self.conda)
         lines += sorted(_line(required, digests) for required in self.required)
         return "".join(f"{line}\n" for line in lines)

@@ -9,13 +9,14 @@ Which release it is, only a lock tells: requirements may leave it open, and MLmo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from builder.build.mlflow_release import (
+    COMES_WITH,
     SETUPTOOLS,
     bounds_of,
     imports_pkg_resources,
@@ -29,7 +30,9 @@ MLFLOW = "mlflow"
 SKINNY = "mlflow-skinny"
 
 
-def for_serving(requirements: Requirements, *, full: bool = False, own_client: bool = False) -> Requirements:
+def for_serving(
+    requirements: Requirements, *, full: bool = False, own_client: bool = False, uses: Collection[str] = ()
+) -> Requirements:  # fmt: skip
     """Return what to install so that a model can be served.
 
     Where the model asks for `mlflow`, that becomes `mlflow-skinny` of the same version, with what the scoring server
@@ -41,6 +44,7 @@ def for_serving(requirements: Requirements, *, full: bool = False, own_client: b
         requirements: the model's own.
         full: keep the whole package.
         own_client: the version ships its own server, so that MLflow is not added where the model does not ask for it.
+        uses: distributions that the whole package brings, and of which the model's files name modules.
     """
     asked = requirements.named(MLFLOW)
     if own_client and not asked:
@@ -54,7 +58,9 @@ def for_serving(requirements: Requirements, *, full: bool = False, own_client: b
         others = tuple(one for one in requirements.required if one.name != MLFLOW)
         skinny = tuple(_skinny(one, requirements.mlflow_version) for one in asked)
         lean = _served(requirements.with_changes(required=(*others, *skinny)))
-        return replace(lean, otherwise=whole)
+        named = {one.name for one in requirements.required if not one.marker}
+        left = {name for name in uses if not {name, COMES_WITH.get(name)} & named}
+        return replace(lean, otherwise=whole, uses=frozenset(left))
     # A model without either was logged by hand; the server is that of the release that wrote its MLmodel.
     logged = f"=={requirements.mlflow_version}" if requirements.mlflow_version else ""
     added = () if requirements.named(SKINNY) else (Required(name=SKINNY, specifier=logged),)
@@ -89,6 +95,36 @@ def for_release(requirements: Requirements, locked: Mapping[str, str]) -> Requir
         return None
     pins = tuple(Required(name=name, specifier=f"=={locked[name]}") for name in (MLFLOW, SKINNY) if name in locked)
     return changed.with_changes(required=changed.required, constraints=pins)
+
+
+def with_used(
+    requirements: Requirements, locked: Mapping[str, str], whole: Mapping[str, str] | None
+) -> Requirements:  # fmt: skip
+    """Return what has to be resolved in place of requirements whose lock lacks what the model's files name.
+
+    Args:
+        requirements: what was resolved.
+        locked: the versions in the lock, by package.
+        whole: those in the lock of the whole package, as which they are added; None where there is no such lock.
+    """
+    names = sorted(name for name in requirements.uses if name not in locked and (whole is None or name in whole))
+    pins = tuple(Required(name=name, specifier=f"=={whole[name]}" if whole else "") for name in names)
+    release = (Required(name=SKINNY, specifier=f"=={locked[SKINNY]}"),)
+    changed = requirements.with_changes(required=(*requirements.required, *pins), constraints=release)
+    return replace(changed, added=requirements.added | set(names))
+
+
+def whole_of(requirements: Requirements, locked: Mapping[str, str]) -> Requirements | None:
+    """Return the requirements on the whole package, of the release in a lock of its part; None where that is not it.
+
+    Args:
+        requirements: what was resolved.
+        locked: the versions in the lock, by package.
+    """
+    if requirements.otherwise is None or SKINNY not in locked or requirements.uses <= locked.keys():
+        return None
+    release = (Required(name=MLFLOW, specifier=f"=={locked[SKINNY]}"),)
+    return requirements.otherwise.with_changes(required=requirements.otherwise.required, constraints=release)
 
 
 def locked_release(locked: Mapping[str, str]) -> Version | None:

@@ -6,6 +6,7 @@ relative path of ordinary components, in Unicode's normal form C, below which no
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 MODEL_FILE = "MLmodel"
 MOST_FILES = 100_000
 MOST_FOLDERS_DEEP = 64
+# What may name modules: Python files, and what people call pickles and the archives that hold some.
+_CODE = (".py",)
+_PICKLES = (
+    *(".cloudpickle", ".dill", ".fastai", ".jl", ".joblib", ".model", ".p", ".pck", ".pickle", ".pkl", ".pmd", ".pt"),
+    *(".pth", ".sav", ".shap", ".skops", ".statsmodels"),
+)
+_PACKED = re.compile(r"\.(?:bz2|gz|lzma|xz|z)$")
 # Linux's own limits, in bytes.
 _LONGEST_PATH = 3000
 _LONGEST_COMPONENT = 255
@@ -67,6 +75,11 @@ def _problem(path: str) -> str:
 def _too_long(path: str) -> bool:
     encoded = unicodedata.normalize("NFC", path).encode("utf-8", "surrogatepass")
     return len(encoded) > _LONGEST_PATH or any(len(part) > _LONGEST_COMPONENT for part in encoded.split(b"/"))
+
+
+def names_modules(path: str) -> bool:
+    """Return whether a file may name the modules that the model needs: Python's source, or a pickle."""
+    return path.endswith(_CODE) or _PACKED.sub("", path).endswith(_PICKLES)
 
 
 def union(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from builder.crew import side_by_side
 from builder.errors import InvalidSettings, InvalidVersion, TryAgain
 from builder.models.answers import on_disk
-from builder.models.artifacts import MODEL_FILE, checked_path, find_model_folder
+from builder.models.artifacts import MODEL_FILE, checked_path, find_model_folder, names_modules
 from builder.models.version import Inputs
 from builder.reference import Digest
 
@@ -33,6 +33,8 @@ _SPARE = 16 << 20
 # 1980-01-02, the first day that every archive format can hold.
 _TIME = 315619200
 _MOST_SKETCHED = 4 << 20
+# Of one file that names modules, and of all; larger ones are read when they are here.
+_MOST_NAMING, _MOST_NAMING_TOGETHER = 16 << 20, 64 << 20
 # What describes a model: read before its files are, to render a Dockerfile.
 _DESCRIPTION = (MODEL_FILE, "python_env.yaml", "conda.yaml", "requirements.txt")
 
@@ -91,7 +93,7 @@ def write_context(
 
 
 def sketch_context(catalog: Downloads, version: ModelVersion, artifacts: Sequence[Artifact], folder: Path) -> Described:
-    """Write what planning reads of a version: templates, requirements and wheels; the rest as empty files.
+    """Write what planning reads of a version: templates, requirements, wheels, code; the rest as empty files.
 
     Args:
         catalog: where the artifacts are.
@@ -115,6 +117,7 @@ def sketch_context(catalog: Downloads, version: ModelVersion, artifacts: Sequenc
 
     with on_disk(f"write a sketch of {version}"):
         read = [artifact for artifact in artifacts if _describes(artifact, inputs, model_folder)]
+        read = list(dict.fromkeys([*read, *_naming(artifacts, inputs, model_folder)]))
         _check_space(folder, read)
         for artifact in artifacts:
             path = folder / artifact.path
@@ -134,6 +137,29 @@ def _describes(artifact: Artifact, inputs: Inputs, model_folder: str) -> bool:
         or (within and path.endswith((".txt", ".whl")))
     )
     return named and ((artifact.size or 0) <= _MOST_SKETCHED or path.endswith(".whl"))
+
+
+def _naming(artifacts: Sequence[Artifact], inputs: Inputs, model_folder: str) -> list[Artifact]:
+    """Return those that name modules, the smallest first, as many as may be read beforehand; none for a Dockerfile."""
+    template = f"{inputs.templates_folder}/Dockerfile."
+    if not inputs.no_dockerfile and any(artifact.path.startswith(template) for artifact in artifacts):
+        return []
+    folders = (f"{model_folder}/", f"{inputs.client_folder}/")
+    named = [
+        (artifact.size, artifact.path, artifact)
+        for artifact in artifacts
+        if artifact.size is not None
+        and artifact.size <= _MOST_NAMING
+        and artifact.path.startswith(folders)
+        and names_modules(artifact.path)
+    ]
+    taken, left = [], _MOST_NAMING_TOGETHER
+    for size, _, artifact in sorted(named, key=lambda each: each[:2]):
+        left -= size
+        if left < 0:
+            break
+        taken.append(artifact)
+    return taken
 
 
 class Described:

@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes="):
             first, _, last = wanted[6:].partition("-")
-            begin = int(first) if first else len(content) - int(last)
+            begin = int(first) if first else max(0, len(content) - int(last))
             end = min(int(last) if first and last else len(content) - 1, len(content) - 1)
             if begin >= len(content):
                 self.answer(416, Content_Range=f"bytes */{len(content)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from builder.build.lock import lock
+from builder.build.locked import Lock
 from builder.build.mlflow_release import server_of
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving, locked_release
@@ -152,3 +153,80 @@ def test_build_dependencies_that_no_index_has_are_left_out(index, tmp_path):
 def test_build_dependencies_are_checked_as_requirements_are(tmp_path, build):
     with pytest.raises(InvalidVersion, match=r"python_env\.yaml"):
         folder(tmp_path, "mlflow==2.22.0\n", build)
+
+
+@pytest.fixture
+def bringing():
+    """An index whose mlflow brings scikit-learn below 2 and alembic, and whose mlflow-skinny does not."""
+    with running() as found:
+        for version in ("3.1.0", "3.2.0"):
+            found.add("mlflow-skinny", version, requires=["numpy"])
+            found.add("mlflow", version, requires=[f"mlflow-skinny=={version}", "scikit-learn<2", "alembic", "pandas"])
+        for version in ("1.5.0", "2.0.0"):
+            found.add("scikit-learn", version, requires=["joblib", "numpy"])
+        for name in ("alembic", "joblib", "numpy", "pandas", "uvicorn", "docker"):
+            found.add(name, "1.0")
+        yield found
+
+
+def used(*lines, uses, index, platform=AMD64, **options):
+    requirements = for_serving(Requirements.of(*lines, mlflow_version="3.1.0"), uses=uses, **options)
+    return lock(
+        requirements, platform=platform, indexes=asked(index), model=Path("/nonexistent"), python="3.11", glibc=GLIBC
+    )
+
+
+LEAN = {"mlflow-skinny": "3.1.0", "numpy": "1.0", "pandas": "1.0", "uvicorn": "1.0"}
+
+
+@pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+def test_what_the_model_s_files_name_is_added_as_the_whole_package_has_it(bringing, platform):
+    found = used("mlflow==3.1.0", uses=["scikit-learn", "numpy", "docker"], index=bringing, platform=platform)
+    assert found.versions == {**LEAN, "scikit-learn": "1.5.0", "joblib": "1.0"}
+    assert found.added == ("scikit-learn",)
+    assert Lock.from_text(found.to_text()) == found
+    # An open requirement gets what belongs to the release that was taken.
+    assert used("mlflow>=3", uses=["alembic"], index=bringing).versions == {**LEAN, "alembic": "1.0"}
+
+
+def test_nothing_is_added_that_the_model_has_or_that_no_file_names(bringing):
+    asked_before = len(bringing.requests)
+    assert used("mlflow==3.1.0", uses=[], index=bringing).versions == LEAN
+    pages = [path for _, path, _ in bringing.requests[asked_before:]]
+    assert "/simple/mlflow/" not in pages
+    found = used("mlflow==3.1.0", "scikit-learn", uses=["scikit-learn", "joblib"], index=bringing)
+    assert found.versions["scikit-learn"] == "2.0.0"
+    assert found.added == ()
+    assert used("mlflow==3.1.0", uses=["scikit-learn"], full=True, index=bringing).added == ()
+    # Without mlflow in the requirements nothing of it is the model's.
+    assert used("numpy", uses=["scikit-learn"], index=bringing).versions == LEAN
+
+
+def test_where_the_part_cannot_have_it_the_whole_is_taken(bringing):
+    bringing.add("mlflow-skinny", "3.9.0", requires=["numpy", "joblib<1"])
+    bringing.add("joblib", "0.9")
+    bringing.add("mlflow", "3.9.0", requires=["scikit-learn", "numpy", "pandas"])
+    bringing.add("scikit-learn", "3.0.0", requires=["joblib>=1"])
+    found = used("mlflow==3.9.0", uses=["scikit-learn"], index=bringing)
+    assert found.versions["mlflow"] == "3.9.0"
+    assert "mlflow-skinny" not in found.versions
+
+
+def test_where_the_whole_cannot_be_had_any_version_is_added(bringing):
+    bringing.add("mlflow-skinny", "3.8.0")
+    found = used("mlflow==3.8.0", uses=["scikit-learn"], index=bringing)
+    assert found.versions["scikit-learn"] == "2.0.0"
+    # And nothing is refused for a name, which may be no module's.
+    assert "docker" in used("mlflow==3.8.0", uses=["docker"], index=bringing).versions
+    assert used("mlflow==3.8.0", uses=["matplotlib"], index=bringing).added == ()
+
+
+def test_what_is_used_is_part_of_a_lock_s_key():
+    texts = {
+        for_serving(Requirements.of("mlflow==3.1.0", *more), uses=uses).to_text()
+        for uses, more in (((), ()), (["joblib"], ()), (["joblib", "scipy"], ["scikit-learn"]))
+    }
+    assert len(texts) == 3
+    plain = for_serving(Requirements.of("mlflow==3.1.0", "scikit-learn"))
+    named = for_serving(Requirements.of("mlflow==3.1.0", "scikit-learn"), uses=["joblib", "scikit-learn"])
+    assert plain.to_text() == named.to_text()

@@ -256,6 +256,33 @@ def test_a_sketch_has_every_file_and_reads_few(store, tmp_path):
     }
 
 
+def test_a_sketch_has_what_names_modules_where_no_dockerfile_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_NAMING", 100)
+    monkeypatch.setattr(module, "_MOST_NAMING_TOGETHER", 250)
+    naming = {
+        "mymodel/python_model.pkl": b"p" * 90,
+        "mymodel/code/helper.py": b"h" * 91,
+        "client/app.py": b"a",
+    }
+    others = {
+        "mymodel/b.pkl.gz": b"b" * 92,  # together too much
+        "mymodel/large.pkl": b"l" * 101,
+        "notes/other.py": b"x = 1\n",
+        "mymodel/data/weights.bin": b"w",
+    }
+    store = Store({"mymodel/MLmodel": b"flavors: {}\n", **naming, **others})
+    listing = store.listing()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    sketch_context(store, ModelVersion(name="m", version="1", created_ms=0), listing, tmp_path / "a")
+    assert set(store.asked) == {"mymodel/MLmodel", *naming}
+    # Of a file whose size the store does not tell nobody knows how long it takes.
+    store.asked.clear()
+    unknown = tuple(artifact.model_copy(update={"size": None}) for artifact in listing)
+    sketch_context(store, ModelVersion(name="m", version="1", created_ms=0), unknown, tmp_path / "b")
+    assert set(store.asked) == {"mymodel/MLmodel"}
+
+
 # ---- from a real server
 
 

@@ -1,0 +1,328 @@
+"""Which modules a model's own files name: its Python files by their text, its pickles by their opcodes.
+
+Nothing is unpickled, parsed or run: `pickletools` lists opcodes, and text is searched. Everything is a stranger's, so
+that opcodes, bytes and strings have bounds; what cannot be read tells nothing.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import os
+import pickletools
+import re
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from builder.build.environment import MLMODEL, read_description
+from builder.build.mlflow_release import BROUGHT, IMPLIED
+from builder.build.mlmodel import loaded_files, loader_of
+from builder.build.wheel_directory import STORED, BadArchive, read_at, read_directory
+from builder.errors import InvalidVersion, one_line
+from builder.safe_open import open_beneath
+
+# Of all pickles of a version together: a million takes two seconds.
+_MOST_OPCODES = 2_000_000
+# A longer argument is data, and is passed over.
+_MOST_ARGUMENT = 4 << 20
+# Of one Python file, and of all.
+_MOST_SOURCE, _MOST_SOURCES = 4 << 20, 32 << 20
+# What is unpacked of compressed files, and searched where opcodes cannot be read; of all files together.
+_MOST_UNPACKED, _MOST_SEARCHED = 32 << 20, 32 << 20
+_MOST_MEMORY = 128 << 20
+_LEAST = 1 << 14
+_LONGEST_NAME, _SHOWN = 200, 80
+_MOST_NAMES = 10_000
+
+_STRINGS = frozenset(
+    {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
+)
+_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_GLOBALS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL"})
+_TRANSPARENT = frozenset({"PROTO", "FRAME", "STOP"})
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
+_SUBIMPORT = frozenset({("cloudpickle.cloudpickle", "subimport"), ("cloudpickle", "subimport")})
+# An import with what stands on its line or in the brackets behind it; a name in quotes; a method.
+_SOURCE = re.compile(
+    r"\b(?:import|from)[ \t]+(?P<line>[^\n#;(]{1,2000}(?:\([^)]{0,2000}\))?)"
+    r"|[\"'](?P<text>[A-Za-z_][\w.]{0,200})[\"']"
+    r"|\.(?P<method>[a-z_]{3,40})\b"
+)
+_WORD = re.compile(r"[A-Za-z_][\w.]*")
+# A name where a string or a GLOBAL holds it: behind an opcode and a length, or behind `c`. Shorter ones would be found
+# in any large file.
+_SHORTEST_IN_BYTES, _LONGEST_IN_BYTES = 5, 64
+_IN_BYTES = re.compile(
+    rb"(?s)(?:\x8c.|X.{4}|\x8d.{8}|U.|T.{4}|[cVi\"'])("
+    + b"|".join(name.encode() for name in (*BROUGHT, *IMPLIED) if len(name) >= _SHORTEST_IN_BYTES)
+    + rb")(?![A-Za-z0-9_])"
+)
+_HEADER = struct.Struct("<26xHH")
+
+
+def _inflated(data: bytes, most: int) -> bytes:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, most)
+
+
+def _deflated(data: bytes, most: int) -> bytes:
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
+
+
+def _stored(data: bytes, _most: int) -> bytes:
+    return data
+
+
+# What MLflow and joblib compress with, by the first bytes; each is given the most that it may return.
+_COMPRESSED: Mapping[bytes, Callable[[bytes, int], bytes]] = {
+    b"\x1f\x8b": _inflated,
+    **dict.fromkeys((b"x\x01", b"x\x5e", b"x\x9c", b"x\xda"), _inflated),
+    b"BZh": lambda data, most: bz2.BZ2Decompressor().decompress(data, most),
+    b"\xfd7zXZ": lambda data, most: lzma.LZMADecompressor(memlimit=_MOST_MEMORY).decompress(data, most),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedModules:
+    """The modules that a model's files name.
+
+    Attributes:
+        loaded: modules that are imported when MLflow loads the model, each with the file that names it.
+        uses: distributions that `mlflow` requires and `mlflow-skinny` does not, of which a file names a module; each
+            with the file and the name, for people.
+    """
+
+    loaded: dict[str, str] = field(default_factory=dict)
+    uses: dict[str, str] = field(default_factory=dict)
+
+
+def read_named_modules(context: Path, folder: str, files: Collection[str]) -> NamedModules:
+    """Return the modules that files of a version name; files that are empty or not there tell nothing.
+
+    Args:
+        context: folder of the version's artifacts.
+        folder: the model's folder in it.
+        files: paths of what is read: Python files, and what may be a pickle.
+
+    Raises:
+        InvalidVersion: MLmodel cannot be read.
+    """
+    model = read_description(context, folder, MLMODEL)
+    reader = _Reader(loaded_files(model, folder))
+    if loader := loader_of(model):
+        reader.loads(loader, f"{folder}/{MLMODEL}")
+    for path in sorted(files):
+        try:
+            with open_beneath(context, path) as descriptor:
+                if descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    reader.read(path, descriptor)
+        except InvalidVersion:
+            continue
+    return reader.found
+
+
+class _Reader:
+    """Reads files of one version.
+
+    Args:
+        loaded: paths of the pickles that MLflow loads.
+    """
+
+    def __init__(self, loaded: Collection[str]) -> None:
+        self.found = NamedModules()
+        self._loaded = loaded
+        self._opcodes, self._unpacked = _MOST_OPCODES, _MOST_UNPACKED
+        self._sources = self._searched = 0
+
+    def loads(self, module: str, path: str) -> None:
+        """Take note of a module that is imported when the model is loaded."""
+        self._mention(module, path)
+        if len(self.found.loaded) < _MOST_NAMES and len(module) <= _LONGEST_NAME and _MODULE.fullmatch(module):
+            self.found.loaded.setdefault(module, path)
+
+    def read(self, path: str, file: int) -> None:
+        """Read a file."""
+        size = os.fstat(file).st_size
+        if path.endswith(".py"):
+            self._sources += size
+            if size <= _MOST_SOURCE and self._sources <= _MOST_SOURCES:
+                self._source(path, os.pread(file, _MOST_SOURCE, 0).decode("utf-8", "replace"))
+            return
+        head = os.pread(file, 8, 0)
+        if head.startswith(b"PK\x03\x04"):
+            self._archive(path, file)
+            return
+        for magic, unpacked in _COMPRESSED.items():
+            if head.startswith(magic):
+                with suppress(zlib.error, lzma.LZMAError, OSError, EOFError):
+                    self._packed(path, os.pread(file, self._unpacked, 0), unpacked)
+                return
+        with open(file, "rb", closefd=False) as content:  # a descriptor
+            self._pickles(path, _Content(content))
+
+    def _source(self, path: str, text: str) -> None:
+        for match in _SOURCE.finditer(re.sub(r"\\\r?\n", " ", text)):
+            words = _WORD.findall(match["line"]) if match["line"] else [match["text"] or match["method"]]
+            for word in words:
+                self._mention(word, path)
+
+    def _mention(self, name: str, path: str) -> None:
+        """Take note of a name that may be a module's; one too many costs bytes, one too few the model."""
+        if len(name) > _LONGEST_NAME:
+            return
+        top, _, rest = name.partition(".")
+        # `mlflow.sklearn` imports what it is called after.
+        module = rest.partition(".")[0] if top == "mlflow" else top
+        distribution = BROUGHT.get(module) or IMPLIED.get(module)
+        if distribution:
+            self.found.uses.setdefault(distribution, f"{path} names {one_line(name, _SHOWN)}")
+
+    def _archive(self, path: str, file: int) -> None:
+        """Read what PyTorch writes, a zip archive with a pickle in it, and skops, one with a schema."""
+        try:
+            entries, _ = read_directory(file)
+            for entry in entries:
+                if entry.name.rpartition("/")[2] in {"data.pkl", "schema.json"}:
+                    name, extra = _HEADER.unpack(read_at(file, entry.header, _HEADER.size))
+                    begin = entry.header + _HEADER.size + name + extra
+                    content = read_at(file, begin, min(entry.compressed, self._unpacked))
+                    self._packed(path, content, _stored if entry.method == STORED else _deflated)
+        except (BadArchive, zlib.error, OSError):
+            return
+
+    def _packed(self, path: str, content: bytes, unpacked: Callable[[bytes, int], bytes]) -> None:
+        if self._unpacked > 0:
+            plain = unpacked(content, self._unpacked)
+            # A beginning costs something, too, however little comes of it.
+            self._unpacked -= max(len(plain), len(content), _LEAST)
+            self._pickles(path, _Content(io.BytesIO(plain)))
+
+    def _pickles(self, path: str, content: _Content) -> None:
+        """Read pickles that stand one after the other; what is behind a part that cannot be read is searched."""
+        # A text is taken for a pickle of the first two protocols too easily; the first pickle alone is loaded.
+        certain = path in self._loaded and content.read(1) == b"\x80"
+        begin = 0
+        content.seek(begin)
+        while self._pickle(path, content, certain=certain) and content.tell() > begin:
+            begin, certain = content.tell(), False
+        content.seek(begin)
+        self._search(path, content)
+
+    def _pickle(self, path: str, content: _Content, *, certain: bool) -> bool:
+        """Read one pickle; return whether it was read to its end."""
+        opcodes = _Opcodes()
+        try:
+            for opcode, argument, _ in pickletools.genops(cast("IO[bytes]", content)):
+                self._opcodes -= 1
+                # joblib writes an array's bytes between the opcodes, behind the BUILD of an object of its own.
+                if self._opcodes < 0 or (opcode.name == "BUILD" and opcodes.arrays):
+                    return False
+                module = opcodes.take(opcode.name, argument)
+                if isinstance(module, str):
+                    self._mention(module, path)
+                    if certain:
+                        self.loads(module, path)
+                elif opcode.name in _STRINGS:
+                    self._mention(str(argument), path)
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            # What `pickletools` raises; the last but one where an argument was passed over that is a string's.
+            return False
+        return True
+
+    def _search(self, path: str, content: _Content) -> None:
+        tail = b""
+        while self._searched < _MOST_SEARCHED and (chunk := content.read(_MOST_ARGUMENT)):
+            self._searched += len(chunk)
+            for match in _IN_BYTES.finditer(tail + chunk):
+                self._mention(match[1].decode(), path)
+            tail = chunk[-_LONGEST_IN_BYTES:]
+
+
+class _Opcodes:
+    """As much of a pickle's stack and memo as it takes to know which modules are imported.
+
+    A module is named by GLOBAL and INST, by two strings directly before STACK_GLOBAL, and by a string that is
+    given to cloudpickle's `subimport`.
+
+    Attributes:
+        arrays: whether joblib's stand-in for an array was named.
+    """
+
+    def __init__(self) -> None:
+        self.arrays = False
+        self._memo: dict[object, object] = {}
+        # The two values on top; None for one that is not known.
+        self._below: object = None
+        self._top: object = None
+
+    def take(self, name: str, argument: Any) -> object:  # of an opcode, anything
+        """Follow an opcode; return the module that it imports, None for none."""
+        module: object = None
+        if name in _STRINGS:
+            self._push(argument)
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self._top
+        elif name in _PUTS:
+            self._memo[argument] = self._top
+        elif name in _GETS:
+            self._push(self._memo.get(argument))
+        elif name in _GLOBALS:
+            pair = (self._below, self._top) if name == "STACK_GLOBAL" else tuple(argument.split(" ", 1))
+            self.arrays = self.arrays or pair[-1] == "NumpyArrayWrapper"
+            module = pair[0]
+            self._push(pair)
+        elif name not in _TRANSPARENT:
+            if name == "TUPLE1" and self._below in _SUBIMPORT:
+                module = self._top
+            self._push(None)
+        return module
+
+    def _push(self, value: object) -> None:
+        self._below, self._top = self._top, value
+
+
+class _Content:
+    """A pickle's bytes for `pickletools`: an argument that is too long to be a name is passed over.
+
+    Args:
+        content: a file, or bytes.
+    """
+
+    def __init__(self, content: BinaryIO) -> None:
+        self._content = content
+        self._size = content.seek(0, os.SEEK_END)
+        content.seek(0)
+        self.tell, self.seek = content.tell, content.seek
+
+    def read(self, size: int) -> Any:  # bytes, or what stands for them
+        """Return so many bytes, fewer at the end."""
+        if size <= _MOST_ARGUMENT:
+            return self._content.read(size)
+        left = self._size - self._content.tell()
+        self._content.seek(min(size, left), os.SEEK_CUR)
+        return _Passed(min(size, left))
+
+    def readline(self) -> bytes:
+        """Return a line, or what is looked at of it."""
+        return self._content.readline(_MOST_ARGUMENT)
+
+
+class _Passed:
+    """Stands for bytes that were passed over: has their length and holds none."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        """Return nothing: `bytearray` asks."""
+        return iter(())
