@@ -83,7 +83,9 @@ def taken(specifier: str, logged: str) -> Version | None:
         return None
     ends = (f"{major}.{minor}.99" for major, most in ((3, 99), (2, 22), (1, 30)) for minor in range(most, -1, -1))
     exact = [one.version for one in allowed if one.operator in {"==", "<=", "~="}]
-    return max(map(Version, (one for one in (*ends, *exact) if release_of(one) and allowed.contains(one))), default=None)
+    return max(
+        map(Version, (one for one in (*ends, *exact) if release_of(one) and allowed.contains(one))), default=None
+    )
 
 
 def server_of(release: Version | None) -> tuple[str, str]:
