@@ -12,6 +12,7 @@ from builder.build.environment import REQUIREMENTS
 from builder.build.indexes import Indexes
 from builder.build.locked import LOCK_VERSION, Lock
 from builder.build.mlflow_release import server_of
+from builder.build.mlmodel import loader_of
 from builder.build.overlooked import overlooked
 from builder.build.requirements import Requirements
 from builder.build.serving import for_serving, locked_release
@@ -42,6 +43,7 @@ class Source:
         python: the model's Python, `3.11`.
         base: the base image.
         own_base: whether the version names it itself.
+        loader: the module that MLflow's scoring server loads the model by; empty where MLmodel does not name it.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
         client_command: what a container runs; empty where that is MLflow's scoring server.
@@ -54,6 +56,7 @@ class Source:
     python: str
     base: Reference
     own_base: bool
+    loader: str
     model_folder: str
     client_folder: str
     client_command: tuple[str, ...]
@@ -110,6 +113,7 @@ class Source:
             python=asked.python_version,
             base=base,
             own_base=bool(inputs.base_image),
+            loader=loader_of(context, folder),
             model_folder=folder,
             client_folder=client_folder,
             client_command=tuple(client),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,28 @@ _PATHS = frozenset(
     | {"pickled_model", "python_model"}
 )
 _SHOWN = 300
+_MODULE = re.compile(r"[A-Za-z_][\w.]{0,199}")
+_JAVA = re.compile(r"(?:mlflow\.(?:spark|h2o|mleap|johnsnowlabs)|pyspark|sparknlp|h2o|pysparkling)(?![^.])")
+
+
+def loader_of(context: Path, folder: str) -> str:
+    """Return the module that MLflow's scoring server loads a model by; empty where MLmodel does not name it.
+
+    Args:
+        context: folder of the version's artifacts; MLmodel is enough.
+        folder: the model's folder in it.
+
+    Raises:
+        InvalidVersion: MLmodel cannot be read.
+    """
+    flavors = _mapping(read_description(context, folder, MLMODEL).get("flavors"))
+    loader = _mapping(flavors.get(PYFUNC)).get("loader_module")
+    return loader if isinstance(loader, str) and _MODULE.fullmatch(loader) else ""
+
+
+def needs_java(loader: str) -> bool:
+    """Return whether a loader starts a Java program: Spark's and H2O's do."""
+    return bool(_JAVA.match(loader))
 
 
 def check_served(context: Path, folder: str, paths: Collection[str]) -> None:
