@@ -6,6 +6,7 @@ without the wheel. docs/decisions/0043-system-libraries.md says what is refused,
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import IO, Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from builder.build.elf import MAGIC, NAME, read_elf
+from builder.build.elf import NAME, parts_of, read_elf
 from builder.build.wheel_files import Place
 from builder.reference import Platform
 
@@ -170,14 +171,10 @@ class Collector:
     def reading(self, place: Place) -> Iterator[Callable[[bytes], object] | None]:
         """Give what takes a file's content, piece by piece, while it is read; None where it does not matter."""
         match = _LIBRARY.fullmatch(_name(place))
-        if match and NAME.fullmatch(_name(place)):
-            with tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self._folder) as file:
-
-                def take(content: bytes) -> None:
-                    if file.tell() or content.startswith(MAGIC):
-                        file.write(content)
-
-                yield take
+        if match and place.member and NAME.fullmatch(_name(place)):
+            large = place.member.size > _IN_MEMORY
+            with tempfile.TemporaryFile(dir=self._folder) if large else io.BytesIO() as file:
+                yield _Kept(file, place.member.size).add
                 self._library(place, file, match["module"] or "", match["tag"] or "abi3")
         elif self._modules and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
             pieces: list[bytes] = []
@@ -200,6 +197,27 @@ class Collector:
         needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
         soname = elf.soname if elf.soname != name else ""
         self._found.append(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed))
+
+
+class _Kept:
+    """Writes what matters of a library into a file, each byte at its place; of other files it writes nothing."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self._position = 0
+        self._parts: list[range] = []
+
+    def add(self, content: bytes) -> None:
+        """Take the next piece of the library."""
+        if not self._position:
+            self._parts = parts_of(content, self._size)
+        start, self._position = self._position, self._position + len(content)
+        for part in self._parts:
+            begin, end = max(part.start, start), min(part.stop, self._position)
+            if begin < end:
+                self._file.seek(begin)
+                self._file.write(content[begin - start : end - start])
 
 
 def _name(place: Place) -> str:

@@ -105,7 +105,8 @@ class WheelLayers:
         client: asks package indexes.
         python: the model's Python, `3.11`.
         compiler: makes the bytecode; None for layers without.
-        folder: where wheels and layers stand while they are made: twice 1 GiB, or twice the largest wheel.
+        folder: where wheels and layers stand while they are made: twice 1 GiB, or twice the largest wheel, and at most
+            112 MiB of a shared library for each that is being read.
     """
 
     def __init__(

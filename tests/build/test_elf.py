@@ -15,7 +15,7 @@ import sklearn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.build.elf import Elf, read_elf
+from builder.build.elf import Elf, parts_of, read_elf
 from tests.build.elf import AMD64, ARM64, S390X, make_elf
 
 ORDINARY = make_elf("libGL.so.1", "libother-1f2e.so", soname="libown.so.3", module="own")
@@ -120,3 +120,4 @@ def test_no_damage_raises(place, byte, end):
     for content in (bytes(damaged), ORDINARY[:end], bytes(damaged[:end])):
         found = read(content)
         assert found is None or isinstance(found, Elf)
+        assert sum(map(len, parts_of(content, 1 << 40))) <= (112 << 20) + 4096 * 16

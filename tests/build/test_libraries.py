@@ -1,10 +1,11 @@
 """Which wheels want a library that nobody has: what is refused, what is a warning, and what is kept of it."""
 
 import json
+import os
 
 import pytest
 
-from builder.build.libraries import Library, WheelLibraries, from_note, lacking, to_note
+from builder.build.libraries import Library, WheelLibraries, _Kept, from_note, lacking, to_note
 from builder.build.wheel import open_wheel
 from builder.build.wheel_layer import WheelLayer
 from builder.reference import Platform
@@ -69,6 +70,31 @@ def test_what_is_read_of_a_wheel(libraries):
             Library("libplugin.so", "", AMD64, "library", ("libGL.so.1",)),
         ),
     )
+
+
+@pytest.mark.parametrize("middle", [9 << 20, 60 << 20])
+def test_of_a_large_library_the_middle_is_not_kept(libraries, monkeypatch, middle):
+    written = []
+
+    class Watched(_Kept):
+        def __init__(self, file, size):
+            super().__init__(file, size)
+            written.append(file)
+
+        def add(self, content):
+            super().add(content)
+            written.append(os.fstat(self._file.fileno()).st_blocks * 512)
+
+    monkeypatch.setattr("builder.build.libraries._Kept", Watched)
+    monkeypatch.setattr("builder.build.elf._HEAD", 32 << 20)
+    # As patchelf leaves them: the names are at the end.
+    large = make_elf("libGL.so.1", module="_main", padding=middle)
+    (found,) = libraries("pack", {f"pack/_main{SUFFIX}": large}).libraries
+    assert (found.use, found.needed) == ("importable", ("libGL.so.1",))
+    assert max(written[1:]) < 50 << 20
+    # What no linker writes: the names are in the middle.
+    (found,) = libraries("pack", {f"pack/_main{SUFFIX}": large + bytes(middle)}).libraries
+    assert (found.use, found.needed) == (("importable", ("libGL.so.1",)) if middle < 16 << 20 else ("library", ()))
 
 
 EXTENSION = {f"pack/_main{SUFFIX}": make_elf("libGL.so.1", module="_main")}
