@@ -36,7 +36,7 @@ _LARGEST_SOURCE = 1 << 20
 # A statement at the margin, which runs whenever the module is imported: not in a function, a condition or a `try`.
 _IMPORT = re.compile(rb"\n(?:import|from)[ \t]+[^\n(#;]*(?:\([^()]*\))?")
 _WORD = re.compile(rb"\w+")
-# Of a note, which is part of a manifest; 330 libraries of VTK take 100 kB.
+# Of a note, which is part of a manifest; the 351 libraries of VTK take 143 kB.
 _MOST_NOTE = 1 << 20
 _PACKAGES = {
     "libEGL.so.1": "libegl1",
@@ -315,9 +315,12 @@ class _Environment:
     def _missing(self, wheel: int, broken: set[int]) -> dict[str, str]:
         """Return what libraries of a wheel lack that cannot be loaded, each with the library that needs it."""
         todo, found = sorted(broken), dict[str, str]()
-        seen = set(todo)
+        seen, names = set(todo), set[str]()
         for number in todo:
             for name in self._wants(number):
+                if name in names:
+                    continue
+                names.add(name)
                 providers = self._providers.get(name, [])
                 if providers:
                     if self._broken.issuperset(providers):
@@ -325,5 +328,5 @@ class _Environment:
                         seen.update(providers)
                 elif not _OF_DRIVER.fullmatch(name):
                     owner, library = self._all[number]
-                    found.setdefault(name, library.name + (f" of {self._names[owner]}" if owner != wheel else ""))
+                    found[name] = library.name + (f" of {self._names[owner]}" if owner != wheel else "")
         return found
