@@ -32,7 +32,7 @@ from builder.reference import Digest, Reference, Repository
 from builder.settings import Settings
 from builder.source import PORT
 from builder.stages import stage
-from builder.wheels import layer_store, wheel_layers
+from builder.wheels import check_wheels, layer_store, wheel_layers
 
 _log = get_logger("assemble")
 _THREADS = 4
@@ -81,6 +81,9 @@ def push_images(
     # After a failure uploads end within a chunk, or with the answer that they wait for.
     with in_background(tasks, threads=_THREADS, stop=target.stop) as results:
         wheels = _wheel_layers(settings, target, recipe, parts)
+        for step, part in zip(steps, parts, strict=True):
+            for warning in check_wheels(part, step.base.name if step.base else "", wheels):
+                _log.warning("a library is not there", platform=str(part.platform), why=warning)
         made = dict(zip(each, results(), strict=False))
     images = []
     with stage("manifests"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from builder.build.locked import Lock
+from collections.abc import Collection, Iterable
+
+from builder.build.libraries import from_note, lacking
+from builder.build.mlmodel import needs_java
 from builder.errors import InvalidSettings, InvalidVersion
 from builder.images.base import BaseImage, base_image
 from builder.images.base_facts import BaseFacts, inspect_base
@@ -16,6 +19,7 @@ from builder.reference import Platform, Reference
 from builder.source import Source
 
 _log = get_logger("wheels")
+_MOST_NAMED = 5
 FACTS = "application/vnd.modelimage.base.v1+json"
 
 
@@ -35,18 +39,28 @@ def base_with_facts(
     if len(base.layers) > MOST_BASE_LAYERS:
         message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
         raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
+    return base, facts_of(registry, store, base, keep=keep)
+
+
+def facts_of(registry: Registry, store: LayerStore, base: BaseImage, *, keep: bool = True) -> BaseFacts:
+    """Return what is in a base image, which is found out once and kept.
+
+    Raises:
+        InvalidVersion: a layer cannot be read.
+        BuilderError: it cannot be told.
+    """
     key = facts_key(base)
     kept = store.text(key, kind=FACTS)
     if kept is not None:
         try:
-            return base, BaseFacts.from_json(kept)
+            return BaseFacts.from_json(kept)
         except Malformed as error:
             _log.warning("kept facts of a base image are none, and are found out again", tag=key, why=str(error))
-    _log.info("reading the base image", base=str(reference), platform=str(platform))
+    _log.info("reading the base image", base=str(base.reference), platform=str(base.platform))
     facts = inspect_base(registry, base)
     if keep:
-        store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{one_name(reference)}.json")
-    return base, facts
+        store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{one_name(base.reference)}.json")
+    return facts
 
 
 def existing_base(registry: Registry, source: Source, platform: Platform) -> BaseImage:
@@ -98,18 +112,61 @@ def interpreter_of(base: BaseImage, facts: BaseFacts, python: str) -> str:
     return found
 
 
-def check_libraries(base: BaseImage, facts: BaseFacts, lock: Lock) -> None:
-    """Refuse wheels that need a library of the system which the base does not have: nothing else would say so.
+def check_libraries(base: str, platform: Platform, there: Collection[str] | None, notes: Iterable[str]) -> list[str]:
+    """Refuse wheels that need a library of the system which nobody has; return what is worth a warning, for people.
 
-    LightGBM's wheels for Linux do not bring GNU's OpenMP, and are the only ones of MLflow's flavors that do not
-    (https://github.com/microsoft/LightGBM/blob/master/python-package/README.rst).
+    Args:
+        base: the base image's reference.
+        platform: the image's.
+        there: names of the base image's libraries; None where they are not known, and nothing is judged.
+        notes: on the layers of all wheels of the image.
 
     Raises:
-        InvalidVersion: the base has no libgomp.so.1, and LightGBM is among the wheels.
+        InvalidVersion: nothing of a wheel can be loaded for want of a library.
     """
-    if facts.openmp is False and any(wheel.name == "lightgbm" for wheel in lock.wheels):
-        message = f"lightgbm needs the library libgomp.so.1, which the base image {base.reference} does not have for "
-        message += f"{base.platform}."
-        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image that has it: python:3.11 rather "
-        remedy += "than python:3.11-slim, or one with Debian's package libgomp1."
+    read = [from_note(note) for note in notes]
+    if there is None or None in read:
+        return []
+    wheels = [wheel for note in read if note for wheel in note]
+    warnings = []
+    for lack in lacking(wheels, frozenset(there), platform):
+        named = [f"{name} ({needed_by})" for name, needed_by in lack.missing.items()]
+        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+        what = f"needs {', '.join(named[:_MOST_NAMED])}{more}, which neither the base image {base} nor a wheel has for "
+        what += f"{platform}."
+        if lack.loads:
+            warnings.append(f"A part of the wheel {lack.wheel} cannot be loaded: it {what}")
+            continue
+        packages = f", such as one with Debian's {' '.join(lack.packages)}" if lack.packages else ""
+        remedy = f"Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image that has it{packages}"
+        headless = lack.wheel.startswith(("opencv_python-", "opencv_contrib_python-"))
+        remedy += ", or log the model with the package's variant for servers, -headless." if headless else "."
+        message = f"The wheel {lack.wheel} {what}"
         raise InvalidVersion(message, remedy=remedy)
+    return warnings
+
+
+def check_loader(base: BaseImage, facts: BaseFacts, loader: str, *, client: bool) -> None:
+    """Refuse a loader that needs a program which the base does not have; warn where a client may do without.
+
+    Args:
+        base: the base image.
+        facts: what is in it.
+        loader: the module that MLflow's scoring server loads the model by.
+        client: whether the version has a client, which loads the model as it likes.
+
+    Raises:
+        InvalidVersion: MLflow's scoring server would need a Java.
+    """
+    if facts.java is not False or not needs_java(loader):
+        return
+    message = (
+        f"The model's loader {loader[:100]!r} needs Java, and the base image {base.reference} has no program java "
+    )
+    message += f"for {base.platform}."
+    if client:
+        _log.warning("the client has to do without Java", why=message)
+        return
+    remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image with Python and Java, install it in a "
+    remedy += "Dockerfile.template, or log the model with a flavor that needs none."
+    raise InvalidVersion(message, remedy=remedy)

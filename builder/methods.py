@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder import wheels
+from builder.bases import check_loader, facts_of
 from builder.build.dockerfile import Dockerfile
 from builder.build.engines import select_engine
 from builder.build.locked import Lock
+from builder.build.mlmodel import needs_java
 from builder.build.named_modules import NamedModules, read_named_modules
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
+from builder.images.base import base_image
 from builder.images.existing import published, resolve_base
 from builder.images.manifest import ARTIFACTS_DIGEST
 from builder.images.profile import profile_for
-from builder.judged import judged
+from builder.judged import judged, loaded_by
 from builder.log import get_logger
 from builder.models.artifacts import names_modules
 from builder.models.catalog import Artifact
@@ -124,6 +127,8 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
     dockerfile = rendered(settings, plan.version, context, paths, own=method == "dockerfile").dockerfile
     text = dockerfile.decode("utf-8", "replace")
     name = Dockerfile.parse(text).final_base()
+    if method == "dockerfile" and not own:
+        _check_loader(settings, services, plan, name, context, keep=keep)
     bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
     plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
     return replace(made, plan=plan, dockerfile=dockerfile)
@@ -136,6 +141,31 @@ def _unread(artifacts: Sequence[Artifact], context: Path) -> tuple[str, ...]:
         for artifact in artifacts
         if names_modules(artifact.path) and artifact.size != 0 and not (context / artifact.path).lstat().st_size
     )
+
+
+def _check_loader(
+    settings: Settings, services: Services, plan: Plan, name: str | None, context: Path, *, keep: bool
+) -> None:
+    """Refuse a loader that needs a program which the base of the built-in Dockerfile lacks, where that can be told.
+
+    Raises:
+        InvalidVersion: MLflow's scoring server would need a Java.
+    """
+    loader, client = loaded_by(settings, plan.version, context, [artifact.path for artifact in plan.artifacts])
+    if name is None or not needs_java(loader):
+        return
+    reference = Reference.parse(name)
+    store = wheels.layer_store(settings, services.registries)
+    for step in plan.made_by("dockerfile"):
+        try:
+            registry = services.bases.for_host(reference.repository.host)
+            base = base_image(registry, reference, step.platform)
+            facts = facts_of(registry, store, base, keep=keep) if base else None
+        except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
+            log.warning("the base image could not be read", base=name, error=error.one_line())
+            return
+        if base and facts:
+            check_loader(base, facts, loader, client=client)
 
 
 def _former_locks(services: Services, plan: Plan) -> wheels.Former:
@@ -156,7 +186,8 @@ def _former_locks(services: Services, plan: Plan) -> wheels.Former:
 
 def with_layers(settings: Settings, services: Services, plan: Plan, recipe: Recipe) -> Plan:
     """Return the plan with what the registry knows of each image's wheel layers."""
-    found = wheels.known_layers(settings, services.registries, recipe, plan.artifacts)
+    bases = {step.platform: step.base for step in plan.made_by("wheels") if step.base}
+    found = wheels.known_layers(settings, services.registries, recipe, plan.artifacts, bases)
     return _updated(plan, {platform: {"layers": layers} for platform, layers in found.items()})
 
 

@@ -57,6 +57,7 @@ class Layers(BaseModel):
         missing: the wheels of those that it has not.
         download: bytes of the missing wheels, as far as the index tells.
         model: bytes of the model's and the client's own files, which are sent unless they are there.
+        lacks: what of the wheels cannot be loaded for want of a library, for people; empty where a wheel is missing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +66,7 @@ class Layers(BaseModel):
     missing: tuple[str, ...]
     download: int
     model: int
+    lacks: tuple[str, ...] = ()
 
 
 class PlatformPlan(BaseModel):

@@ -35,6 +35,7 @@ class PlatformRecipe(BaseModel):
         base_layers: how many layers the base has.
         command: what a container runs, relative to the context's folder.
         lock: the wheels.
+        libraries: names of the base's shared libraries; None where they are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,7 @@ class PlatformRecipe(BaseModel):
     base_layers: int
     command: tuple[str, ...]
     lock: Lock
+    libraries: tuple[str, ...] | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:

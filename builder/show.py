@@ -68,6 +68,7 @@ def plan(planned: Plan, *, engine: str, push_checked: bool, smoke_test: str) -> 
             rows += [("", f"  {name}") for name in layers.missing[:_MOST_FILES]]
             if len(layers.missing) > _MOST_FILES:
                 rows.append(("", f"  … and {len(layers.missing) - _MOST_FILES} more; --json lists them all"))
+            rows += [("", f"warning: {line}") for line in layers.lacks[:_MOST_FILES]]
             rows.append(("", f"model: {size(layers.model)} to send, less what is there"))
     if planned.builds:
         rows.append(("smoke test", smoke_test))

@@ -8,10 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from builder.build.environment import REQUIREMENTS
+from builder.build.environment import MLMODEL, REQUIREMENTS, read_description
 from builder.build.indexes import Indexes
 from builder.build.locked import LOCK_VERSION, Lock
 from builder.build.mlflow_release import server_of
+from builder.build.mlmodel import loader_of
 from builder.build.named_modules import NamedModules, read_named_modules
 from builder.build.overlooked import overlooked
 from builder.build.requirements import Requirements
@@ -43,6 +44,7 @@ class Source:
         python: the model's Python, `3.11`.
         base: the base image.
         own_base: whether the version names it itself.
+        loader: the module that MLflow's scoring server loads the model by; empty where MLmodel does not name it.
         model_folder: of the context.
         client_folder: of the context; empty where no client is in the image.
         client_command: what a container runs; empty where that is MLflow's scoring server.
@@ -57,6 +59,7 @@ class Source:
     python: str
     base: Reference
     own_base: bool
+    loader: str
     model_folder: str
     client_folder: str
     client_command: tuple[str, ...]
@@ -118,6 +121,7 @@ class Source:
             python=asked.python_version,
             base=base,
             own_base=bool(inputs.base_image),
+            loader=loader_of(read_description(context, folder, MLMODEL)),
             model_folder=folder,
             client_folder=client_folder,
             client_command=tuple(client),

@@ -169,8 +169,11 @@ class _Warming:
         planned = wheels.planned(self._settings, registries, source, platforms)
         store = wheels.layer_store(self._settings, registries)
         with wheels.wheel_layers(self._settings, store, planned.recipe) as layers:
-            layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
+            placed = layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
             traffic = layers.traffic
+        for part in planned.recipe.platforms:
+            for warning in wheels.check_wheels(part, planned.bases[part.platform].name, placed):
+                log.warning("a library is not there", of=name, platform=str(part.platform), why=warning)
         without = _without(planned.impossible)
         return Warmed(name=name, state="warm", known=traffic.known, made=traffic.made, detail=without)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.bases import base_with_facts, check_libraries, interpreter_of
+from builder.bases import base_with_facts, check_libraries, check_loader, interpreter_of
 from builder.budget import Budget
 from builder.build.index import IndexClient
 from builder.build.indexes import Indexes
@@ -21,6 +21,7 @@ from builder.crew import side_by_side
 from builder.errors import InvalidVersion
 from builder.images.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
 from builder.images.files_layer import FileEntry, split
+from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
 from builder.images.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.images.registries import Registries
@@ -104,12 +105,12 @@ def planned(
                 base, facts = base_with_facts(registries, store, source, platform, keep=keep)
             found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
             interpreter = interpreter_of(base, facts, source.python)
+            check_loader(base, facts, source.loader, client=bool(source.client_command))
             try:
                 with stage("lock"):
                     lock = resolver.lock(platform, facts.glibc, keep=keep)
             except NoWheel as error:
                 return error, found, platform
-            check_libraries(base, facts, lock)
             # A client loads the model as it likes, and a base image may have a place of its own for modules.
             if not source.client_command and "PYTHONPATH" not in base.environ:
                 check_provided(source.names.loaded, source.own_paths, lock, client)
@@ -119,6 +120,7 @@ def planned(
                 base_layers=len(base.layers),
                 command=source.command(lock),
                 lock=lock,
+                libraries=facts.libraries,
             )
             return part, found, platform
 
@@ -204,9 +206,28 @@ def check_files(recipe: Recipe, artifacts: Sequence[Artifact], limit: int | None
         split(files, most=part.model_layers, limit=limit)
 
 
+def check_wheels(part: PlatformRecipe, base: str, layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Refuse an environment whose wheels need libraries that nobody has; return what is worth a warning.
+
+    Args:
+        part: the environment.
+        base: the base image's reference.
+        layers: those of all its wheels, by the sources of their groups.
+
+    Raises:
+        InvalidVersion: nothing of a wheel can be loaded for want of a library.
+    """
+    notes = (layers[group.source].note for group in part.groups)
+    return tuple(check_libraries(base, part.platform, part.libraries, notes))
+
+
 def known_layers(
-    settings: Settings, registries: Registries, recipe: Recipe, artifacts: Sequence[Artifact]
-) -> dict[Platform, Layers]:  # fmt: skip
+    settings: Settings,
+    registries: Registries,
+    recipe: Recipe,
+    artifacts: Sequence[Artifact],
+    bases: Mapping[Platform, Base],
+) -> dict[Platform, Layers]:
     """Return what the registry knows of each platform's wheel layers, and what would have to move.
 
     Args:
@@ -214,6 +235,10 @@ def known_layers(
         registries: those of the layers.
         recipe: what the images are made from.
         artifacts: of the version.
+        bases: the base image of each platform.
+
+    Raises:
+        InvalidVersion: all layers of a platform are known, and nothing of a wheel can be loaded for want of a library.
     """
     folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
     own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
@@ -228,6 +253,7 @@ def known_layers(
             missing=tuple(wheel.filename for group in missing[part.platform] for wheel in group.wheels),
             download=sum(group.size for group in missing[part.platform]),
             model=own,
+            lacks=() if missing[part.platform] else check_wheels(part, bases[part.platform].name, known),
         )
         for part in recipe.platforms
     }

@@ -12,7 +12,7 @@ from builder.build.unsatisfied import NoWheel, Unsatisfiable
 from builder.errors import ExitCode, InvalidSettings, InvalidVersion
 from builder.publish import publish
 from tests.build.package_index import make_wheel
-from tests.servers.small import archive, push_base, rootfs
+from tests.servers.small import push_base, rootfs
 from tests.test_wheels_method import content
 
 BOTH = {"MODEL_PLATFORMS": "linux/amd64,linux/arm64"}
@@ -156,16 +156,6 @@ def test_a_base_that_cannot_be_used_is_named(small, small_settings, registry, pa
     # Nobody was asked for packages that would have no place.
     assert len(packages.requests) == asked
     assert model.outcome()["state"] == "failed"
-
-
-def test_a_library_that_only_the_base_can_have_is_named(small, small_settings, registry):
-    model = small("lightgbm\n")
-    with pytest.raises(InvalidVersion, match=r"lightgbm needs the library libgomp\.so\.1") as caught:
-        publish(small_settings(model))
-    assert "MODEL_BASE_IMAGE" in caught.value.remedy
-    layers = (rootfs(), archive({"usr/lib/x86_64-linux-gnu/libgomp.so.1": b"\x7fELF"}))
-    base = push_base(registry.host, "base/with-openmp:3.11", layers=layers)
-    assert publish(small_settings(model, BASE_IMAGE=base)).changed
 
 
 def test_a_wheel_that_is_gone_from_the_index_is_named(small, small_settings, packages):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,12 @@ _PATHS = frozenset(
 _LOADED = frozenset({"data", "model_data", "model_path", "pickled_model", "python_model"})
 _TORCH = "model.pth"
 _SHOWN = 300
+_JAVA = re.compile(r"(?:mlflow\.(?:spark|h2o|mleap|johnsnowlabs)|pyspark|sparknlp|h2o|pysparkling)(?![^.])")
+
+
+def needs_java(loader: str) -> bool:
+    """Return whether a loader starts a Java program: Spark's and H2O's do."""
+    return bool(_JAVA.match(loader))
 
 
 def check_served(context: Path, folder: str, paths: Collection[str]) -> None:

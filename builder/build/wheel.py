@@ -14,8 +14,9 @@ from builder.build.wheel_metadata import Metadata, read_metadata
 from builder.build.wheel_zip import Archive, Member
 from builder.errors import InvalidVersion
 
-# Part of the key of every layer: a change of what a layer holds, or of a byte of how, is a new layout.
-LAYOUT = 1
+# Part of the key of every layer: a change of what a layer holds, of a byte of how, or of what is noted of it, is a new
+# layout.
+LAYOUT = 2
 
 
 class InvalidWheel(InvalidVersion):

@@ -9,12 +9,14 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from installer.records import Hash, RecordEntry
 from installer.utils import Scheme as InstallerScheme
 from installer.utils import construct_record_file, fix_shebang
 
 from builder.build.bytecode import LARGEST_SOURCE, Compilation, Compiler, Source
+from builder.build.libraries import Collector, Library, WheelLibraries, to_note
 from builder.build.wheel import Wheel, named, opened
 from builder.build.wheel_directory import DEFLATED, BadArchive, refuse
 from builder.build.wheel_files import INTERPRETER, Place, Scheme, places
@@ -44,8 +46,10 @@ class WheelLayer:
 
     def __init__(self, wheel: Wheel, *, python: str, bytecode: Compiler | None = None) -> None:
         self._wheel = wheel
+        self._python = python
         self._compiler = bytecode
         self._layer: Layer | None = None
+        self._libraries: tuple[Library, ...] = ()
         self._without_bytecode: tuple[str, ...] = ()
         self._scheme = Scheme(python, wheel.metadata)
         with named(wheel.filename):
@@ -78,6 +82,11 @@ class WheelLayer:
         """The sources that did not compile, known when the bytes have been read to their end."""
         return self._without_bytecode
 
+    @property
+    def libraries(self) -> WheelLibraries:
+        """The wheel's shared libraries, known when the bytes have been read to their end."""
+        return WheelLibraries(self._wheel.filename, self._libraries)
+
     def __iter__(self) -> Iterator[bytes]:
         """Yield the layer's bytes in chunks of about 256 KiB.
 
@@ -90,7 +99,7 @@ class WheelLayer:
         writer = LayerWriter()
         yield from self.write(writer, set())
         yield from writer.finish()
-        self._layer = writer.layer
+        self._layer = replace(writer.layer, note=to_note([self.libraries]))
 
     def write(self, writer: LayerWriter, taken: set[str]) -> Iterator[bytes]:
         """Write the wheel's files into a layer that may hold other wheels too; errors as in iterating.
@@ -108,7 +117,8 @@ class WheelLayer:
             if self._compiler and self._sources:
                 # Compiling goes on beside what follows, and is waited for at the end.
                 compilation = stack.enter_context(self._compiler.compile(file, self._sources))
-            installation = _Installation(writer, archive, self._wheel, self._scheme)
+            libraries = Collector(self._places, self._python, self._wheel.path.parent)
+            installation = _Installation(writer, archive, self._wheel, self._scheme, libraries)
             # Bytecode that came with the wheel would not be believed beside ours, and has its place.
             replaced = frozenset(self._compiled)
             for place in self._places:
@@ -130,6 +140,7 @@ class WheelLayer:
             written = {*(place.path for place in self._places), *self._compiled}
             written = {path for path in written if not _hidden(path, taken)}
             taken.update(written, *map(_above, written))
+            self._libraries = libraries.libraries
 
     def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
         missing = []
@@ -147,8 +158,11 @@ class WheelLayer:
 class _Installation:
     """One pass: writes files into a layer, and remembers them for RECORD."""
 
-    def __init__(self, writer: LayerWriter, archive: Archive, wheel: Wheel, scheme: Scheme) -> None:
+    def __init__(
+        self, writer: LayerWriter, archive: Archive, wheel: Wheel, scheme: Scheme, libraries: Collector
+    ) -> None:
         self.writer = writer
+        self._libraries = libraries
         self._archive = archive
         self._metadata = wheel.metadata
         self._scheme = scheme
@@ -166,7 +180,14 @@ class _Installation:
             else Plain(chunks=self._archive.content(member), size=member.size)
         )
         try:
-            yield from self.writer.file(place.path, content, executable=place.executable, observe=fingerprint.update)
+            with self._libraries.reading(place) as library:
+
+                def observe(piece: bytes) -> None:
+                    fingerprint.update(piece)
+                    if library:
+                        library(piece)
+
+                yield from self.writer.file(place.path, content, executable=place.executable, observe=observe)
         except Corrupt as error:
             message = f"{member.name!r} cannot be read: {error}"
             raise BadArchive(message) from error
@@ -273,4 +294,4 @@ class GroupLayer:
         for wheel in self._wheels:
             yield from wheel.write(writer, taken)
         yield from writer.finish()
-        self._layer = writer.layer
+        self._layer = replace(writer.layer, note=to_note(wheel.libraries for wheel in self._wheels))

@@ -15,6 +15,7 @@ import httpx
 
 from builder.build.bytecode import Compiler
 from builder.build.index import IndexClient
+from builder.build.libraries import from_note
 from builder.build.wheel import InvalidWheel, layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
@@ -35,6 +36,7 @@ _MAKING = 6
 # about twice that. An environment of torch for GPUs has ten wheels of 200 to 900 MB.
 _MOST_BYTES = 1 << 30
 _SECONDS = 60.0
+_SHOWN = 200
 
 Result = TypeVar("Result")
 
@@ -103,7 +105,8 @@ class WheelLayers:
         client: asks package indexes.
         python: the model's Python, `3.11`.
         compiler: makes the bytecode; None for layers without.
-        folder: where wheels and layers stand while they are made: twice 1 GiB, or twice the largest wheel.
+        folder: where wheels and layers stand while they are made: twice 1 GiB, or twice the largest wheel, and at most
+            112 MiB of a shared library for each that is being read.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class WheelLayers:
 
     def known(self, groups: Iterable[Group]) -> dict[str, Layer]:
         """Return the layers that the registry has, by their groups' sources; one request each, side by side."""
-        found = _together(lambda group: self._store.layer(self.key(group), source=group.source), _unique(groups))
+        found = _together(self._kept, _unique(groups))
         return {source: layer for source, layer in found if layer is not None}
 
     def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[str, Layer]:
@@ -211,8 +214,19 @@ class WheelLayers:
 
     def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
         """Return a layer that the registry has, placed in the repository; None where it has to be made."""
-        layer = self._store.layer(self.key(group), source=group.source)
+        layer = self._kept(group)
         if layer is None or not self._place(layer, repository, None):
+            return None
+        return layer
+
+    def _kept(self, group: Group) -> Layer | None:
+        """Return a layer that is kept; None where there is none, or one without the libraries of its wheels."""
+        layer = self._store.layer(self.key(group), source=group.source)
+        try:
+            if layer is not None:
+                from_note(layer.note)
+        except ValueError as error:
+            _log.warning("a kept layer is none, and is made again", tag=self.key(group), why=str(error))
             return None
         return layer
 
@@ -304,6 +318,8 @@ def _differences(kept: Layer, right: Layer) -> str:
     pairs = [
         (name, getattr(kept, field), getattr(right, field)) for name, field in (what | {"type": "media_type"}).items()
     ]
+    if kept.note != right.note:
+        pairs.append(("list of libraries", kept.note[:_SHOWN] or "missing", right.note[:_SHOWN]))
     return ", ".join(f"its {name} is {is_} and should be {should}" for name, is_, should in pairs if is_ != should)
 
 

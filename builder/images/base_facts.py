@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import NoReturn
 
 from builder.errors import InvalidVersion
@@ -26,7 +26,7 @@ from builder.images.registry import Registry
 from builder.images.rootfs import File, Folder, RootFs
 from builder.images.untar import REGULAR, Archive, Budget, Entry, inflated
 
-_VERSION = 2
+_VERSION = 3
 _ZSTD, _PLAIN = f"{OCI_LAYER}+zstd", OCI_LAYER
 # What a base's layers may hold, not compressed: all together, and each beside a hundred times what it is compressed.
 _MOST_BYTES, _MOST_EACH, _MOST_RATIO = 32 << 30, 256 << 20, 100
@@ -42,7 +42,13 @@ _LIBC = re.compile(r"(?:.*/)?libc(?:\.so\.6|-2\.\d+\.so)")
 _RELEASE = re.compile(rb"release version (\d{1,3})\.(\d{1,3})")
 _MOST_LIBC = 16 << 20
 _LIBRARIES = ("/lib64", "/lib", "/usr/lib64", "/usr/lib")
-_OPENMP = "libgomp.so.1"
+_LIBRARY = re.compile(r"(?=[^/]*\.so)[A-Za-z0-9._+-]{1,255}")
+# What ldconfig reads: a folder a line. What is no folder's path (a comment, `include`, `hwcap`) is passed over.
+_LOADER = re.compile(r"(?:\./|/)?etc/ld\.so\.conf(?:\.d/[^/]+\.conf)?")
+_MOST_LOADER = 1 << 14
+_MOST_FOLDERS = 1000
+# CUDA's images have some 2,000 libraries, with names of 25 characters.
+_MOST_LIBRARIES = 1 << 20
 _MUSL = re.compile(r"ld-musl-[A-Za-z0-9_-]+\.so\.1")
 # Where the model's environment goes.
 _MODEL = "/opt/model"
@@ -58,14 +64,16 @@ class BaseFacts:
         glibc: major and minor version; the lowest where there are several, None where there is none.
         musl: whether musl's dynamic loader is there.
         occupied: whether something stands at /opt/model, or in the way to it: an /opt that is no directory.
-        openmp: whether GNU's OpenMP runtime, libgomp.so.1, is where programs look for it; None where that is not known.
+        java: whether there is a Java to be run: a program `java` in PATH or JAVA_HOME; None where that is not known.
+        libraries: the names of the shared libraries where programs look for them; None where they are not known.
     """
 
     interpreters: Mapping[str, str]
     glibc: tuple[int, int] | None
     musl: bool
     occupied: bool
-    openmp: bool | None = None
+    java: bool | None = None
+    libraries: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
         """Return the facts as JSON, the same bytes for the same facts."""
@@ -76,7 +84,8 @@ class BaseFacts:
                 "glibc": list(self.glibc) if self.glibc else None,
                 "musl": self.musl,
                 "occupied": self.occupied,
-                "openmp": self.openmp,
+                "java": self.java,
+                "libraries": None if self.libraries is None else list(self.libraries),
             }
         )
 
@@ -88,7 +97,7 @@ class BaseFacts:
             Malformed: it did not write this.
         """
         value = from_bytes(content)
-        keys = {"version", "interpreters", "glibc", "musl", "occupied", "openmp"}
+        keys = {"version", "interpreters", "glibc", "musl", "occupied", "java", "libraries"}
         if set(value) != keys or type(value["version"]) is not int or value["version"] != _VERSION:
             refuse("it does not hold the facts of a base image, or those of another version")
         interpreters = strings(mapping(value["interpreters"], "interpreters"), "interpreters")
@@ -99,14 +108,18 @@ class BaseFacts:
             refuse("glibc is not a version")
         if not isinstance(value["musl"], bool) or not isinstance(value["occupied"], bool):
             refuse("musl or occupied is not true or false")
-        if not isinstance(value["openmp"], bool | None):
-            refuse("openmp is not true, false or null")
+        if not isinstance(value["java"], bool | None):
+            refuse("java is not true, false or null")
+        libraries = None if value["libraries"] is None else sequence(value["libraries"], "libraries")
+        if libraries and not all(isinstance(each, str) and _LIBRARY.fullmatch(each) for each in libraries):
+            refuse("libraries are not names")
         return cls(
             interpreters=interpreters,
             glibc=(glibc[0], glibc[1]) if glibc else None,
             musl=value["musl"],
             occupied=value["occupied"],
-            openmp=value["openmp"],
+            java=value["java"],
+            libraries=None if libraries is None else tuple(libraries),
         )
 
 
@@ -155,7 +168,8 @@ def _add(rootfs: RootFs, chunks: Iterator[bytes], layer: Descriptor, left: int, 
             pieces = inflated(chunks, min(left, _MOST_EACH + _MOST_RATIO * layer.size), budget)
         archive = Archive(counted(pieces), budget)
         for entry in archive:
-            rootfs.add(entry, _release(entry, archive))
+            release = _release(entry, archive)
+            rootfs.add(entry, release, b"" if release else _text(entry, archive))
     except Malformed:
         # What was damaged on the way is no fault of the image: its digest is checked at its end.
         _drain(chunks)
@@ -186,17 +200,49 @@ def _release(entry: Entry, archive: Archive) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def _text(entry: Entry, archive: Archive) -> bytes:
+    """Return the content of a file that names the folders of libraries."""
+    if entry.kind != REGULAR or entry.sparse or entry.size > _MOST_LOADER or not _LOADER.fullmatch(entry.path):
+        return b""
+    return archive.content()
+
+
 def _facts(rootfs: RootFs, base: BaseImage) -> BaseFacts:
     opt, _ = rootfs.find("/opt", last=False)
     model, _ = rootfs.find(_MODEL, last=False)
     libraries = list(_libraries(rootfs))
+    path = base.environ.get("PATH") or _PATH
+    interpreters = _interpreters(rootfs, path)
+    glibc = min((found for each in libraries if (found := _glibc(rootfs, each))), default=None)
+    folders = chain(libraries, _more_libraries(rootfs, base, interpreters.values()))
+    home = base.environ.get("JAVA_HOME")
+    programs = [*path.split(":"), *([f"{home}/bin"] if home else [])]
     return BaseFacts(
-        interpreters=_interpreters(rootfs, base.environ.get("PATH") or _PATH),
-        glibc=min((found for each in libraries if (found := _glibc(rootfs, each))), default=None),
+        interpreters=interpreters,
+        glibc=glibc,
         musl=any(_MUSL.fullmatch(name) for each in libraries for name in _names(rootfs, each)),
         occupied=model is not None or not isinstance(opt, Folder | None),
-        openmp=any(_OPENMP in _names(rootfs, each) for each in (*libraries, *_more_libraries(base))),
+        java=any(_is_program(rootfs, f"{each}/java") for each in programs if each.startswith("/")),
+        # Where the C library is elsewhere, its loader looks elsewhere.
+        libraries=_found(rootfs, folders) if glibc else None,
     )
+
+
+def _found(rootfs: RootFs, folders: Iterable[str]) -> tuple[str, ...] | None:
+    """Return the names of the libraries in some folders; None where they are too many."""
+    real = {rootfs.find(folder)[1] for folder in islice(folders, _MOST_FOLDERS)}
+    found = {
+        name
+        for folder in real
+        for name in _names(rootfs, folder)
+        if _LIBRARY.fullmatch(name) and isinstance(rootfs.find(f"{folder}/{name}")[0], File)
+    }
+    return tuple(sorted(found)) if sum(map(len, found)) + 3 * len(found) <= _MOST_LIBRARIES else None
+
+
+def _is_program(rootfs: RootFs, path: str) -> bool:
+    found, _ = rootfs.find(path)
+    return isinstance(found, File) and found.program
 
 
 def _libraries(rootfs: RootFs) -> Iterator[str]:
@@ -206,9 +252,16 @@ def _libraries(rootfs: RootFs) -> Iterator[str]:
         yield from (f"{path}/{name}" for name in _names(rootfs, path) if "-linux-" in name)
 
 
-def _more_libraries(base: BaseImage) -> Iterator[str]:
-    """Yield the directories where programs look for libraries that are not the system's."""
+def _more_libraries(rootfs: RootFs, base: BaseImage, interpreters: Iterable[str]) -> Iterator[str]:
+    """Yield the directories where Python looks for libraries that are not the system's."""
     yield from ("/usr/local/lib", "/usr/local/lib64")
+    # Where conda's interpreter and those of others that bring their own libraries look.
+    yield from (f"{each.rpartition('/')[0]}/../lib" for each in interpreters)
+    configured = [f"/etc/ld.so.conf.d/{name}" for name in _names(rootfs, "/etc/ld.so.conf.d")]
+    for each in ("/etc/ld.so.conf", *configured):
+        file, _ = rootfs.find(each)
+        lines = file.text.decode("latin-1").splitlines() if isinstance(file, File) else []
+        yield from (line.strip() for line in lines if line.startswith("/"))
     yield from (each for each in base.environ.get("LD_LIBRARY_PATH", "").split(":") if each.startswith("/"))
 
 

@@ -38,6 +38,7 @@ class Layer:
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
         media_type: what the blob is.
+        note: what its maker says of it beside; no part of its bytes.
     """
 
     digest: Digest
@@ -45,6 +46,7 @@ class Layer:
     diff_id: Digest
     uncompressed: int
     media_type: str = MEDIA_TYPE
+    note: str = ""
 
     @property
     def descriptor(self) -> Descriptor:

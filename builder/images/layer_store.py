@@ -36,6 +36,7 @@ _log = get_logger("layers")
 
 SOURCE = f"{PREFIX}layer.source"
 DIFF_ID = f"{PREFIX}layer.diff-id"
+NOTE = f"{PREFIX}layer.note"
 UNCOMPRESSED = f"{PREFIX}layer.uncompressed-size"
 _SIZE = re.compile(r"[0-9]{1,18}")
 # The empty config of an artifact (image-spec, manifest.md, "Guidance for an Empty Descriptor").
@@ -125,6 +126,7 @@ class LayerStore:
                 DIFF_ID: str(layer.diff_id),
                 UNCOMPRESSED: str(layer.uncompressed),
                 TITLE: title,
+                **({NOTE: layer.note} if layer.note else {}),
             },
         )
         self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
@@ -259,4 +261,5 @@ def _layer(content: bytes, media_type: str, source: str) -> Layer:
         diff_id=digest_of(annotations.get(DIFF_ID)),
         uncompressed=int(uncompressed),
         media_type=layers[0].media_type,
+        note=annotations.get(NOTE, ""),
     )

@@ -33,11 +33,13 @@ class File:
         layer: the number of the layer that put it there.
         program: whether it is a regular file that somebody may execute.
         release: version of the C library that its content names; None where that was not looked for or found.
+        text: its content, of the few files whose content matters.
     """
 
     layer: int
     program: bool = False
     release: Release | None = None
+    text: bytes = b""
 
 
 @dataclass(slots=True)
@@ -79,12 +81,13 @@ class RootFs:
         """Begin the next layer."""
         self._layer += 1
 
-    def add(self, entry: Entry, release: Release | None = None) -> None:
+    def add(self, entry: Entry, release: Release | None = None, text: bytes = b"") -> None:
         """Add an entry of the layer.
 
         Args:
             entry: as it stands in the layer's archive.
             release: of the C library in a regular file.
+            text: of a regular file, as far as it matters.
 
         Raises:
             Malformed: nobody could unpack it, or the image has too many names for the memory.
@@ -102,7 +105,7 @@ class RootFs:
             refuse("it has a path that leads in a circle")
         there = folder.children.get(name)
         if entry.kind != DIRECTORY:
-            self._put(folder, name, self._leaf(entry, release))
+            self._put(folder, name, self._leaf(entry, release, text))
         elif isinstance(there, Folder):
             there.layer = self._layer
         else:
@@ -129,7 +132,7 @@ class RootFs:
                     if each == name:
                         yield f"{path}/{each}"
 
-    def _leaf(self, entry: Entry, release: Release | None) -> File | Link:
+    def _leaf(self, entry: Entry, release: Release | None, text: bytes) -> File | Link:
         if entry.kind == SYMBOLIC_LINK:
             if len(entry.target) > _LONGEST_PATH:
                 refuse("it has a link that is too long")
@@ -140,7 +143,8 @@ class RootFs:
             return (
                 File(self._layer) if other is None or isinstance(other, Folder) else replace(other, layer=self._layer)
             )
-        return File(self._layer, entry.kind == REGULAR and bool(entry.mode & _PROGRAM), release)
+        self._bytes += len(text)
+        return File(self._layer, entry.kind == REGULAR and bool(entry.mode & _PROGRAM), release, text)
 
     def _put(self, folder: Folder, name: str, node: Node) -> None:
         if len(name) > _LONGEST_NAME:

@@ -165,8 +165,15 @@ def test_the_base_image_of_three_platforms(base_image: str, client: Registry) ->
         assert [str(each) for each in image.diff_ids] == image.config["rootfs"]["diff_ids"]
         facts = inspect_base(client, image)
         assert facts == BaseFacts(
-            interpreters={"3.11": "/usr/bin/python3.11"}, glibc=(2, 36), musl=False, occupied=False, openmp=False
+            interpreters={"3.11": "/usr/bin/python3.11"},
+            glibc=(2, 36),
+            musl=False,
+            occupied=False,
+            java=False,
+            libraries=facts.libraries,
         )
+        assert {"libc.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libz.so.1"} < set(facts.libraries)
+        assert "libgomp.so.1" not in facts.libraries
         assert BaseFacts.from_json(facts.to_json()) == facts
     assert read_base(client, reference.repository.tag("no-such-tag"), AMD64) is None
 
@@ -606,7 +613,9 @@ def test_pieces_of_any_size_make_the_same_archive(step: int) -> None:
     assert found == [("a" * 150, b"1" * 700, ""), ("b", b"", ""), ("c", b"", ""), ("d", b"", "e" * 200)]
 
 
-# -- OpenMP
+# -- shared libraries, and Java
+
+LIBC = file("lib/x86_64-linux-gnu/libc.so.6", GLIBC)
 
 
 @pytest.mark.parametrize(
@@ -616,15 +625,87 @@ def test_pieces_of_any_size_make_the_same_archive(step: int) -> None:
         "usr/lib64/libgomp.so.1",
         "usr/local/lib/libgomp.so.1",
         "opt/own/lib/libgomp.so.1",
+        "opt/conda/lib/libgomp.so.1",
+        "usr/local/cuda/lib64/libgomp.so.1",
+        "srv/first/libgomp.so.1",
     ],
 )
-def test_openmp_is_found_where_programs_look_for_it(push: Push, path: str) -> None:
-    assert push(layer(file(path, b"\x7fELF")), env=("LD_LIBRARY_PATH=/nowhere:/opt/own/lib",)).facts().openmp is True
+def test_libraries_are_found_where_programs_look_for_them(push: Push, path: str) -> None:
+    loader = [
+        file("etc/ld.so.conf", b"include /etc/ld.so.conf.d/*.conf\n/srv/first"),
+        file("etc/ld.so.conf.d/cuda.conf", b"# CUDA's\n/usr/local/cuda/lib64 \n"),
+    ]
+    made = layer(LIBC, *loader, program("opt/conda/bin/python3.11"), file(path, b"\x7fELF"))
+    facts = push(made, env=("LD_LIBRARY_PATH=/nowhere:/opt/own/lib",)).facts()
+    assert facts.libraries == ("libc.so.6", "libgomp.so.1")
 
 
-@pytest.mark.parametrize("path", ["usr/share/libgomp.so.1", "opt/own/lib/libgomp.so.1", "usr/lib/libgomp.so"])
-def test_openmp_elsewhere_is_not_found(push: Push, path: str) -> None:
-    assert push(layer(file(path, b"\x7fELF"))).facts().openmp is False
+@pytest.mark.parametrize(
+    "path",
+    [
+        "usr/share/libgomp.so.1",
+        "opt/own/lib/libgomp.so.1",
+        "usr/lib/libgomp.a",
+        "usr/lib/lib\x1b.so",
+        "usr/lib/libgomp.so.1/x",
+    ],
+)
+def test_libraries_elsewhere_and_what_is_none_are_not_found(push: Push, path: str) -> None:
+    assert push(layer(LIBC, file(path, b"\x7fELF"))).facts().libraries == ("libc.so.6",)
+
+
+def test_a_library_is_known_by_each_of_its_links_that_lead_to_one(push: Push) -> None:
+    made = layer(
+        LIBC,
+        file("usr/lib/libz.so.1.2.13", b"\x7fELF"),
+        link("usr/lib/libz.so.1", "libz.so.1.2.13"),
+        link("usr/lib/libgone.so.1", "libgone.so.1.0"),
+    )
+    assert push(made).facts().libraries == ("libc.so.6", "libz.so.1", "libz.so.1.2.13")
+
+
+def test_a_configuration_that_a_layer_takes_away_counts_no_more(push: Push) -> None:
+    below = layer(LIBC, file("etc/ld.so.conf.d/own.conf", b"/srv/own\n"), file("srv/own/libx.so", b"\x7fELF"))
+    assert push(below).facts().libraries == ("libc.so.6", "libx.so")
+    assert push(below, layer(file("etc/ld.so.conf.d/.wh.own.conf"))).facts().libraries == ("libc.so.6",)
+
+
+def test_libraries_without_a_known_loader_or_too_many_are_not_known(push: Push) -> None:
+    assert push(layer(file("usr/lib/libz.so.1", b"\x7fELF"))).facts().libraries is None
+    many = (file(f"usr/lib/lib{number:0200}.so") for number in range(5_500))
+    assert push(layer(LIBC, *many)).facts().libraries is None
+
+
+def test_folders_without_end_are_bounded(push: Push) -> None:
+    lines = b"".join(b"/%x\n" % number for number in range(3_000))
+    last = file("b/libx.so", b"\x7fELF")
+    conf = [file(f"etc/ld.so.conf.d/{number:03}.conf", lines) for number in range(300)]
+    assert push(layer(LIBC, last, *conf)).facts().libraries == ("libc.so.6", "libx.so")
+    assert push(layer(LIBC, last, file("etc/ld.so.conf", b"/b\n" + b" " * (1 << 14)))).facts().libraries == (
+        "libc.so.6",
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "env", "found"),
+    [
+        ([program("usr/bin/java")], (), True),
+        ([program("usr/lib/jvm/17/bin/java"), link("usr/bin/java", "/etc/java"), link("etc/java", "/usr/lib/jvm/17/bin/java")], (), True),
+        ([program("opt/java/bin/java")], (), False),
+        ([program("opt/java/bin/java")], ("PATH=/opt/java/bin",), True),
+        ([program("opt/java/bin/java")], ("JAVA_HOME=/opt/java",), True),
+        ([program("bin/java")], ("PATH=/usr/bin", "JAVA_HOME="), False),
+        ([file("usr/bin/java", b"x")], (), False),
+        ([folder("usr/bin/java")], (), False),
+        ([link("usr/bin/java", "/gone")], (), False),
+        ([program("usr/bin/javac"), program("usr/bin/java.sh")], (), False),
+        ([program("usr/bin/java")], ("PATH=relative:", "JAVA_HOME=usr"), False),
+    ],
+)  # fmt: skip
+def test_java_is_found_where_programs_look_for_it(
+    push: Push, entries: list[Made], env: tuple[str, ...], found: bool
+) -> None:
+    assert push(layer(*entries), env=env).facts().java is found
 
 
 # -- zstd
@@ -647,7 +728,14 @@ def test_a_zstd_layer_without_that_is_refused(push: Push, env: tuple[str, ...]) 
 
 # -- the facts as they are kept
 
-FACTS = BaseFacts(interpreters={"3.11": PYTHON, "3.9": "/opt/a b"[:6]}, glibc=(2, 31), musl=True, occupied=True)
+FACTS = BaseFacts(
+    interpreters={"3.11": PYTHON, "3.9": "/opt/a b"[:6]},
+    glibc=(2, 31),
+    musl=True,
+    occupied=True,
+    java=True,
+    libraries=("libc.so.6", "libstdc++.so.6.0.30"),
+)
 
 
 @pytest.mark.parametrize("facts", [FACTS, BaseFacts(interpreters={}, glibc=None, musl=False, occupied=False)])
@@ -677,7 +765,8 @@ WRONG: dict[str, list[Any]] = {
     "glibc": [[], [2], [2, 3, 4], [2, "3"], [2, True], [2, -1], [2.0, 3], "2.36", {}],
     "musl": [None, 0, "true"],
     "occupied": [None, 1, []],
-    "openmp": [0, "true", []],
+    "java": [0, "true", []],
+    "libraries": ["libz.so.1", {}, [1], [None], ["a/b.so"], ["x\x1b.so"], ["name"], [""], ["x" * 256 + ".so"]],
 }
 
 

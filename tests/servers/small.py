@@ -51,7 +51,6 @@ def packages() -> Iterator[PackageIndex]:
         modules = {f"much_code/{name}.py": (_STDLIB / f"{name}.py").read_bytes() for name in _MODULES}
         index.add("much-code", "1.0", files=modules)
         index.add("only-amd64", "1.0", tag="cp311-cp311-manylinux_2_17_x86_64")
-        index.add("lightgbm", "4.6.0")
         index.add("needs-old", "1.0", requires=["small-lib<1"])
         for number in range(120):
             name = f"tiny-{number:03}"

@@ -1,0 +1,236 @@
+"""Which wheels want a library that nobody has: what is refused, what is a warning, and what is kept of it."""
+
+import json
+import os
+import time
+
+import pytest
+
+from builder.build.libraries import Library, WheelLibraries, _Kept, from_note, lacking, to_note
+from builder.build.wheel import open_wheel
+from builder.build.wheel_layer import WheelLayer
+from builder.reference import Platform
+from tests.build.elf import AMD64, ARM64, make_elf
+from tests.build.package_index import make_wheel
+
+LINUX = Platform("linux", "amd64")
+TAG = "cp311-cp311-manylinux_2_17_x86_64"
+SUFFIX = ".cpython-311-x86_64-linux-gnu.so"
+
+
+@pytest.fixture
+def libraries(tmp_path):
+    """Return the libraries of a wheel of some files, as they are read while its layer is made."""
+
+    def read(name, files, python="3.11"):
+        filename, content = make_wheel(name, "1.0", tag=TAG, files=files)
+        (tmp_path / filename).write_bytes(content)
+        layer = WheelLayer(open_wheel(tmp_path / filename), python=python)
+        for _ in layer:
+            pass
+        assert from_note(layer.layer.note) == (layer.libraries,)
+        assert [path.name for path in tmp_path.iterdir() if path.suffix != ".whl"] == []
+        return layer.libraries
+
+    return read
+
+
+def judged(*wheels, there=("libstdc++.so.6",), platform=LINUX):
+    """Return `refused` or `warning`, and what is missing, of each wheel that lacks something."""
+    return {
+        lack.wheel.partition("-")[0]: ("warning" if lack.loads else "refused", lack.missing)
+        for lack in lacking(wheels, there, platform)
+    }
+
+
+def test_what_is_read_of_a_wheel(libraries):
+    found = libraries(
+        "pack",
+        {
+            f"pack/_main{SUFFIX}": make_elf("libinner.so.2", "libm.so.6", "libc.so.6", module="_main"),
+            "pack/_stable.abi3.so": make_elf("ld-linux-x86-64.so.2", module="_stable"),
+            "pack/_plain.so": make_elf("libpthread.so.0", "libGL.so.1", module="_plain"),
+            "pack/_other.cpython-312-x86_64-linux-gnu.so": make_elf(module="_other"),
+            "pack/plugins/libplugin.so": make_elf("libGL.so.1"),
+            "pack.libs/libinner-1f2e.so.2": make_elf(soname="libinner.so.2"),
+            "pack/arm.so": make_elf("libarm.so", machine=ARM64),
+            "pack/text.so": b"INPUT(-lx)",
+            "pack/program": make_elf("libGL.so.1"),
+            "pack/use.py": b"import os\n\nfrom pack import (\n    _main as m,\n)\ntry:\n    import pack._stable\nexcept ImportError: ...\n",
+        },
+    )
+    assert found == WheelLibraries(
+        f"pack-1.0-{TAG}.whl",
+        (
+            Library("libinner-1f2e.so.2", "libinner.so.2", AMD64, "bundled", ()),
+            Library(f"_main{SUFFIX}", "", AMD64, "imported", ("libinner.so.2",)),
+            Library("_other.cpython-312-x86_64-linux-gnu.so", "", AMD64, "library", ()),
+            Library("_plain.so", "", AMD64, "importable", ("libGL.so.1",)),
+            Library("_stable.abi3.so", "", AMD64, "importable", ()),
+            Library("arm.so", "", ARM64, "library", ("libarm.so",)),
+            Library("libplugin.so", "", AMD64, "library", ("libGL.so.1",)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("middle", [9 << 20, 60 << 20])
+def test_of_a_large_library_the_middle_is_not_kept(libraries, monkeypatch, middle):
+    written = []
+
+    class Watched(_Kept):
+        def __init__(self, file, size):
+            super().__init__(file, size)
+            written.append(file)
+
+        def add(self, content):
+            super().add(content)
+            written.append(os.fstat(self._file.fileno()).st_blocks * 512)
+
+    monkeypatch.setattr("builder.build.libraries._Kept", Watched)
+    monkeypatch.setattr("builder.build.elf._HEAD", 32 << 20)
+    # As patchelf leaves them: the names are at the end.
+    large = make_elf("libGL.so.1", module="_main", padding=middle)
+    (found,) = libraries("pack", {f"pack/_main{SUFFIX}": large}).libraries
+    assert (found.use, found.needed) == ("importable", ("libGL.so.1",))
+    assert max(written[1:]) < 50 << 20
+    # What no linker writes: the names are in the middle.
+    (found,) = libraries("pack", {f"pack/_main{SUFFIX}": large + bytes(middle)}).libraries
+    assert (found.use, found.needed) == (("importable", ("libGL.so.1",)) if middle < 16 << 20 else ("library", ()))
+
+
+EXTENSION = {f"pack/_main{SUFFIX}": make_elf("libGL.so.1", module="_main")}
+INTACT = {f"pack/_fast{SUFFIX}": make_elf("libstdc++.so.6", module="_fast")}
+PLUGIN = {"pack/plugins/libplugin.so": make_elf("libGL.so.1")}
+CASES = {
+    "an extension": (EXTENSION, "refused", {"libGL.so.1": f"_main{SUFFIX}"}),
+    "an extension, through what was bundled": (
+        {
+            f"pack/_main{SUFFIX}": make_elf("libgui-1f2e.so.5", module="_main"),
+            "pack.libs/libgui-1f2e.so.5": make_elf("libcore-2f3e.so", soname="libgui-1f2e.so.5"),
+            "pack.libs/libcore-2f3e.so": make_elf("libglib-2.0.so.0"),
+        },
+        "refused",
+        {"libglib-2.0.so.0": "libcore-2f3e.so"},
+    ),
+    "libraries that need one another": (
+        {
+            f"pack/_main{SUFFIX}": make_elf("liba.so", module="_main"),
+            "pack/liba.so": make_elf("libb.so"),
+            "pack/libb.so": make_elf("liba.so", "libGL.so.1"),
+        },
+        "refused",
+        {"libGL.so.1": "libb.so"},
+    ),
+    "a plug-in": (INTACT | PLUGIN, "warning", {"libGL.so.1": "libplugin.so"}),
+    # Numba's pools for OpenMP and TBB, torchaudio's for FFmpeg: what fails is caught.
+    "one extension of two": (
+        EXTENSION | INTACT | {"pack/use.py": b"def f():\n    import pack._main\n"},
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "one of two, which is imported": (
+        EXTENSION | INTACT | {"pack/use.py": b"from ._main import *\n"},
+        "refused",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    # LightGBM's.
+    "what is loaded by ctypes": ({"pack/lib/lib_pack.so": make_elf("libgomp.so.1")}, "refused", {"libgomp.so.1": "lib_pack.so"}),
+    # bitsandbytes has a library for each release of CUDA, and one without.
+    "one of what may be loaded by ctypes": (
+        {"pack/libpack_cuda.so": make_elf("libcudart.so.11.0"), "pack/libpack_cpu.so": make_elf("libstdc++.so.6")},
+        "warning",
+        {"libcudart.so.11.0": "libpack_cuda.so"},
+    ),
+    "a library for another machine": ({f"pack/_main{SUFFIX}": make_elf("libGL.so.1", module="_main", machine=ARM64)}, None, None),
+    "the driver of a graphics card": ({f"pack/_main{SUFFIX}": make_elf("libcuda.so.1", "libnvidia-ml.so.1", module="_main")}, None, None),
+    "what the base has": ({f"pack/_main{SUFFIX}": make_elf("libstdc++.so.6", module="_main")}, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "verdict", "missing"), CASES.values(), ids=CASES.keys())
+def test_what_is_refused_and_what_is_a_warning(libraries, files, verdict, missing):
+    assert judged(libraries("pack", files)) == ({"pack": (verdict, missing)} if verdict else {})
+
+
+def test_wheels_have_libraries_for_one_another(libraries):
+    user = libraries("user", {f"user/_main{SUFFIX}": make_elf("libcore.so.1", module="_main")})
+    by_soname = libraries("core", {"nvidia/core/lib/libcore.so.1.2": make_elf(soname="libcore.so.1")})
+    by_name = libraries("core", {"core/libcore.so.1": make_elf(soname="libelse.so")})
+    assert judged(user) == {"user": ("refused", {"libcore.so.1": f"_main{SUFFIX}"})}
+    assert judged(user, by_soname) == judged(by_name, user) == {}
+    assert judged(user, there=["libcore.so.1"]) == {}
+    # Where the other wheel's library cannot be loaded, both wheels are dead; one that can be is enough.
+    broken = libraries("core", {"core/libcore.so.1": make_elf("libGL.so.1")})
+    both = judged(user, broken)
+    assert both["user"] == ("refused", {"libGL.so.1": f"libcore.so.1 of core-1.0-{TAG}.whl"})
+    assert both["core"] == ("refused", {"libGL.so.1": "libcore.so.1"})
+    assert judged(user, broken, by_soname) == {"core": both["core"]}
+
+
+def test_the_same_wheel_on_two_platforms(libraries):
+    wheel = libraries(
+        "pack",
+        {
+            "pack/_amd.so": make_elf("libGL.so.1", module="_amd"),
+            "pack/_arm.so": make_elf("libEGL.so.1", module="_arm", machine=ARM64),
+        },
+    )
+    assert judged(wheel)["pack"][1] == {"libGL.so.1": "_amd.so"}
+    assert judged(wheel, platform=Platform("linux", "arm64"))["pack"][1] == {"libEGL.so.1": "_arm.so"}
+    assert judged(wheel, platform=Platform("linux", "mips64le")) == {}
+
+
+def test_packages_of_debian_are_known(libraries):
+    (lack,) = lacking([libraries("pack", EXTENSION)], (), LINUX)
+    assert lack.packages == ["libgl1"]
+
+
+def test_what_is_too_much_for_a_note_is_not_known(libraries):
+    many = tuple(Library(f"lib{number:0200}.so", "", AMD64, "library", ()) for number in range(5000))
+    assert to_note([WheelLibraries("x.whl", many)]) == "null"
+    assert from_note("null") is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["", "{", "[]]", "1", '[["w.whl"]]', '[["w.whl", [["libx.so", "", 62, "whatever", []]]]]'],
+)
+def test_a_note_that_was_not_written_so_is_refused(changed):
+    with pytest.raises(ValueError, match="libraries"):
+        from_note(changed)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "\x1b[31m", "x" * 256, "a b", "x\n"])
+def test_a_note_of_names_that_are_none_is_refused(name):
+    good = ["w.whl", [["libx.so", "", AMD64, "library", ["libz.so.1"]]]]
+    assert from_note(json.dumps([good]))[0].libraries[0].needed == ("libz.so.1",)
+    for position, value in ((0, name), (4, [name]), *([(1, name)] if name else [])):
+        library = [*good[1][0]]
+        library[position] = value
+        with pytest.raises(ValueError, match="libraries"):
+            from_note(json.dumps([["w.whl", [library]]]))
+
+
+def test_a_large_environment_is_judged_in_linear_time():
+    # Each needs the next, and the last one what nobody has.
+    count, began = 20_000, time.process_time()
+    chain = tuple(Library(f"l{n}.so", "", AMD64, "library", (f"l{n + 1}.so",)) for n in range(count))
+    (lack,) = lacking([WheelLibraries("w.whl", chain)], (), LINUX)
+    assert (lack.missing, lack.loads) == ({f"l{count}.so": f"l{count - 1}.so"}, False)
+    # All have the same name, and need it.
+    same = tuple(Library(f"l{n}.so", "l.so", AMD64, "library", ("l.so", f"libgone{n}.so")) for n in range(count))
+    (lack,) = lacking([WheelLibraries("w.whl", same)], (), LINUX)
+    assert (len(lack.missing), lack.loads) == (count, False)
+    # A second, and 25 where each name is looked at for each that needs it.
+    assert time.process_time() - began < 8
+
+
+def test_imports_of_hostile_modules_are_read_in_linear_time(libraries):
+    lines = b"from a import (\n" * 60_000
+    spaces = b"import" + b" " * 900_000
+    began = time.process_time()
+    found = libraries(
+        "pack", EXTENSION | INTACT | {"pack/a.py": lines, "pack/b.py": spaces, "pack/c.py": b"\n" * 900_000}
+    )
+    assert [each.use for each in found.libraries] == ["importable", "importable"]
+    assert time.process_time() - began < 8
