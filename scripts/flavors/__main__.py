@@ -1,8 +1,7 @@
 """Publish a model of every flavor, run its image and ask it: `python -m scripts.flavors [WORD …]`, `make flavors`.
 
 A registry, MLflow and the base image are those of the demo. BASE_IMAGE may name another base for further Pythons. Words
-name the rows to try, by parts of their titles. Without words all are tried, and the tables are written into
-docs/flavors.md.
+name the rows to try, by parts of their titles; without words all are tried. Each row is written into docs/flavors.md.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +186,15 @@ def _whole(model: Path, saved_with: str) -> None:
             )
 
 
+def _shortened(what: str) -> str:
+    """Return what failed, without this run's addresses; of a container's last lines the one that names the error."""
+    first, lines, rest = re.sub(r"127\.0\.0\.1:\d+/", "", what).partition("its last lines: ")
+    if not lines:
+        return first[:400]
+    errors = [line for line in rest.split(" | ") if re.match(r"\w*(?:Error|Exception)\b", line)]
+    return f"{first}{lines}… {(errors or [rest[-200:]])[-1]}"
+
+
 def _events(log: str) -> Iterator[dict[str, Any]]:
     for line in reversed(log.splitlines()):
         with suppress(json.JSONDecodeError):
@@ -206,7 +214,7 @@ def _made(log: str) -> str:
 def _failure(done: subprocess.CompletedProcess[str]) -> str:
     for event in _events(done.stderr):
         if "what" in event:
-            return f"{done.returncode}: {event['what'].splitlines()[0]}"
+            return f"{done.returncode}: {_shortened(event['what'])}"
     return f"{done.returncode}: {done.stderr.strip()[-200:]}"
 
 
@@ -227,14 +235,16 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _write(tables: dict[str, list[Row]]) -> None:
-    text = _PAGE.read_text()
-    for name, rows in tables.items():
-        lines = "\n".join(["| Model | MLflow | Outcome | |", "|---|---|---|---|", *(row.markdown() for row in rows)])
-        begin, end = f"<!-- {name}: written by make flavors -->\n", f"\n<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}{lines}{end}{rest.partition(end)[2]}"
-    _PAGE.write_text(text)
+def _write(table: str, titles: Sequence[str], row: Row) -> None:
+    """Put a row in the place of the one of its title, in the order of the titles."""
+    begin, end = f"<!-- {table}: written by make flavors -->\n", f"\n<!-- end of {table} -->"
+    before, _, rest = _PAGE.read_text().partition(begin)
+    former, _, after = rest.partition(end)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in former.splitlines()[2:]}
+    lines[row.title] = row.markdown()
+    rows = (lines[title] for title in titles if title in lines)
+    made = "\n".join(["| Model | MLflow | Outcome | |", "|---|---|---|---|", *rows])
+    _PAGE.write_text(f"{before}{begin}{made}{end}{after}")
 
 
 def main(wanted: list[str]) -> None:
@@ -253,7 +263,7 @@ def main(wanted: list[str]) -> None:
             **machine.pip_configuration(),
         )  # fmt: skip
         trial = Trial(folder, environ)
-        tables: dict[str, list[Row]] = {}
+        rows: list[Row] = []
         number = 0
         for name, kinds in _TABLES:
             for kind in kinds:
@@ -267,10 +277,9 @@ def main(wanted: list[str]) -> None:
                     row = Row(title=kind.title, mlflow="", outcome="not tried", detail=words)
                 sys.stdout.write(f"{row.markdown()}\n")
                 sys.stdout.flush()
-                tables.setdefault(name, []).append(row)
-    if not wanted:
-        _write(tables)
-    if any("**" in row.outcome for rows in tables.values() for row in rows):
+                _write(name, [each.title for each in kinds], row)
+                rows.append(row)
+    if any("**" in row.outcome for row in rows):
         sys.exit("what is called published has to answer")
 
 
