@@ -6,7 +6,7 @@ import contextlib
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -19,7 +19,7 @@ from builder.build.wheel import InvalidWheel, layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
+from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of, one_line
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
@@ -35,6 +35,7 @@ _MAKING = 6
 # about twice that. An environment of torch for GPUs has ten wheels of 200 to 900 MB.
 _MOST_BYTES = 1 << 30
 _SECONDS = 60.0
+_MOST_NAMED = 10
 
 Result = TypeVar("Result")
 
@@ -281,6 +282,9 @@ class WheelLayers:
                 path.unlink()
             if made.without_bytecode:
                 _log.info("no bytecode", wheels=group.title[:200], files=len(made.without_bytecode))
+            for wheel, layer in zip(reversed(group.wheels), wheels, strict=True):
+                if layer.misrecorded:
+                    _warn_of_record(wheel.filename, layer.misrecorded)
             yield made.layer, FileBlob(path=target, digest=made.layer.digest, size=made.layer.size)
 
     def _count(self, *, sent: int = 0, received: int = 0, made: int = 0) -> None:
@@ -288,6 +292,11 @@ class WheelLayers:
             self.traffic.sent += sent
             self.traffic.received += received
             self.traffic.made += made
+
+
+def _warn_of_record(filename: str, files: Sequence[str]) -> None:
+    named = one_line(", ".join(files[:_MOST_NAMED]), 500)
+    _log.warning("files are others than the wheel's RECORD says", wheel=filename, count=len(files), files=named)
 
 
 def compiler_for(python: str) -> Compiler | None:
