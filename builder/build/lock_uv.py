@@ -38,8 +38,10 @@ from builder.reference import Platform
 _MACHINES = frozenset({"x86_64", "aarch64"})
 # The levels of glibc that uv has a name for (`uv pip compile --help`).
 _LEVELS = (17, 28, *range(31, 41))
+# Of one version ("x==1 has"), of all ("all versions of x have"), or of several ranges, each in a line of its own.
 _NO_WHEEL = re.compile(
-    r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:[=<>!~]=?\S+)? has no (?:wheels with a matching|usable wheels)"
+    r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:\[[^\]\s]{1,200}\])?(?:[=<>!~]=?\S+)?\s{1,40}"
+    r"ha(?:s|ve) no (?:wheels with |usable wheels)"
 )
 _URL_DEPENDENCY = re.compile(r"Package `([a-z0-9-]{1,200})` was included as a URL dependency")
 _MISSING_TIME = re.compile(r"`([^`]+)` is missing an upload date")
