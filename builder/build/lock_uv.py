@@ -15,6 +15,7 @@ from packaging.utils import BuildTag, InvalidWheelFilename
 from packaging.version import Version
 from pydantic import ValidationError
 
+from builder.build import resolver
 from builder.build.indexes import FIRST_INDEX, Indexes, built_in_index
 from builder.build.locked import LockedWheel, Origin
 from builder.build.requirement import Required
@@ -95,7 +96,12 @@ def resolve(question: Question, tool: Tool) -> tuple[LockedWheel, ...]:
             *(["--system-certs"] if tool.indexes.ca_bundle is None else []),
             str(folder / "requirements.txt"),
         ]
-        code, said = run_tool("uv", argv, tool=tool, folder=folder, env={"UV_KEYRING_PROVIDER": "disabled"})
+        env = {
+            "UV_KEYRING_PROVIDER": "disabled",
+            "UV_HTTP_TIMEOUT": str(resolver.HTTP_SECONDS),
+            "UV_HTTP_RETRIES": str(resolver.HTTP_RETRIES),
+        }
+        code, said = run_tool("uv", argv, tool=tool, folder=folder, env=env)
         if files := _MISSING_TIME.findall(said):
             raise MissingTimes(frozenset(_projects(files)))
         if code:
