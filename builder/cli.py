@@ -206,11 +206,11 @@ def publish(invocation: Invocation, name: str | None, version: str | None, *, fo
     """Publish one model version: fetch, build and push."""
     from builder import publish as story
     from builder.settings import Settings
-    from builder.show import download_progress
+    from builder.show import progress
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
-    with download_progress() as progress:
-        published = story.publish(settings, force=force, rebuild=rebuild, progress=progress)
+    with progress() as of_artifacts:
+        published = story.publish(settings, force=force, rebuild=rebuild, progress=of_artifacts)
     _tell(invocation, published)
 
 
@@ -254,11 +254,11 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
     """Phase 1: artifacts, Dockerfile or locks, and plan into the workspace."""
     from builder import publish as story
     from builder.settings import Settings
-    from builder.show import download_progress
+    from builder.show import progress
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
-    with download_progress() as progress:
-        story.run_fetch(settings, force=force, rebuild=rebuild, progress=progress)
+    with progress() as of_artifacts:
+        story.run_fetch(settings, force=force, rebuild=rebuild, progress=of_artifacts)
 
 
 @builder.command()
@@ -282,8 +282,12 @@ def push(invocation: Invocation) -> None:
     """Phase 3: push the images, move the tag, record it."""
     from builder import publish as story
     from builder.settings import Settings
+    from builder.show import progress
 
-    _tell(invocation, story.run_push(invocation.settings(Settings)))
+    settings = invocation.settings(Settings)
+    with progress():
+        published = story.run_push(settings)
+    _tell(invocation, published)
 
 
 def _tell(invocation: Invocation, published: Published) -> None:

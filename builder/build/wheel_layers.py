@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -26,7 +27,7 @@ from builder.images.layer_store import LayerStore
 from builder.images.registry import RemoteBlob
 from builder.log import get_logger
 from builder.reference import Repository
-from builder.stages import stage
+from builder.stages import moved, stage
 
 _log = get_logger("wheels")
 _LOOKING = 16
@@ -164,6 +165,8 @@ class WheelLayers:
         if missing:
             size = sum(group.size for group in missing.values())
             _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
+            moved("wheels", more=size)
+            moved("layers", more=len(missing))
         compiler = self._one_each(len(missing))
         with stage("wheel layers"):
             made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
@@ -247,6 +250,7 @@ class WheelLayers:
                 self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
                 self._count(sent=layer.size, made=1)
                 self._place(layer, repository, blob)
+            moved("layers", 1)
             return layer
 
     @contextlib.contextmanager
@@ -263,7 +267,7 @@ class WheelLayers:
             for wheel in reversed(group.wheels):
                 path = folder / wheel.filename[-200:]
                 with stage("download"):
-                    self._client.download(wheel, path)
+                    self._client.download(wheel, path, progress=partial(moved, "wheels"))
                 self._count(received=path.stat().st_size)
                 opened = open_wheel(path, filename=wheel.filename)
                 wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
