@@ -44,7 +44,7 @@ class Invocation:
     environ: Mapping[str, str]
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     # What the line of the log that says what failed names beside the reason.
-    _about: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
     _logs: bool = False
 
     @contextmanager
@@ -72,7 +72,7 @@ class Invocation:
         log.configure(settings.log_format, settings.log_level)
         self._logs = True
         of_version = {"model": getattr(settings, "model_name", ""), "version": getattr(settings, "model_version", "")}
-        self._about = {key: value for key, value in of_version.items() if value}
+        self.about = {key: value for key, value in of_version.items() if value}
         return settings
 
     def product(self, text: str) -> None:
@@ -116,7 +116,7 @@ class Invocation:
 
             if not self._logs:
                 log.configure("json")
-            facts = {**self._about, "error": kind, "what": what, "remedy": remedy, "exit_code": int(code)}
+            facts = {**self.about, "error": kind, "what": what, "remedy": remedy, "exit_code": int(code)}
             log.get_logger("cli").error("failed", **facts, exc_info=defect)
         self.leave_message({"state": "failed", "error": one_line(f"{kind}: {what} {remedy}"), "exit_code": int(code)})
 

@@ -146,8 +146,14 @@ def _tell_published(plan: Plan, published: Published, began: float) -> None:
 @contextmanager
 def _lines_of(version: ModelVersion, phase: str) -> Iterator[None]:
     """Have every line of the log name the version and the phase, those of threads begun here as well."""
-    with bound_contextvars(model=version.name, version=version.version, phase=phase):
-        yield
+    about = {"model": version.name, "version": version.version, "phase": phase}
+    with bound_contextvars(**about):
+        try:
+            yield
+        except BuilderError as error:
+            # It is logged where the command ends.
+            error.about = about
+            raise
 
 
 @contextmanager

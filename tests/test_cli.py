@@ -215,6 +215,8 @@ def test_a_failed_build_exits_0_and_push_exits_73(builder, mlflow_server, base_i
     assert failure(pushed)["exit_code"] == 73
     assert json.loads(message.read_text())["state"] == "failed"
     assert model.outcome()["state"] == "failed"
+    about = {"model": model.name, "version": model.version, "phase": "push"}
+    assert failure(pushed).items() >= about.items()
 
 
 @pytest.mark.parametrize("phase", ["build", "push"])
