@@ -29,7 +29,8 @@ class NoWheel(BuildFailed):
             there = one_line(", ".join(systems), 200)
             message = f"{package} has no wheel for {platform}, and no engine can build it there: there is no source, "
             message += f"and only wheels for {there}."
-            marker = "sys_platform == 'win32'" if systems[0].startswith("win") else "sys_platform == 'darwin'"
+            windows = all(system.startswith("win") for system in systems)
+            marker = "sys_platform == 'win32'" if windows else "sys_platform != 'linux'"
             remedy = f"Leave {package}, or what requires it, out of the model's requirements, or ask for it where it "
             remedy += f"belongs (`{package}; {marker}`), and register the model again."
             super().__init__(message, remedy=remedy)
