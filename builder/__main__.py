@@ -91,6 +91,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return ExitCode.TEMPORARY
     except BuilderError as error:
         problems = error.problems if isinstance(error, InvalidSettings) else ()
+        context.about |= error.about
         context.failed(type(error).__name__, error.what, error.remedy, error.exit_code, problems)
         return error.exit_code
     except SystemExit:

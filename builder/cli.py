@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -44,6 +43,9 @@ class Invocation:
 
     environ: Mapping[str, str]
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
+    # What the line of the log that says what failed names beside the reason.
+    about: dict[str, str] = field(default_factory=dict)
+    _logs: bool = False
 
     @contextmanager
     def reserved_stdout(self) -> Iterator[None]:
@@ -68,14 +70,28 @@ class Invocation:
 
         settings = kind.from_environ(self.environ, require, **overrides)
         log.configure(settings.log_format, settings.log_level)
+        self._logs = True
+        of_version = {"model": getattr(settings, "model_name", ""), "version": getattr(settings, "model_version", "")}
+        self.about = {key: value for key, value in of_version.items() if value}
         return settings
 
     def product(self, text: str) -> None:
         """Print lines on stdout. What other people wrote in them is masked before: a reference must stay as it is."""
         self.stdout.write("\n".join(visible(line) for line in text.split("\n")) + "\n")
 
-    def failed(self, kind: str, what: str, remedy: str, code: int, problems: Sequence[str] = ()) -> None:
+    def failed(
+        self,
+        kind: str,
+        what: str,
+        remedy: str,
+        code: int,
+        problems: Sequence[str] = (),
+        *,
+        defect: Exception | None = None,
+    ) -> None:
         """Say on stderr what failed and what to do, and leave it as a Pod's termination message.
+
+        On a terminal, and where LOG_FORMAT is `text`, that is for people; elsewhere it is a line of the log.
 
         Args:
             kind: the error's name.
@@ -83,9 +99,12 @@ class Invocation:
             remedy: what to do about it.
             code: the exit code.
             problems: what `what` lists after a colon, if it does: for people, a line for each.
+            defect: what is shown with its traceback.
         """
         what, remedy = one_line(what, _MOST_SAID), one_line(remedy, _MOST_SAID)
         if sys.stderr.isatty() or self.environ.get("LOG_FORMAT") == "text":
+            if defect:
+                click.echo(indented("".join(traceback.format_exception(defect))), err=True)
             said = f"{what.partition(':')[0]}:" if len(problems) > 1 else what
             click.echo(f"{click.style('error:', fg='red', bold=True)} {said}", err=True)
             for problem in problems if len(problems) > 1 else ():
@@ -93,18 +112,19 @@ class Invocation:
             if remedy:
                 click.echo(f"  {click.style('what to do:', bold=True)} {remedy}", err=True)
         else:
-            # As lines of the log are, which may not have been configured yet.
-            event = {"event": "failed", "level": "error", "error": kind, "what": what, "remedy": remedy}
-            event["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-            click.echo(json.dumps({**event, "exit_code": int(code)}, ensure_ascii=False), err=True)
+            from builder import log
+
+            if not self._logs:
+                log.configure("json")
+            facts = {**self.about, "error": kind, "what": what, "remedy": remedy, "exit_code": int(code)}
+            log.get_logger("cli").error("failed", **facts, exc_info=defect)
         self.leave_message({"state": "failed", "error": one_line(f"{kind}: {what} {remedy}"), "exit_code": int(code)})
 
     def defect(self, error: Exception) -> None:
         """Say on stderr that this program is at fault, with where."""
-        click.echo(indented("".join(traceback.format_exception(error))), err=True)
         what = f"{type(error).__name__}: {one_line(str(error), 300)}"
         remedy = "This is a defect of the builder, not of your input. Please report it with the lines above."
-        self.failed("Defect", what, remedy, ExitCode.SOFTWARE)
+        self.failed("Defect", what, remedy, ExitCode.SOFTWARE, defect=error)
 
     def leave_message(self, message: Mapping[str, object]) -> None:
         """Write the outcome to the termination log, where that file exists; long texts are cut to what it may hold."""
@@ -186,11 +206,11 @@ def publish(invocation: Invocation, name: str | None, version: str | None, *, fo
     """Publish one model version: fetch, build and push."""
     from builder import publish as story
     from builder.settings import Settings
-    from builder.show import download_progress
+    from builder.show import progress
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
-    with download_progress() as progress:
-        published = story.publish(settings, force=force, rebuild=rebuild, progress=progress)
+    with progress() as of_artifacts:
+        published = story.publish(settings, force=force, rebuild=rebuild, progress=of_artifacts)
     _tell(invocation, published)
 
 
@@ -234,11 +254,11 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
     """Phase 1: artifacts, Dockerfile or locks, and plan into the workspace."""
     from builder import publish as story
     from builder.settings import Settings
-    from builder.show import download_progress
+    from builder.show import progress
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
-    with download_progress() as progress:
-        story.run_fetch(settings, force=force, rebuild=rebuild, progress=progress)
+    with progress() as of_artifacts:
+        story.run_fetch(settings, force=force, rebuild=rebuild, progress=of_artifacts)
 
 
 @builder.command()
@@ -262,8 +282,12 @@ def push(invocation: Invocation) -> None:
     """Phase 3: push the images, move the tag, record it."""
     from builder import publish as story
     from builder.settings import Settings
+    from builder.show import progress
 
-    _tell(invocation, story.run_push(invocation.settings(Settings)))
+    settings = invocation.settings(Settings)
+    with progress():
+        published = story.run_push(settings)
+    _tell(invocation, published)
 
 
 def _tell(invocation: Invocation, published: Published) -> None:

@@ -1,7 +1,8 @@
 """`builder download`: versions as `DEST/<model>/v<N>`, each whole or not at all.
 
-Beside `v<N>` stands `.v<N>.json`, which says what `v<N>` was made from, so that only what is new or changed is
-downloaded. A folder is made under another name and then renamed; nothing here ever removes a version's folder.
+Beside `v<N>` stands `.v<N>.json`, which says what `v<N>` was made from, so that only what is new, changed or no longer
+whole is downloaded. A folder is made under another name and then renamed; nothing here ever removes a version's folder,
+that of a deleted version included.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +40,7 @@ Render = Callable[[ModelVersion, Path], Mapping[str, bytes]]
 CheckListing = Callable[[Sequence[Artifact]], None]
 State = Literal["new", "changed", "unchanged", "gone", "failed"]
 # Part of what a folder was made from: raised when the same version would come out otherwise.
-_LAYOUT = 1
+_LAYOUT = 2
 _MODULES = ("mlflow", "builder.download")
 _log = get_logger("download")
 
@@ -50,7 +52,8 @@ class DownloadResult:
     Attributes:
         version: the version.
         folder: where it is, or would be.
-        state: `gone` is a version that was deleted while this ran, which is no failure.
+        state: `gone` is a version that was deleted, before or while this ran, which is no failure; where a folder of it
+            is there, it stays.
         error: why it failed; None where it did not.
     """
 
@@ -85,7 +88,35 @@ def download_all(
         versions = [catalog.find(name, check_version_text(version))]
     else:
         versions = natural_order(found for found in catalog.tagged(settings.target_tag) if name in {"", found.name})
-    return _in_children(settings, destination.absolute(), versions)
+    destination = destination.absolute()
+    results = _in_children(settings, destination, versions)
+    return results if name and version else chain(results, _deleted(catalog, destination, versions, name))
+
+
+def _deleted(
+    catalog: Catalog, destination: Path, versions: Sequence[ModelVersion], name: str
+) -> Iterator[DownloadResult]:
+    """Yield the folders of versions that are no longer there; those of versions that lost their tag are left out.
+
+    Args:
+        catalog: where the versions are.
+        destination: the folder that was written to.
+        versions: those that are there.
+        name: only this registered model; empty for all.
+    """
+    known = {(version.name, version.version) for version in versions}
+    for path in sorted(destination.glob("*/.v*.json")):
+        note = _Note.read(path)
+        version = ModelVersion(name=note.name, version=note.version, created_ms=0)
+        folder = _folder(destination, version) if note.name else path
+        known_or_other = (note.name, note.version) in known or name not in {"", note.name}
+        if known_or_other or path != _note_of(folder) or not folder.is_dir():
+            continue
+        try:
+            catalog.find(version.name, version.version)
+        except VersionNotFound:
+            _log.warning("the version was deleted, and its folder stays", version=str(version), folder=str(folder))
+            yield DownloadResult(version=version, folder=folder, state="gone")
 
 
 def _in_children(
@@ -143,7 +174,7 @@ def _answer(settings: CatalogSettings, destination: Path, version: ModelVersion)
     """Download a version: this is what a child does."""
 
     def render(version: ModelVersion, folder: Path) -> Mapping[str, bytes]:
-        return own_templates(settings, version, folder)
+        return rendered_files(settings, version, folder)
 
     check = partial(check_listing, settings, version)
     result = _guarded(MlflowCatalog.from_settings(settings), destination, version, render, check=check)
@@ -189,8 +220,15 @@ def _unfinished(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.new")
 
 
-def own_templates(settings: CatalogSettings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
-    """Return a version's Dockerfile and script, made from its own templates; nothing where it has none.
+def _note_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.json")
+
+
+def rendered_files(settings: CatalogSettings, version: ModelVersion, folder: Path) -> dict[str, bytes]:
+    """Return a version's Dockerfile and script, made from its own templates, else from the built-in ones.
+
+    The built-in ones take the place of no file of the version's. Where they cannot be made (no requirements.txt, a
+    folder whose name may not stand in a Dockerfile), there are none: the version's files are of use without.
 
     Args:
         settings: the base images that templates may stand on.
@@ -198,13 +236,21 @@ def own_templates(settings: CatalogSettings, version: ModelVersion, folder: Path
         folder: its artifacts.
 
     Raises:
-        InvalidVersion: the templates are wrong.
+        InvalidVersion: the version's own templates are wrong.
     """
-    templates = folder / Inputs.of(version).templates_folder
-    if not any((templates / name).is_file() for name in (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)):
+    inputs = Inputs.of(version)
+    templates = folder / inputs.templates_folder
+    names = () if inputs.no_dockerfile else (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)
+    own = any((templates / name).is_file() for name in names)
+    try:
+        files = rendered(settings, version, folder)
+    except InvalidVersion as error:
+        if own:
+            raise
+        _log.warning("no Dockerfile can be made", version=str(version), why=error.what)
         return {}
-    files = rendered(settings, version, folder)
-    return {DOCKERFILE: files.dockerfile, SCRIPT: files.script}
+    found = {DOCKERFILE: files.dockerfile, SCRIPT: files.script}
+    return {name: content for name, content in found.items() if own or not (folder / name).exists()}
 
 
 def _download(
@@ -215,24 +261,26 @@ def _download(
     if check:
         check(artifacts)
     made_from = _made_from(version, artifacts)
-    note = folder.with_name(f".{folder.name}.json")
-    there = folder.is_dir()
-    if there and _noted(note) == made_from:
+    path = _note_of(folder)
+    there, note = folder.is_dir(), _Note.read(path)
+    if there and note.made_from == made_from and _whole(folder, artifacts, note.added):
         return "unchanged"
     new = _unfinished(folder)
     with on_disk(f"write {version} to {str(folder)!r}"):
         try:
             write_context(catalog, artifacts, new)
-            _add(new, render(version, new))
+            added = render(version, new)
+            _add(new, added)
         except BuilderError as error:
             if not error.retryable:
                 # What was interrupted is taken up again; this would only lie around.
                 shutil.rmtree(new, ignore_errors=True)
             raise
         # In this order a process that ends in between leaves what will be made again, never what only looks right.
-        note.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         _put(new, folder)
-        note.write_text(json.dumps({"made_from": made_from}))
+        note = _Note(made_from=made_from, name=version.name, version=version.version, added=tuple(added))
+        path.write_text(json.dumps(asdict(note)))
     return "changed" if there else "new"
 
 
@@ -241,11 +289,39 @@ def _made_from(version: ModelVersion, artifacts: tuple[Artifact, ...]) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _noted(note: Path) -> str:
-    """Return what a folder was made from; the empty string where that cannot be told."""
-    with suppress(OSError, ValueError, AttributeError):
-        return str(json.loads(note.read_text()).get("made_from", ""))
-    return ""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Note:
+    """What stands beside a version's folder.
+
+    Attributes:
+        made_from: a digest of what it was made from; empty where that cannot be told, as all else is then.
+        name: the registered model's.
+        version: its number.
+        added: the files in it that are no artifacts.
+    """
+
+    made_from: str = ""
+    name: str = ""
+    version: str = ""
+    added: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> _Note:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            found = json.loads(path.read_text())
+            words = {key: str(found[key]) for key in ("made_from", "name", "version") if key in found}
+            return cls(**words, added=tuple(map(str, found.get("added", ()))))
+        return cls()
+
+
+def _whole(folder: Path, artifacts: Iterable[Artifact], added: Collection[str]) -> bool:
+    """Return whether every file is there that belongs into a version's folder, in its size where that is known."""
+    sizes = {artifact.path: artifact.size for artifact in artifacts} | dict.fromkeys(added)
+    for path, size in sizes.items():
+        file = folder / path
+        if not file.is_file() or (size is not None and file.stat().st_size != size):
+            return False
+    return True
 
 
 def _add(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -49,6 +49,8 @@ class BuilderError(Exception):
         super().__init__(what)
         self.what = what
         self.remedy = remedy
+        # What it happened to, as lines of the log name it: model, version, phase.
+        self.about: dict[str, str] = {}
 
     def __str__(self) -> str:
         """Return what failed, and behind it the remedy."""

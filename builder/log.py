@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
 
@@ -24,6 +24,17 @@ __all__ = ["MASK", "configure", "get_logger", "mask", "masked", "safe_line"]
 _TRACEBACKS = frozenset({"exception", "stack"})
 
 logging.getLogger("builder").addHandler(logging.NullHandler())
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at the moment: a display of progress prints lines above itself there."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # the base has an attribute
+        return sys.stderr
 
 
 def _shown_event(_logger: object, _method: str, event: structlog.typing.EventDict) -> Mapping[str, Any]:
@@ -66,7 +77,7 @@ def configure(log_format: str = "auto", level: str = "info") -> None:
         if text
         else structlog.processors.JSONRenderer()
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     timestamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -82,7 +82,7 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
         keep: whether locks, and what is found out of base images, are kept in the registry.
 
     Raises:
-        NoWheel: a package has no wheel for a platform, and there is no engine that could build it.
+        NoWheel: a package has no wheel for a platform, and there is no engine that could build it, or no source.
         BuilderError: the version cannot be published, or a server is away.
     """
     paths = [artifact.path for artifact in plan.artifacts]
@@ -106,6 +106,8 @@ def by_methods(settings: Settings, services: Services, plan: Plan, context: Path
             keep=keep,
         )
         for platform, error in planned.impossible.items():
+            if not error.buildable:
+                raise error
             try:
                 engine = select_engine(settings)
             except InvalidSettings:

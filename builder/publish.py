@@ -110,32 +110,50 @@ def publish_version(
         with stage("build"):
             build(settings, workspace)
     published = push(settings, services, workspace, deadline=deadline)
-    if published.reference is not None:
-        _tell_end(workspace.plan(), published, time.monotonic() - began)
+    _tell_published(workspace.plan(), published, began)
     return published
 
 
-def _tell_end(plan: Plan, published: Published, seconds: float) -> None:
-    """Say in one line of the log what a publish came to."""
+def _tell_end(plan: Plan, event: str, began: float, **facts: str) -> None:
+    """Say in one line of the log what a publish, or a phase of one, came to.
+
+    Args:
+        plan: what was done.
+        event: what that was.
+        began: when, as of `time.monotonic`.
+        facts: what is known beside the plan.
+    """
     with _lines_of(plan.version, "end"):
         if plan.builds:
             log.info("timings", **taken())
         log.info(
-            "published" if published.changed else "already published",
-            image=str(published.tag),
-            digest=str(published.reference.digest) if published.reference else "",
+            event,
+            image=str(plan.reference),
+            **facts,
             method=",".join(sorted({step.method for step in plan.platforms})),
-            platforms=list(published.platforms),
-            seconds=round(seconds, 3),
+            platforms=sorted(str(step.platform) for step in plan.platforms),
+            seconds=round(time.monotonic() - began, 3),
             bytes=sum(artifact.size or 0 for artifact in plan.artifacts),
         )
+
+
+def _tell_published(plan: Plan, published: Published, began: float) -> None:
+    if published.reference is not None:
+        event = "published" if published.changed else "already published"
+        _tell_end(plan, event, began, digest=str(published.reference.digest))
 
 
 @contextmanager
 def _lines_of(version: ModelVersion, phase: str) -> Iterator[None]:
     """Have every line of the log name the version and the phase, those of threads begun here as well."""
-    with bound_contextvars(model=version.name, version=version.version, phase=phase):
-        yield
+    about = {"model": version.name, "version": version.version, "phase": phase}
+    with bound_contextvars(**about):
+        try:
+            yield
+        except BuilderError as error:
+            # It is logged where the command ends.
+            error.about = about
+            raise
 
 
 @contextmanager
@@ -399,9 +417,12 @@ def run_fetch(
 ) -> Plan:
     """Run the fetch phase on the workspace that the settings name."""
     with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
+        began = time.monotonic()
         workspace.clear_plan()
         version = find(settings, services)
-        return fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+        plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+        _tell_end(plan, "fetched", began, action=plan.action, reason=plan.reason)
+        return plan
 
 
 def run_build(settings: BuildSettings) -> BuildResult:
@@ -421,4 +442,7 @@ def run_build(settings: BuildSettings) -> BuildResult:
 def run_push(settings: Settings) -> Published:
     """Run the push phase on the workspace that the settings name."""
     with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
-        return push(settings, services, workspace)
+        began = time.monotonic()
+        published = push(settings, services, workspace)
+        _tell_published(workspace.plan(), published, began)
+        return published

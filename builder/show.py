@@ -1,8 +1,9 @@
-"""What people see beside logs: a plan, a sweep's table, the progress of a download."""
+"""What people see beside logs: a plan, a sweep's table, the progress of a publish."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,12 @@ from typing import TYPE_CHECKING
 from builder.log import get_logger
 from builder.masking import masked
 from builder.shown import one_line, shown, visible
+from builder.stages import metered
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
     from builder.download import DownloadResult
     from builder.models.context import Progress
     from builder.models.version import ModelVersion
@@ -151,20 +156,52 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) 
 
 
 @contextmanager
-def download_progress() -> Iterator[Progress | None]:
-    """Give what shows a download's progress on a terminal; None elsewhere."""
+def progress() -> Iterator[Progress | None]:
+    """Show on a terminal what moves: artifacts, wheels, layers, uploads; elsewhere nothing is shown.
+
+    A line is there as long as there is something to wait for, and is drawn ten times a second at most.
+
+    Yields:
+        What is told of the artifacts; None where nothing is shown.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("downloading", total=None, visible=False)
+        meter = _Bars(bar)
+        with metered(meter):
+            yield meter.artifacts
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
 
-        yield show
+class _Bars:
+    """A line for each thing that moves, hidden until there is something to wait for, and once there is no more."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._lock = threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
+        self._amounts: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, what: str, done: int, more: int) -> None:
+        with self._lock:
+            before, total = self._amounts.get(what, (0, 0))
+            self._set(what, before + done, total + more)
+
+    def artifacts(self, done: int, total: int) -> None:
+        """Take note of how many bytes are here of how many; see `builder.models.context.Progress`."""
+        with self._lock:
+            self._set("artifacts", done, total)
+
+    def _set(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=None, visible=False, amount="")
+        self._amounts[what] = done, total
+        # Of some wheels no index says how large they are.
+        most = max(done, total)
+        amount = f"{done} of {most}" if what == "layers" else f"{size(done)} of {size(most)}"
+        self._bar.update(self._tasks[what], completed=done, total=most, amount=amount, visible=done < most)

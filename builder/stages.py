@@ -1,4 +1,4 @@
-"""Where the time of a publish goes: seconds by stage, told in one line of the log at its end."""
+"""Where the time of a publish goes: seconds by stage, told in one line of the log at its end; and how far it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
 
+
+class Meter(Protocol):
+    """Is told what moves, from any thread, some times for each MiB."""
+
+    def __call__(self, what: str, done: int, more: int) -> None:
+        """Take note.
+
+        Args:
+            what: `wheels` and `uploads` are in bytes, `layers` are counted.
+            done: how much has moved since it was told last; fewer than none where it begins again.
+            more: how much is known to have to move beside what was known.
+        """
+        ...
+
+
+_meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 _lock = threading.Lock()
 _seconds: dict[str, float] = {}
 
@@ -28,3 +46,20 @@ def taken() -> dict[str, float]:
         seconds = {name: round(value, 3) for name, value in _seconds.items()}
         _seconds.clear()
     return seconds
+
+
+@contextmanager
+def metered(meter: Meter) -> Iterator[None]:
+    """Tell a meter what moves in the context, in threads that are begun there as well."""
+    token = _meter.set(meter)
+    try:
+        yield
+    finally:
+        _meter.reset(token)
+
+
+def moved(what: str, done: int = 0, *, more: int = 0) -> None:
+    """Tell the meter of this context, if there is one; see `Meter`."""
+    meter = _meter.get()
+    if meter:
+        meter(what, done, more)

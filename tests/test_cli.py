@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -45,9 +46,19 @@ def bare(*arguments, **environ):
     )  # fmt: skip
 
 
+def last_line(done):
+    """Return the last line of stderr, which says what came of it, with a time as every line has one."""
+    line = json.loads(done.stderr.strip().splitlines()[-1])
+    assert datetime.now(UTC) - datetime.fromisoformat(line["timestamp"]) < timedelta(hours=1)
+    return line
+
+
 def failure(done):
     """Return the last line of stderr, which says what failed."""
-    return json.loads(done.stderr.strip().splitlines()[-1])
+    line = last_line(done)
+    assert (line["event"], line["level"], line["exit_code"]) == ("failed", "error", done.returncode)
+    assert line["error"]
+    return line
 
 
 COMMANDS = ("publish", "plan", "fetch", "build", "push", "sweep", "warm", "download", "register")
@@ -108,6 +119,38 @@ def test_a_version_alone_names_nothing(tmp_path):
     assert "--model" in done.stderr
 
 
+def test_what_fails_is_a_line_of_the_log_like_all_others(tmp_path):
+    environ = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1", "REGISTRY_URL": "127.0.0.1:1/x", "HOME": str(tmp_path)}
+    environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    done = bare("publish", "a model", "7", **environ, LOG_FORMAT="json", LOG_LEVEL="error")
+    line = failure(done)
+    assert (done.returncode, line["model"], line["version"]) == (69, "a model", "7")
+    assert line["remedy"]
+
+
+BROKEN = """\
+import sys
+from builder import __main__, download
+def broken(*_, **__):
+    raise RuntimeError("one\\nforged: line")
+download.download_all = broken
+sys.argv[1:] = ["download", "/nonexistent"]
+__main__.main()
+"""
+
+
+def test_a_defect_is_one_line_of_the_log_with_its_traceback():
+    environ = {"PATH": os.environ["PATH"], "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN], check=False, text=True, capture_output=True, env=environ, timeout=HANG
+    )
+    line = failure(done)
+    assert done.returncode == ExitCode.SOFTWARE
+    assert len(done.stderr.splitlines()) == 1
+    assert "in broken" in line["exception"]
+    assert "report it" in line["remedy"]
+
+
 def test_an_error_on_a_terminal_is_for_people():
     done = bare("publish", LOG_FORMAT="text")
     assert done.stderr.startswith("error: The settings cannot be used")
@@ -145,6 +188,18 @@ def test_the_three_phases_hand_over_through_the_workspace(builder, mlflow_server
     pushed = builder("push", **workspace)
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.startswith(f"{builder.environ['REGISTRY_URL']}/{model.name}@sha256:")
+    of_version = {"model": model.name, "version": model.version, "phase": "end", "level": "info"}
+    end = last_line(fetched)
+    assert end.items() >= {**of_version, "event": "fetched", "action": "publish", "platforms": ["linux/amd64"]}.items()
+    assert end["bytes"] > 0
+    assert end["seconds"] > 0
+    end = last_line(pushed)
+    assert end.items() >= {**of_version, "event": "published", "method": "dockerfile"}.items()
+    assert end["digest"] in pushed.stdout
+    again = builder("fetch", model.name, model.version, **workspace)
+    assert last_line(again)["action"] == "nothing"
+    again = builder("push", **workspace)
+    assert last_line(again)["event"] == "already published"
 
 
 def test_a_failed_build_exits_0_and_push_exits_73(builder, mlflow_server, base_image, tmp_path):
@@ -160,6 +215,8 @@ def test_a_failed_build_exits_0_and_push_exits_73(builder, mlflow_server, base_i
     assert failure(pushed)["exit_code"] == 73
     assert json.loads(message.read_text())["state"] == "failed"
     assert model.outcome()["state"] == "failed"
+    about = {"model": model.name, "version": model.version, "phase": "push"}
+    assert failure(pushed).items() >= about.items()
 
 
 @pytest.mark.parametrize("phase", ["build", "push"])

@@ -190,7 +190,11 @@ def settings(shelf, **values):
 def test_tagged_versions_come_with_what_their_templates_make(shelf, seed_version, tmp_path):
     plain, rendered = list(download_all(settings(shelf), tmp_path / "out", name=seed_version.name))
     assert (plain.state, rendered.state) == ("new", "new")
-    assert not (plain.folder / "Dockerfile").exists()
+    # Without a template the built-in ones are what the image would be made by.
+    assert "FROM docker.io/library/python:3.11-slim" in (plain.folder / "Dockerfile").read_text()
+    script = (plain.folder / "create_docker_image.sh").read_text()
+    assert f"{plain.folder.parent.name}:v1" in script or plain.folder.parent.name in script
+    assert (plain.folder / "create_docker_image.sh").stat().st_mode & 0o777 == 0o755
     assert (rendered.folder / "Dockerfile").read_text() == (
         "FROM python:3.11-slim\n"
         "ENV PATH=$PATH:/home/app/.local/bin\n"
@@ -202,6 +206,67 @@ def test_tagged_versions_come_with_what_their_templates_make(shelf, seed_version
     assert said.stdout == f"{rendered.folder.parent.name}:v2\n"
     again = download_all(settings(shelf), tmp_path / "out", name=seed_version.name)
     assert [result.state for result in again] == ["unchanged", "unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("mymodel/data/weights.bin", None), ("mymodel/MLmodel", 3), ("Dockerfile", None)]
+)
+def test_a_file_that_is_missing_or_cut_off_is_noticed(shelf, model, tmp_path, name, size):
+    version = shelf.in_run((model, "mymodel"))
+    (first,) = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    before = tree(first.folder)
+    if size is None:
+        (first.folder / name).unlink()
+    else:
+        (first.folder / name).write_bytes(before[name][:size])
+    (again,) = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    assert again.state == "changed"
+    assert tree(again.folder) == before
+    (last,) = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    assert last.state == "unchanged"
+
+
+def test_what_no_dockerfile_can_be_made_for_is_downloaded_all_the_same(shelf, model, tmp_path, capfd):
+    (model / "requirements.txt").unlink()
+    version = shelf.in_run((model, "mymodel"))
+    (result,) = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    assert result.state == "new"
+    assert "mymodel/MLmodel" in tree(result.folder)
+    assert not (result.folder / "Dockerfile").exists()
+    (again,) = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    assert again.state == "unchanged"
+
+
+def test_the_author_s_own_dockerfile_is_left_as_it_is(shelf, model, tmp_path):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "Dockerfile").write_text("FROM logged\n")
+    version = shelf.in_run((model, "mymodel"), (tmp_path / "top", ""))
+    (result,) = download_all(settings(shelf), tmp_path / "out", name=version.name, version="1")
+    assert (result.folder / "Dockerfile").read_text() == "FROM logged\n"
+    assert (result.folder / "create_docker_image.sh").exists()
+
+
+def test_folders_of_deleted_versions_are_told_and_stay(shelf, model, tmp_path, caplog):
+    tag = {f"KEEP_{tmp_path.name}": "true"}
+    name = f"deleted later {tmp_path.name}"
+    stays, goes, untagged = (shelf.in_run((model, "mymodel"), name=name, tags=tag) for _ in range(3))
+    asked = settings(shelf, TARGET_TAG=next(iter(tag)))
+    assert len(list(download_all(asked, tmp_path / "out"))) == 3
+    shelf.client.delete_model_version(name, goes.version)
+    shelf.client.delete_model_version_tag(name, untagged.version, next(iter(tag)))
+    results = {result.version.version: result for result in download_all(asked, tmp_path / "out")}
+    assert {number: result.state for number, result in results.items()} == {
+        stays.version: "unchanged",
+        goes.version: "gone",
+    }
+    gone = results[goes.version]
+    assert gone.folder.is_dir()
+    assert gone.version.name == name
+    assert gone.exit_code == 0
+    assert str(gone.folder) in caplog.text
+    # What another model's download is about is nobody's business.
+    other = shelf.in_run((model, "mymodel"), tags=tag)
+    assert [result.state for result in download_all(asked, tmp_path / "out", name=other.name)] == ["new"]
 
 
 def test_one_version_need_not_carry_the_tag(shelf, model, tmp_path):

@@ -84,6 +84,27 @@ def test_no_wheel_and_no_engine(small, small_settings, registry):
     assert not [path for path in after.keys() - before.keys() if f"/{model.name}/{model.name}/" in path]
 
 
+def test_without_an_engine_source_alone_is_named_first(small, small_settings, packages):
+    """Of more than one version uv says "all versions of … have no usable wheels"."""
+    packages.add_source("never-built", "1.0")
+    packages.add_source("never-built", "1.1")
+    model = small("never-built\n")
+    with pytest.raises(NoWheel) as caught:
+        publish(small_settings(model, BUILD_ENGINE="kaniko"))
+    assert caught.value.exit_code == 73
+    assert model.outcome()["error"].startswith("NoWheel: never-built has no wheel for linux/amd64")
+
+
+def test_no_engine_is_tried_for_what_is_another_system_s(small, small_settings, packages, monkeypatch):
+    packages.add("of-windows", "306", tag="cp311-cp311-win_amd64")
+    monkeypatch.setattr("builder.methods.select_engine", lambda *_: pytest.fail("an engine was asked for"))
+    model = small("of-windows==306\n")
+    with pytest.raises(NoWheel, match="no engine can build it") as caught:
+        publish(small_settings(model, BUILD_ENGINE="buildah"))
+    assert caught.value.exit_code == 73
+    assert "of-windows; sys_platform == 'win32'" in model.outcome()["error"]
+
+
 CONDA = """\
 channels: [conda-forge]
 dependencies:

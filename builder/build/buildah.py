@@ -22,16 +22,16 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.build.bounded_output import BoundedOutput
 from builder.build.buildah_files import SEEN_BUNDLE, Files, staged
-from builder.build.dockerfile import Dockerfile
-from builder.build.failure import failure
+from builder.build.dockerfile import Dockerfile, Instruction, opens_heredoc
+from builder.build.failure import Printed, failure
 from builder.build.process import Runner, run
-from builder.errors import BuilderError, BuildFailed, EngineKilled
+from builder.errors import BuilderError, BuildFailed, EngineKilled, one_line
 
 if TYPE_CHECKING:
     from builder.build.engine import BuildJob, Output
@@ -42,6 +42,9 @@ _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 _KILLED = frozenset({-signal.SIGKILL, 128 + signal.SIGKILL})
 _SHORT = 60.0
 _SAFE_MOUNTS = (1, 38, 1)
+# The releases that know what BuildKit's Dockerfiles may have. Kaniko's fork has here-documents since 1.25.4,
+# and ignores --link.
+_SINCE = {"here-documents": (1, 33), "--link": (1, 41)}
 _VERSION = re.compile(r"buildah version (\d+)\.(\d+)\.(\d+)")
 _SOURCELESS = re.compile(
     r"type=(?:cache|tmpfs|secret|ssh)"
@@ -90,7 +93,7 @@ class Buildah:
         """
         job.layout.parent.mkdir(parents=True, exist_ok=True)
         with staged(job, job.layout.parent) as files:
-            self._refuse_mounts(job, files)
+            self._refuse(job, files)
             output = BoundedOutput(output)
             said = _Said(output)
             try:
@@ -116,22 +119,29 @@ class Buildah:
             raise BuildFailed(message, remedy="Build again; the log may say why.")
         return found
 
-    def _refuse_mounts(self, job: BuildJob, files: Files) -> None:
-        """Refuse mounts that this version of Buildah does not keep within the build."""
+    def _refuse(self, job: BuildJob, files: Files) -> None:
+        """Refuse what this version of Buildah does not know, and mounts that it does not keep within the build."""
         dockerfile = Dockerfile.parse(job.dockerfile.read_text(errors="replace"))
         mounts = [step for step, value in dockerfile.mounts() if not _SOURCELESS.fullmatch(value)]
-        if not mounts:
+        newer = [(step, what) for step in dockerfile.instructions for what in _newer(step)]
+        if not mounts and not newer:
             return
         lines: list[str] = []
         self._run(["--version"], job, files, lines.append, timeout=_SHORT)
         found = _VERSION.search("\n".join(lines))
         version = tuple(int(part) for part in found.groups()) if found else (0,)
-        if version < _SAFE_MOUNTS:
+        this = f"this Buildah ({'.'.join(map(str, version))})"
+        if mounts and version < _SAFE_MOUNTS:
             message = (
-                f"Line {mounts[0].first} of the Dockerfile has a RUN --mount that names a source, and this Buildah "
-                f"({'.'.join(map(str, version))}) lets such a mount reach any file of the machine (CVE-2024-1753)."
+                f"Line {mounts[0].first} of the Dockerfile has a RUN --mount that names a source, and {this} lets such "
+                "a mount reach any file of the machine (CVE-2024-1753)."
             )
             raise BuildFailed(message, remedy="Use COPY --from instead, or install Buildah 1.38.1 or newer.")
+        for step, what in newer:
+            if version < _SINCE[what]:
+                one = "a here-document (<<)" if what == "here-documents" else f"{step.keyword} --link"
+                message = f"Line {step.first} of the Dockerfile has {one}, which {this} does not know."
+                raise BuildFailed(message, remedy=_instead(what))
 
     def _build_argv(self, job: BuildJob, files: Files) -> list[str]:
         argv = [
@@ -231,24 +241,45 @@ class Buildah:
                 self._run(["rm", state.parts[-3]], job, files, lambda _: None, timeout=_SHORT)
 
 
+def _newer(step: Instruction) -> Iterator[str]:
+    """Yield what of an instruction not every Buildah knows."""
+    if step.heredoc:
+        yield "here-documents"
+    if step.keyword in {"COPY", "ADD"} and "link" in step.flags()[0]:
+        yield "--link"
+
+
+def _instead(what: str) -> str:
+    """Return what to do where Buildah does not know something."""
+    release = ".".join(map(str, _SINCE[what]))
+    if what == "--link":
+        return f"Leave --link out, install Buildah {release} or newer, or build with Kaniko (the builder image)."
+    return (
+        "Join the lines with '&& \\', or log them as a file that COPY brings; install Buildah "
+        f"{release} or newer (Debian 13's can, Ubuntu 24.04's cannot), or build with Kaniko (the builder image)."
+    )
+
+
 class _Said:
     """Buildah's output: handed on without its noise, and remembered as far as a failure needs it."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._printed = ""  # the last line of the step's own program
+        self._printed = Printed()
+        self._steps = ("", "")  # the last two
         self._error = ""  # Buildah's own last words
 
     def __call__(self, line: str) -> None:
         """Take one line."""
         if _NOISE.match(line):
             return
-        if _STEP.match(line):
-            self._printed = ""
+        if step := _STEP.match(line):
+            self._steps = self._steps[1], step[1]
+            self._printed.clear()
         elif line.startswith("Error: "):
             self._error = line
-        elif line.strip():
-            self._printed = line
+        else:
+            self._printed.take(line)
         self._output(line)
 
     def failure(self, code: int, platform: Platform) -> BuilderError:
@@ -258,10 +289,13 @@ class _Said:
             return EngineKilled(message, remedy="Most often memory ran out: give the machine or the container more.")
         match = _FAILED_STEP.match(self._error)
         if match is None:
-            words = self._error.removeprefix("Error: ") or self._printed or f"exit code {code}"
+            words = self._error.removeprefix("Error: ") or self._printed.last or f"exit code {code}"
             return failure("Buildah", platform, words)
         said = match["said"]
         if unknown := _UNKNOWN_INSTRUCTION.search(said):
+            if opens_heredoc(self._steps[0]):
+                message = f"This Buildah does not read the here-document of '{one_line(self._steps[0], 200)}'."
+                return BuildFailed(message, remedy=_instead("here-documents"))
             return failure("Buildah", platform, f"the Dockerfile does not parse: unknown instruction {unknown[1]!r}")
         status = _EXIT_STATUS.fullmatch(said)
         return failure(
@@ -269,5 +303,5 @@ class _Said:
             platform,
             f"exit code {status[1]}" if status else said,
             step=match["step"],
-            output=self._printed if status else "",
+            printed=self._printed if status else None,
         )

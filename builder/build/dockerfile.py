@@ -43,12 +43,14 @@ class Instruction:
         rest: what follows the keyword, continuation lines joined, comments between them left out.
         first: number of its first line, from 1.
         last: number of its last line, here-documents included.
+        heredoc: whether it has here-documents.
     """
 
     keyword: str
     rest: str
     first: int
     last: int
+    heredoc: bool = False
 
     def flags(self) -> tuple[dict[str, str], str]:
         """Return the leading `--name=value` flags, and what follows them."""
@@ -265,9 +267,14 @@ def _instructions(lines: list[str], escape: str) -> Iterator[Instruction]:
         keyword, rest = match[1].upper(), text[match.end() :]
         if keyword == "ONBUILD" and (behind := _KEYWORD.match(rest)):
             keyword, rest = behind[1].upper(), rest[behind.end() :]
-        if keyword in _WITH_HEREDOC:
-            at = _after_heredocs(rest, places, at)
-        yield Instruction(keyword, rest, first + 1, at)
+        end = _after_heredocs(rest, places, at) if keyword in _WITH_HEREDOC else at
+        heredoc, at = end > at, end
+        yield Instruction(keyword, rest, first + 1, at, heredoc)
+
+
+def opens_heredoc(line: str) -> bool:
+    """Return whether a here-document begins on an instruction's line, if one of its lines ends it."""
+    return bool(_HEREDOC.search(line))
 
 
 def _after_heredocs(rest: str, places: Mapping[str, list[int]], at: int) -> int:

@@ -38,6 +38,116 @@ _REMEDIES = (
 )
 
 
+# What building a package takes beside Python, by what the programs say that do not find it.
+_LACKING = (
+    (re.compile(r"Unknown compiler\(s\): \[\['gfortran'|[Nn]o Fortran compiler"), "a Fortran compiler (gfortran)"),
+    (re.compile(r"can't find Rust compiler|Cargo, the Rust package manager, is not"), "a Rust compiler (rustc, cargo)"),
+    (re.compile(r"pg_config executable not found|pg_config is required"), "PostgreSQL's pg_config (Debian: libpq-dev)"),
+    (re.compile(r"mysql_config\b.{0,40}not found"), "MySQL's client library (Debian: default-libmysqlclient-dev)"),
+    (re.compile(r"error: Python\.h: No such file"), "Python's headers (Debian: python3-dev)"),
+    (re.compile(r"fatal error: ([\w./+-]{1,100}): No such file"), "the header {}"),
+    (re.compile(r"cannot find -l([\w.+-]{1,60})"), "the library {}"),
+    (re.compile(r"(?:unable to execute|command) '([\w.+/-]{1,60})'(?: failed)?: No such file"), ""),
+    (
+        re.compile(
+            r"No such file or directory: '(gcc|g\+\+|cc|c\+\+|gfortran|cmake|make|ninja|git|cargo|rustc|swig|"
+            r"pkg-config|java|nvcc|go|perl|patchelf)'"
+        ),
+        "",
+    ),
+    (re.compile(r"Cannot find command '([\w.+-]{1,60})'"), ""),
+    (
+        re.compile(
+            r"Microsoft Visual C\+\+|No CMAKE_C(?:XX)?_COMPILER could be found|Unknown compiler\(s\)|"
+            r"no acceptable C compiler|C compiler cannot create executables|linker `cc` not found"
+        ),
+        "a C compiler (gcc)",
+    ),
+)
+_SHELL_LACKS = re.compile(r"(?:^|: )([\w.+-]{1,60}): (?:command )?not found$")
+_COMPILER = re.compile(r"(?:.*[/-])?(?:gcc|g\+\+|cc|c\+\+|clang(?:\+\+)?)(?:-[\d.]+)?")
+_NO_FILE = re.compile(r"No matching distribution found for (\S.{0,200})")
+_NO_INDEX = re.compile(r"WARNING: Retrying \(Retry\(|Could not fetch URL")
+_PACKAGE = re.compile(r"Failed building wheel for ([\w.-]{1,100})|╰─> ([\w.-]{1,100})$")
+
+
+class Printed:
+    """What a step's own program prints, as far as a failure needs it: the last line, and what it says of the reason.
+
+    It is the author's word, and chooses between remedies alone.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with another step."""
+        self.last = ""
+        self._telling = ""
+        self._lacking = ""
+        self._package = ""
+        self._missing = ""
+        self._unreached = False
+
+    def take(self, line: str) -> None:
+        """Take one line; an empty one says nothing."""
+        if not line.strip():
+            return
+        self.last = line
+        if lacking := _lacking(line):
+            self._telling, self._lacking = line.strip(), lacking
+        elif found := _NO_FILE.search(line):
+            self._telling, self._missing = line.strip(), found[1]
+        elif found := _PACKAGE.search(line):
+            self._package = found[1] or found[2]
+        self._unreached = self._unreached or bool(_NO_INDEX.search(line))
+
+    @property
+    def line(self) -> str:
+        """The line that tells the most."""
+        return self._telling or self.last
+
+    @property
+    def remedy(self) -> str:
+        """What helps against what was said; empty where nothing was."""
+        lacking = self._lacking
+        if not lacking and (found := _SHELL_LACKS.search(self.last)):
+            lacking = _program(found[1])
+        if lacking:
+            package = one_line(self._package, 100)
+            why = f", which building {package} takes" if package else ""
+            return (
+                f"The base image lacks {one_line(lacking, 100)}{why}. "
+                "Choose a base that has it (BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE), install it in a "
+                f"Dockerfile.template of the version's own, or pin a release of {package or 'the package'} that has a "
+                "wheel."
+            )
+        if not self._missing:
+            return ""
+        missing = one_line(self._missing, 100)
+        if self._unreached:
+            return (
+                f"RUN steps do not reach the package index, or it has no {missing}: see PIP_INDEX_URL, PIP_CONFIG_FILE "
+                "and the proxy variables."
+            )
+        return (
+            f"No index has {missing} for this platform and Python, as wheel or source, so that no engine can install "
+            "it. Pin a version that there is, leave the package out where it belongs to another system, as pywin32 "
+            "does, or configure the index that has it (PIP_INDEX_URL, PIP_CONFIG_FILE)."
+        )
+
+
+def _lacking(line: str) -> str:
+    for pattern, what in _LACKING:
+        if found := pattern.search(line):
+            return what.format(*found.groups()) if what else _program(found[1])
+    return ""
+
+
+def _program(name: str) -> str:
+    return f"a C compiler ({name})" if _COMPILER.fullmatch(name) else f"the program {name}"
+
+
 def machine_platform() -> Platform:
     """Return the platform of the kernel that runs us; its variant is not known and not named."""
     system = os.uname()
@@ -65,7 +175,9 @@ def cannot_be_run(platform: Platform) -> BuildFailed:
     return BuildFailed(message, remedy=remedy)
 
 
-def failure(engine: str, platform: Platform, said: str, *, step: str = "", output: str = "") -> BuilderError:
+def failure(
+    engine: str, platform: Platform, said: str, *, step: str = "", printed: Printed | None = None
+) -> BuilderError:
     """Return the error that an engine's last words stand for.
 
     Args:
@@ -73,19 +185,23 @@ def failure(engine: str, platform: Platform, said: str, *, step: str = "", outpu
         platform: what was being built.
         said: the engine's own last words on why it failed.
         step: the Dockerfile's instruction that failed; empty where none had begun, or the engine itself failed.
-        output: the last line that the instruction's own program wrote.
+        printed: what the instruction's own program wrote; None where that has nothing to do with it.
 
     Returns:
         `ServiceUnavailable` where a registry is away, `TryAgain` where a disk is full, else `BuildFailed`.
     """
-    said, step, output = (one_line(text, _LONGEST_SAYING) for text in (said, step, output))
+    said, step, output = (one_line(text, _LONGEST_SAYING) for text in (said, step, printed.line if printed else ""))
     if _FOREIGN.search(f"{said} {output}") and is_foreign(platform):
         return cannot_be_run(platform)
     if step:
         message = f"{platform}: the step '{one_line(step, 200)}' failed: {f'{output} ({said})' if output else said}."
         if _FULL.search(message):
             return TryAgain(message, remedy="Give the workspace and the container's own disk more room.")
-        return BuildFailed(message, remedy="The log has the step's whole output; correct the Dockerfile.")
+        remedy = (
+            "The log has the step's whole output; correct the Dockerfile or, where the version brings none, its "
+            "requirements."
+        )
+        return BuildFailed(message, remedy=(printed.remedy if printed else "") or remedy)
     message = f"{engine} could not build {platform}: {said or 'it did not say why'}."
     if _FULL.search(said):
         return TryAgain(message, remedy="Give the workspace and the container's own disk more room.")

@@ -74,7 +74,7 @@ class Session:
                 request = self._client.build_request("GET", url, headers=dict(headers))
                 response = self._client.send(request, stream=True, auth=auth)
             except httpx.TransportError as error:
-                raise _failure(url, error) from error
+                raise _failure(url, error, unanswered=isinstance(error, httpx.ReadTimeout)) from error
             except (httpx.InvalidURL, ValueError) as error:
                 raise strange(url, "with an address that is none") from error
             try:
@@ -96,10 +96,11 @@ class Later(Again):
     Args:
         error: for when it does not.
         seconds: that the server asks to wait; None where it does not say.
+        unanswered: as for `Again`.
     """
 
-    def __init__(self, error: ServiceUnavailable, seconds: float | None = None) -> None:
-        super().__init__(error)
+    def __init__(self, error: ServiceUnavailable, seconds: float | None = None, *, unanswered: bool = False) -> None:
+        super().__init__(error, unanswered=unanswered)
         self._seconds = seconds
 
     @property
@@ -196,13 +197,13 @@ def check(url: str, answer: httpx.Response, what: str) -> None:
         raise strange(url, f"with HTTP {status} for {what}")
 
 
-def _failure(url: str, error: httpx.TransportError) -> Exception:
+def _failure(url: str, error: httpx.TransportError, *, unanswered: bool = False) -> Exception:
     certificate = cause_of(error, ssl.SSLCertVerificationError)
     if certificate:
         why = one_line(certificate.verify_message, 200)
         message = f"The certificate of the package index at {host_of(url)} is not trusted: {why}."
         return InvalidSettings(message, remedy="Name a bundle with the authority that signed it in SSL_CERT_FILE.")
-    return Later(away(url, one_line(str(error), 200) or type(error).__name__))
+    return Later(away(url, one_line(str(error), 200) or type(error).__name__), unanswered=unanswered)
 
 
 def away(url: str, why: str) -> ServiceUnavailable:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from builder.build.failure import failure
+from builder.build.failure import Printed, failure
 from builder.errors import EngineKilled
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class KanikoOutput:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._step = ""
-        self._printed = ""  # the last line of the step's own program
+        self._printed = Printed()
         self._words = ""  # Kaniko's own last words
 
     def __call__(self, line: str) -> None:
@@ -54,7 +54,8 @@ class KanikoOutput:
         if _NOISE.match(message):
             return
         if _INSTRUCTION.match(message):
-            self._step, self._printed = message, ""
+            self._step = message
+            self._printed.clear()
         if level in {"error", "fatal", "panic"}:
             self._words = message
         self._output(message if level == "info" else f"{level}: {message}")
@@ -62,8 +63,8 @@ class KanikoOutput:
     def _take_raw(self, line: str) -> None:
         if _OWN_WORDS.match(line):
             self._words = line
-        elif line.strip():
-            self._printed = line
+        else:
+            self._printed.take(line)
         self._output(line)
 
     def failure(self, code: int, platform: Platform) -> BuilderError:
@@ -71,14 +72,14 @@ class KanikoOutput:
         if code == _KILLED:
             message = f"Kaniko was killed while it built {platform}."
             return EngineKilled(message, remedy="Most often memory ran out: raise the container's memory limit.")
-        words = self._words or self._printed
+        words = self._words or self._printed.last
         in_step = _STEP_FAILED in words
         return failure(
             "Kaniko",
             platform,
             _WRAPPING.sub("", words) or f"exit code {code}",
             step=self._step if in_step else "",
-            output=self._printed if in_step else "",
+            printed=self._printed if in_step else None,
         )
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = get_logger("lock")
 _MOST_ROUNDS = 4
+_OTHER_SYSTEMS = ("win", "macosx_")
+_NO_SOURCE = (".exe", ".msi", ".egg")
 
 
 def lock(
@@ -110,6 +112,29 @@ class _Locking:
 
     def lock(self) -> Lock:
         """Return the lock of the requirements, or of what they name as `otherwise`."""
+        try:
+            return self._whole()
+        except NoWheel as error:
+            if systems := self._only_for(error.package):
+                raise NoWheel(error.package, error.platform, systems=systems) from error
+            raise
+
+    def _only_for(self, package: str) -> list[str]:
+        """Return the platform tags of a package's files, where all that may be asked for are other systems' wheels."""
+        wanted = [SpecifierSet(one.specifier) for one in self._question.requirements.named(package)]
+        platforms: set[str] = set()
+        for file in self._client.files(package):
+            release = file.release
+            if file.filename.endswith(_NO_SOURCE) or (
+                release and not all(one.contains(release[1], prereleases=True) for one in wanted)
+            ):
+                continue
+            if release is None or not file.filename.endswith(".whl"):
+                return []  # source, or what may be
+            platforms |= {tag.platform for tag in parse_wheel_name(file.filename)[3]}
+        return sorted(platforms) if all(platform.startswith(_OTHER_SYSTEMS) for platform in platforms) else []
+
+    def _whole(self) -> Lock:
         try:
             return self._built_with(self._question)
         except Unsatisfiable as error:

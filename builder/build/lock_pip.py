@@ -21,6 +21,7 @@ from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 from pydantic import ValidationError
 
+from builder.build import resolver
 from builder.build.index import IndexClient
 from builder.build.indexes import FIRST_INDEX, Indexes
 from builder.build.locked import LockedWheel, Origin
@@ -84,7 +85,7 @@ def resolve(question: Question, tool: Tool, client: IndexClient) -> tuple[Locked
             *(interpreter(), "-m", "builder.build.pip_for_target", json.dumps(markers)),
             *("install", "--isolated", "--no-input", "--no-color", "--disable-pip-version-check"),
             *("--progress-bar", "off", "--keyring-provider", "disabled", "--use-feature", "fast-deps"),
-            *("--retries", "2", "--timeout", "30"),
+            *("--retries", str(resolver.HTTP_RETRIES), "--timeout", str(resolver.HTTP_SECONDS)),
             *("--dry-run", "--ignore-installed", "--target", str(folder / "nowhere"), "--report", str(report)),
             *("--only-binary", ":all:", "--implementation", "cp", "--python-version", question.python),
             *(f"--platform={tag}" for tag in wheel_platforms(question.platform, question.glibc)),

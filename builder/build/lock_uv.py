@@ -15,6 +15,7 @@ from packaging.utils import BuildTag, InvalidWheelFilename
 from packaging.version import Version
 from pydantic import ValidationError
 
+from builder.build import resolver
 from builder.build.indexes import FIRST_INDEX, Indexes, built_in_index
 from builder.build.locked import LockedWheel, Origin
 from builder.build.requirement import Required
@@ -38,8 +39,10 @@ from builder.reference import Platform
 _MACHINES = frozenset({"x86_64", "aarch64"})
 # The levels of glibc that uv has a name for (`uv pip compile --help`).
 _LEVELS = (17, 28, *range(31, 41))
+# Of one version ("x==1 has"), of all ("all versions of x have"), or of several ranges, each in a line of its own.
 _NO_WHEEL = re.compile(
-    r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:[=<>!~]=?\S+)? has no (?:wheels with a matching|usable wheels)"
+    r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:\[[^\]\s]{1,200}\])?(?:[=<>!~]=?\S+)?\s{1,40}"
+    r"ha(?:s|ve) no (?:wheels with |usable wheels)"
 )
 _URL_DEPENDENCY = re.compile(r"Package `([a-z0-9-]{1,200})` was included as a URL dependency")
 _MISSING_TIME = re.compile(r"`([^`]+)` is missing an upload date")
@@ -93,7 +96,12 @@ def resolve(question: Question, tool: Tool) -> tuple[LockedWheel, ...]:
             *(["--system-certs"] if tool.indexes.ca_bundle is None else []),
             str(folder / "requirements.txt"),
         ]
-        code, said = run_tool("uv", argv, tool=tool, folder=folder, env={"UV_KEYRING_PROVIDER": "disabled"})
+        env = {
+            "UV_KEYRING_PROVIDER": "disabled",
+            "UV_HTTP_TIMEOUT": str(resolver.HTTP_SECONDS),
+            "UV_HTTP_RETRIES": str(resolver.HTTP_RETRIES),
+        }
+        code, said = run_tool("uv", argv, tool=tool, folder=folder, env=env)
         if files := _MISSING_TIME.findall(said):
             raise MissingTimes(frozenset(_projects(files)))
         if code:

@@ -42,6 +42,8 @@ from builder.reference import Platform
 _log = get_logger("lock")
 CREDENTIAL = "Put the credential into the index's address (PIP_INDEX_URL, UV_INDEX, pip.conf) or into netrc."
 _MOST_LINES = 200
+# Seconds that an index may take for an answer, and how often it is asked again: both resolvers, each in its own words.
+HTTP_SECONDS, HTTP_RETRIES = 30, 2
 _CERTIFICATE = re.compile(
     r"invalid peer certificate|certificate[ _]verify[ _]failed|No CA certificates were loaded", re.IGNORECASE
 )

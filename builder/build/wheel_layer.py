@@ -51,6 +51,7 @@ class WheelLayer:
         self._layer: Layer | None = None
         self._libraries: tuple[Library, ...] = ()
         self._without_bytecode: tuple[str, ...] = ()
+        self._misrecorded: tuple[str, ...] = ()
         self._scheme = Scheme(python, wheel.metadata)
         with named(wheel.filename):
             self._places = places(self._scheme, wheel.members, wheel.metadata)
@@ -87,13 +88,22 @@ class WheelLayer:
         """The wheel's shared libraries, known when the bytes have been read to their end."""
         return WheelLibraries(self._wheel.filename, self._libraries)
 
+    @property
+    def misrecorded(self) -> tuple[str, ...]:
+        """The files that are others than the wheel's RECORD says, known when the bytes have been read to their end.
+
+        pip and uv install such wheels, the official ones of torch 1.7 to 1.12 among them, whose METADATA was changed
+        after it was listed. The wheel's own hash vouches for them; the layer's RECORD has the true ones.
+        """
+        return self._misrecorded
+
     def __iter__(self) -> Iterator[bytes]:
         """Yield the layer's bytes in chunks of about 256 KiB.
 
         What was yielded is a layer only when the iteration ends; whoever sends it must finish nothing before.
 
         Raises:
-            InvalidWheel: a file is not what the archive or RECORD says of it, or ends the compiler.
+            InvalidWheel: a file is not what the archive says of it, or ends the compiler.
             TryAgain: the compiler was ended from outside.
         """
         writer = LayerWriter()
@@ -141,6 +151,7 @@ class WheelLayer:
             written = {path for path in written if not _hidden(path, taken)}
             taken.update(written, *map(_above, written))
             self._libraries = libraries.libraries
+            self._misrecorded = tuple(installation.misrecorded)
 
     def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
         missing = []
@@ -167,6 +178,7 @@ class _Installation:
         self._metadata = wheel.metadata
         self._scheme = scheme
         self._entries: list[RecordEntry] = []
+        self.misrecorded: list[str] = []
 
     def file(self, place: Place, member: Member) -> Iterator[bytes]:
         """Write one of the wheel's files."""
@@ -191,7 +203,8 @@ class _Installation:
         except Corrupt as error:
             message = f"{member.name!r} cannot be read: {error}"
             raise BadArchive(message) from error
-        self._entries.append(RecordEntry(place.record, fingerprint.check(member.name), member.size))
+        self._compare(member, fingerprint)
+        self._entries.append(RecordEntry(place.record, fingerprint.found(), member.size))
 
     def own(self, place: Place, content: bytes) -> Iterator[bytes]:
         """Write a small file that does not come from the wheel."""
@@ -230,8 +243,12 @@ class _Installation:
         yield from self.writer.file(
             place.path, Plain(chunks=content(), size=size), executable=place.executable, observe=written.update
         )
-        fingerprint.check(member.name)
+        self._compare(member, fingerprint)
         self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(written.digest())), size))
+
+    def _compare(self, member: Member, fingerprint: Fingerprint) -> None:
+        if fingerprint.differs(member.size):
+            self.misrecorded.append(member.name)
 
 
 def _hidden(path: str, taken: set[str]) -> bool:

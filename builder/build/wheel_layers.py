@@ -6,8 +6,9 @@ import contextlib
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -20,14 +21,14 @@ from builder.build.wheel import InvalidWheel, layer_key, open_wheel
 from builder.build.wheel_groups import Group
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.crew import side_by_side
-from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
+from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of, one_line
 from builder.images.blob import Blob, FileBlob
 from builder.images.layer import Layer
 from builder.images.layer_store import LayerStore
 from builder.images.registry import RemoteBlob
 from builder.log import get_logger
 from builder.reference import Repository
-from builder.stages import stage
+from builder.stages import moved, stage
 
 _log = get_logger("wheels")
 _LOOKING = 16
@@ -37,6 +38,7 @@ _MAKING = 6
 _MOST_BYTES = 1 << 30
 _SECONDS = 60.0
 _SHOWN = 200
+_MOST_NAMED = 10
 
 Result = TypeVar("Result")
 
@@ -166,6 +168,8 @@ class WheelLayers:
         if missing:
             size = sum(group.size for group in missing.values())
             _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
+            moved("wheels", more=size)
+            moved("layers", more=len(missing))
         compiler = self._one_each(len(missing))
         with stage("wheel layers"):
             made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
@@ -260,6 +264,7 @@ class WheelLayers:
                 self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
                 self._count(sent=layer.size, made=1)
                 self._place(layer, repository, blob)
+            moved("layers", 1)
             return layer
 
     @contextlib.contextmanager
@@ -276,7 +281,7 @@ class WheelLayers:
             for wheel in reversed(group.wheels):
                 path = folder / wheel.filename[-200:]
                 with stage("download"):
-                    self._client.download(wheel, path)
+                    self._client.download(wheel, path, progress=partial(moved, "wheels"))
                 self._count(received=path.stat().st_size)
                 opened = open_wheel(path, filename=wheel.filename)
                 wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
@@ -295,6 +300,9 @@ class WheelLayers:
                 path.unlink()
             if made.without_bytecode:
                 _log.info("no bytecode", wheels=group.title[:200], files=len(made.without_bytecode))
+            for wheel, layer in zip(reversed(group.wheels), wheels, strict=True):
+                if layer.misrecorded:
+                    _warn_of_record(wheel.filename, layer.misrecorded)
             yield made.layer, FileBlob(path=target, digest=made.layer.digest, size=made.layer.size)
 
     def _count(self, *, sent: int = 0, received: int = 0, made: int = 0) -> None:
@@ -302,6 +310,11 @@ class WheelLayers:
             self.traffic.sent += sent
             self.traffic.received += received
             self.traffic.made += made
+
+
+def _warn_of_record(filename: str, files: Sequence[str]) -> None:
+    named = one_line(", ".join(files[:_MOST_NAMED]), 500)
+    _log.warning("files are others than the wheel's RECORD says", wheel=filename, count=len(files), files=named)
 
 
 def compiler_for(python: str) -> Compiler | None:

@@ -105,28 +105,29 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
 
 
 class Fingerprint:
-    """Compares a file's content, given piece by piece, with what RECORD says of it.
+    """Hashes a file's content, given piece by piece, and compares it with what RECORD says of it.
 
     Args:
         entry: RECORD's entry; None for a file that RECORD cannot list.
     """
 
     def __init__(self, entry: RecordEntry | None) -> None:
+        self._entry = entry
         self._expected = entry.hash_ if entry else None
         self._algorithm = self._expected.name if self._expected else "sha256"
         self._state = hashlib.new(self._algorithm)
         self.update = self._state.update
 
-    def check(self, name: str) -> Hash:
-        """Say that the content has been given whole, and return its hash.
+    def found(self) -> Hash:
+        """Return the hash of the content that was given, by the algorithm that RECORD takes."""
+        return Hash(self._algorithm, encoded(self._state.digest()))
 
-        Raises:
-            BadArchive: its hash is another one than RECORD's.
-        """
-        found = encoded(self._state.digest())
-        if self._expected and found != self._expected.value.rstrip("="):
-            refuse(f"{name!r} has another hash than RECORD says")
-        return Hash(self._algorithm, found)
+    def differs(self, size: int) -> bool:
+        """Return whether the content that was given, `size` bytes of it, is another than RECORD says."""
+        if self._entry is None or self._expected is None:
+            return False
+        other_size = self._entry.size is not None and self._entry.size != size
+        return other_size or self.found().value != self._expected.value.rstrip("=")
 
 
 def encoded(digest: bytes) -> str:
@@ -164,7 +165,10 @@ def _requires(metadata: str, name: str, version: Version) -> tuple[str, ...]:
 
 
 def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str, RecordEntry]:
-    """Return RECORD's entries by path, if each of the archive's files has one with a hash."""
+    """Return RECORD's entries by path, if each of the archive's files has one with a hash.
+
+    Whether hash and size are right is no question of whether a wheel can be installed: see `WheelLayer.misrecorded`.
+    """
     listed = record(text)
     for member in members:
         folder, _, last = member.name.rpartition("/")
@@ -175,6 +179,4 @@ def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str
             refuse(f"RECORD has no hash of {member.name!r}")
         if entry.hash_.name not in _HASHES:
             refuse(f"RECORD has only a weak hash ({entry.hash_.name[:60]}) of {member.name!r}")
-        if entry.size is not None and entry.size != member.size:
-            refuse(f"{member.name!r} has {member.size} bytes, and RECORD says {entry.size}")
     return listed

@@ -12,6 +12,7 @@ from typing import Protocol
 from builder.errors import BuildFailed
 from builder.images.files import Unsafe, chunks, opened
 from builder.reference import Digest
+from builder.stages import moved
 
 _CHUNK = 1 << 18
 
@@ -79,6 +80,36 @@ class LayoutBlob:
                 message = f"The image layout {self.layout.name!r} cannot be read: {error}."
                 raise BuildFailed(message, remedy="Build again.") from error
             yield from chunks(file, self.size)
+
+
+@dataclass(slots=True)
+class Counted:
+    """A blob whose bytes are counted while they are read.
+
+    Attributes:
+        blob: the blob.
+        read: how many were read, in all its readings.
+    """
+
+    blob: Blob
+    read: int = 0
+
+    @property
+    def digest(self) -> Digest:
+        """The blob's."""
+        return self.blob.digest
+
+    @property
+    def size(self) -> int:
+        """The blob's."""
+        return self.blob.size
+
+    def stream(self) -> Iterator[bytes]:
+        """Yield the blob's bytes."""
+        for chunk in self.blob.stream():
+            yield chunk
+            self.read += len(chunk)
+            moved("uploads", len(chunk))
 
 
 def verified(blob: Blob) -> Iterator[bytes]:

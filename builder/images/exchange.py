@@ -35,7 +35,7 @@ class Body:
             ServiceUnavailable: it took too long.
         """
         name = _host(self._response.request)
-        with _ours(name):
+        with _ours(name, answered=True):
             for chunk in self._response.iter_raw():
                 _in_time(name, self._until)
                 yield chunk
@@ -81,12 +81,12 @@ def _host(request: httpx.Request) -> str:
 
 
 @contextlib.contextmanager
-def _ours(name: str) -> Iterator[None]:
-    """Turn what fails on the way to or from the host `name` into errors of ours."""
+def _ours(name: str, *, answered: bool = False) -> Iterator[None]:
+    """Turn what fails on the way to or from the host `name`, before or after its answer began, into errors of ours."""
     try:
         yield
     except httpx.TransportError as error:
-        raise failure(name, error) from error
+        raise failure(name, error, answered=answered) from error
     except (httpx.InvalidURL, httpx.DecodingError) as error:
         raise unexpected(request_to(name), "in a form that HTTP does not have") from error
 
@@ -104,7 +104,7 @@ def whole_answer(response: httpx.Response, until: float, limit: int) -> Answer:
         ServiceUnavailable: the body is too large, or it took too long.
     """
     name = _host(response.request)
-    with _ours(name), contextlib.closing(response):
+    with _ours(name, answered=True), contextlib.closing(response):
         content = b"".join(_bounded(response, name, until, limit))
     answer = answer_of(response, content)
     if passes(answer.status):
@@ -144,8 +144,8 @@ def _in_time(name: str, until: float) -> None:
         raise ServiceUnavailable(message, remedy="See to the network, or try again later.")
 
 
-def failure(name: str, error: httpx.TransportError) -> Exception:
-    """Return what a request that had no answer raises."""
+def failure(name: str, error: httpx.TransportError, *, answered: bool = False) -> Exception:
+    """Return what a request that had no answer raises, or, where it had, one that broke off."""
     certificate = cause_of(error, ssl.SSLCertVerificationError)
     if certificate:
         message = f"The certificate of {name} is not trusted: {one_line(certificate.verify_message, 200)}."
@@ -161,5 +161,6 @@ def failure(name: str, error: httpx.TransportError) -> Exception:
         ServiceUnavailable(
             f"Registry {name} cannot be reached: {said}.",
             remedy="See that its name is right, that it runs, and that the network and proxy settings lead to it.",
-        )
+        ),
+        unanswered=not answered and isinstance(error, httpx.ReadTimeout),
     )

@@ -15,13 +15,14 @@ import httpx
 from builder.errors import BuilderError, BuildFailed, PermissionRefused
 from builder.images.answers import Answer, refusal, unexpected
 from builder.images.auth import scope
-from builder.images.blob import Blob, BytesBlob, verified
+from builder.images.blob import Blob, BytesBlob, Counted, verified
 from builder.images.descriptor import INDEXES, MANIFESTS, Descriptor, Malformed
 from builder.images.download import Download
 from builder.images.manifest import media_type_of
 from builder.images.transport import Transport
 from builder.log import get_logger
 from builder.reference import Digest, Reference, Repository
+from builder.stages import moved
 
 _log = get_logger("registry")
 _ACCEPT = ", ".join(sorted(MANIFESTS | INDEXES))
@@ -190,11 +191,15 @@ class Registry:
                 if upload is None:
                     return 0
             upload = upload or self._started(repository, until)
+            counted = Counted(blob)
+            moved("uploads", more=blob.size)
             try:
-                self._put(what, repository, blob, upload, until)
+                self._put(what, repository, blob if isinstance(blob, BytesBlob) else counted, upload, until)
             except BaseException:
+                moved("uploads", -counted.read, more=-blob.size)
                 self._cancel(repository, upload, until)
                 raise
+            moved("uploads", blob.size - counted.read)
             return blob.size
 
         return self._transport.patiently(what, push, size=blob.size)

@@ -19,6 +19,7 @@ from tenacity import (
     wait_exponential,
     wait_random,
 )
+from tenacity.stop import stop_base
 
 from builder.errors import BuilderError
 from builder.images.answers import Answer, refusal, told
@@ -40,6 +41,7 @@ class Patience:
         first: seconds before the second attempt; they double with each further one, and some chance is added.
         longest: seconds between two attempts at most; a registry's Retry-After is heard up to this.
         deadline: seconds for an operation with all its attempts, unless it is of a large blob.
+        unanswered: how often a request is made at most that is accepted and not answered at all.
         slowest: bytes per second below which a large blob's upload is given up.
         sleep: waits for some seconds.
     """
@@ -48,6 +50,7 @@ class Patience:
     first: float = 0.5
     longest: float = 60
     deadline: float = 300
+    unanswered: int = 2
     slowest: float = 100_000
     sleep: Callable[[float], None] = time.sleep
 
@@ -61,11 +64,13 @@ class Again(Exception):
 
     Args:
         failure: the answer that says so, or the error where there was no answer.
+        unanswered: whether the request was accepted, and an answer did not begin in time.
     """
 
-    def __init__(self, failure: Answer | BuilderError) -> None:
+    def __init__(self, failure: Answer | BuilderError, *, unanswered: bool = False) -> None:
         super().__init__("an attempt failed")
         self.failure = failure
+        self.unanswered = unanswered
 
     @property
     def retry_after(self) -> float | None:
@@ -124,7 +129,7 @@ def patiently(what: str, act: Callable[[float], Result], *, patience: Patience, 
     retrying = Retrying(
         sleep=patience.sleep,
         retry=retry_if_exception_type(Again),
-        stop=stop_after_attempt(patience.attempts) | stop_before_delay(budget),
+        stop=stop_after_attempt(patience.attempts) | stop_before_delay(budget) | _Unanswered(patience.unanswered),
         wait=wait,
         before_sleep=log,
         reraise=True,
@@ -133,6 +138,18 @@ def patiently(what: str, act: Callable[[float], Result], *, patience: Patience, 
         return retrying(act, time.monotonic() + budget)
     except Again as again:
         raise again.error(what) from again.__cause__
+
+
+class _Unanswered(stop_base):
+    """Stops when so many attempts had no answer at all."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        again = _failure(retry_state)
+        self._left -= bool(again and again.unanswered)
+        return self._left <= 0
 
 
 def _failure(state: RetryCallState) -> Again | None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import ssl
+import tarfile
 import threading
 import zipfile
 from contextlib import contextmanager
@@ -73,6 +74,17 @@ class PackageIndex:
         filename, content = make_wheel(name, version, **wheel)
         self.files.setdefault(name, {})[filename] = (content, uploaded, yanked)
         return filename, hashlib.sha256(content).hexdigest()
+
+    def add_source(self, name, version):
+        """Add a source distribution that says what it is, and that nothing could build."""
+        content = io.BytesIO()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+        with tarfile.open(fileobj=content, mode="w:gz") as archive:
+            entry = tarfile.TarInfo(f"{name.replace('-', '_')}-{version}/PKG-INFO")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+        filename = f"{name.replace('-', '_')}-{version}.tar.gz"
+        self.files.setdefault(name, {})[filename] = (content.getvalue(), "2020-01-01T00:00:00Z", False)
 
     @property
     def simple(self):

@@ -228,6 +228,64 @@ def test_a_mount_that_names_no_source_is_allowed(make, base_image):
     assert "/root/.cache/pip" in make.lines
 
 
+NEWER = {
+    "a script": ("RUN <<EOF\nset -eux\necho x\nEOF\n", "here-document", "1.33"),
+    "a file": ("COPY <<-'END' /etc/x.conf\nsome text\nEND\n", "here-document", "1.33"),
+    "a program's": ("RUN python3 <<EOF\nFROM = 1\nEOF\n", "here-document", "1.33"),
+    "a link": ("COPY --link x /x\n", "COPY --link", "1.41"),
+    "a link among flags": ("ADD --chown=1:1 --link=true x /x\n", "ADD --link", "1.41"),
+}
+
+
+@pytest.mark.parametrize(("lines", "what", "since"), NEWER.values(), ids=NEWER.keys())
+def test_what_this_buildah_does_not_know_yet_is_named_with_the_release_that_does(make, storage, lines, what, since):
+    """Debian 12's takes the lines of a here-document for instructions: "unknown instruction 'SET'"."""
+    with pytest.raises(BuildFailed, match=rf"Line 2 of the Dockerfile .*{what}.*1\.28\.2") as caught:
+        make(f"FROM scratch\n{lines}", files={"x": b"x"}, engine=old_buildah(storage))
+    assert f"Buildah {since} or newer" in caught.value.remedy
+    assert "Kaniko" in caught.value.remedy
+
+
+def test_a_new_buildah_is_left_to_its_own(make, storage):
+    engine = old_buildah(storage, "1.41.0", runs=True)
+    with pytest.raises(BuildFailed, match="exit code 9"):
+        make("FROM scratch\nRUN <<EOF\nset -eux\nEOF\nCOPY --link x /x\n", engine=engine)
+
+
+def test_a_packaged_buildah_that_lacks_here_documents_is_told_from_a_misspelt_instruction(make, storage):
+    """Ubuntu 24.04's 1.33 was built without them."""
+    said = (
+        "STEP 2/3: RUN <<EOF",
+        "STEP 3/3: set -eux",
+        'Error: building at STEP "SET ": Build error: Unknown instruction: "SET"',
+    )
+    engine = old_buildah(storage, "1.33.7", *said, runs=True)
+    with pytest.raises(BuildFailed, match="here-document") as caught:
+        make("FROM scratch\nRUN <<EOF\nset -eux\nEOF\n", engine=engine)
+    assert "Kaniko" in caught.value.remedy
+
+
+def test_a_shift_is_no_here_document(make, base_image):
+    make(f"FROM {base_image}\nRUN echo $((1 <<2)) '<<EOF'\n")
+    assert "4 <<EOF" in make.lines
+
+
+def old_buildah(storage, version="1.28.2", *said, runs=False):
+    """Return a Buildah of some version, which prints lines and fails where it may be run at all."""
+
+    def runner(argv, *, output, **_):
+        if "--version" in argv:
+            output(f"buildah version {version} (image-spec 1.1.0-rc2, runtime-spec 1.0.2-dev)")
+            return 0
+        if argv[-1] != "true" and not runs:
+            pytest.fail("it was run")
+        for line in said if argv[-1] != "true" else ():
+            output(line)
+        return 9
+
+    return Buildah(storage=storage, runner=runner)
+
+
 def test_only_the_credential_of_the_job_is_used_for_pulls(make, basic_registry, base_image, tmp_path, monkeypatch):
     reference = f"{basic_registry.host}/private/base:1"
     config = basic_registry.docker_config(tmp_path / "docker")
@@ -270,6 +328,11 @@ def test_only_named_hosts_and_loopback_are_reached_over_plain_http(tmp_path):
     "case",
     [
         ("FROM {base}\nRUN echo the reason >&2; exit 3\n", BuildFailed, r"RUN echo the reason.*the reason \(exit code 3\)"),
+        (
+            "FROM {base}\nRUN echo \"error: command 'gcc' failed: No such file or directory\"; echo more; exit 1\n",
+            BuildFailed,
+            r"'gcc' failed: No such file or directory \(exit code 1\)\. The base image lacks a C compiler",
+        ),
         ("FROM {base}\nRAN x\n", BuildFailed, "unknown instruction 'RAN'|unknown instruction 'ran'"),
         ("FROM {base}\nCOPY nothere /x\n", BuildFailed, "COPY nothere /x.*nothere"),
         ("FROM {host}/no/such:1\n", BuildFailed, "could not build linux/amd64.*Check the name and the tag behind FROM"),

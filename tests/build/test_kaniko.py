@@ -402,6 +402,82 @@ def test_failures_quote_the_last_meaningful_line(build, lines, kind, message):
     assert caught.value.remedy
 
 
+FAILED = f"{IN_STEP}waiting for process to exit: exit status 1"
+BUILDING = ("  error: subprocess-exited-with-error", "  note: This error originates from a subprocess", "╰─> lightfm")
+LACKING = {
+    "setuptools": ("      error: command 'gcc' failed: No such file or directory", "a C compiler (gcc)"),
+    "Debian's Python": ("error: command 'x86_64-linux-gnu-g++' failed: No such file or directory", "a C compiler (x86_64-linux-gnu-g++)"),
+    "distutils": ("    unable to execute 'gcc': No such file or directory", "a C compiler (gcc)"),
+    "subprocess": ("FileNotFoundError: [Errno 2] No such file or directory: 'cmake'", "the program cmake"),
+    "Windows": ("error: Microsoft Visual C++ 14.0 or greater is required.", "a C compiler"),
+    "CMake": ("  No CMAKE_CXX_COMPILER could be found.", "a C compiler"),
+    "meson": ("../meson.build:1:0: ERROR: Unknown compiler(s): [['cc'], ['gcc'], ['clang']]", "a C compiler"),
+    "autoconf": ("configure: error: no acceptable C compiler found in $PATH", "a C compiler"),
+    "Rust's linker": ("error: linker `cc` not found", "a C compiler"),
+    "Fortran": ("../meson.build:1:0: ERROR: Unknown compiler(s): [['gfortran'], ['flang']]", "a Fortran compiler"),
+    "Rust": ("error: can't find Rust compiler", "a Rust compiler"),
+    "PostgreSQL": ("Error: pg_config executable not found.", "PostgreSQL's pg_config"),
+    "Python's headers": ("foo.c:1:10: fatal error: Python.h: No such file or directory", "Python's headers"),
+    "a header": ("foo.c:1:10: fatal error: sql.h: No such file or directory", "the header sql.h"),
+    "a library": ("/usr/bin/ld: cannot find -lgomp: No such file or directory", "the library gomp"),
+    "pip": ("ERROR: Cannot find command 'git' - do you have 'git' installed and in your PATH?", "the program git"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "what"), LACKING.values(), ids=LACKING.keys())
+def test_what_the_base_lacks_to_build_a_package_is_named(build, line, what):
+    step = logged("RUN python3 -m pip install --requirement requirements.txt")
+    with pytest.raises(BuildFailed) as caught:
+        build(Executor(step, *BUILDING[:1], line, *BUILDING[1:], FAILED, code=1))
+    assert line.strip() in caught.value.what
+    assert f"The base image lacks {what}" in caught.value.remedy
+    assert "lightfm" in caught.value.remedy
+    for way_out in ("BASE_IMAGE", "Dockerfile.template", "has a wheel"):
+        assert way_out in caught.value.remedy
+    assert "correct the Dockerfile" not in caught.value.remedy
+
+
+def test_a_program_that_a_shell_does_not_find_is_named(build):
+    with pytest.raises(BuildFailed, match="The base image lacks the program conda"):
+        build(Executor(logged("RUN conda install x"), "/bin/sh: 1: conda: not found", FAILED, code=1))
+
+
+def test_what_an_earlier_step_lacked_is_not_this_one_s(build):
+    lines = (logged("RUN make || true"), LACKING["setuptools"][0], logged("RUN false"), "no reason", FAILED)
+    with pytest.raises(BuildFailed, match="no reason") as caught:
+        build(Executor(*lines, code=1))
+    assert "lacks" not in str(caught.value)
+
+
+NO_FILE = "ERROR: No matching distribution found for pywin32==306"
+UNREACHED = (
+    "WARNING: Retrying (Retry(total=4, connect=None, read=None)) after connection broken by 'NewConnectionError'"
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ((NO_FILE,), "no engine can install it"),
+        ((UNREACHED, NO_FILE), "PIP_INDEX_URL"),
+        ((NO_FILE, "", "[notice] A new release of pip is available"), "no engine can install it"),
+    ],
+    ids=["no file of it", "no index", "not the last line"],
+)
+def test_what_no_index_has_is_not_the_dockerfile_s_fault(build, lines, said):
+    with pytest.raises(BuildFailed, match="pywin32==306") as caught:
+        build(Executor(logged("RUN pip install"), *lines, FAILED, code=1))
+    assert said in caught.value.remedy
+    assert "Dockerfile" not in caught.value.remedy
+
+
+def test_a_step_that_fails_for_itself_may_be_the_requirements_fault(build):
+    with pytest.raises(
+        BuildFailed, match=r"correct the Dockerfile or, where the version brings none, its requirements"
+    ):
+        build(Executor(logged("RUN false"), FAILED, code=1))
+
+
 def test_a_foreign_platform_names_itself_and_the_ways_out(build):
     executor = Executor(logged("RUN true"), f"{IN_STEP}starting command: fork/exec /bin/sh: exec format error", code=1)
     with pytest.raises(BuildFailed, match="has no emulation") as caught:

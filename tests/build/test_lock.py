@@ -160,6 +160,81 @@ def test_no_wheel_of_a_dependency(index, platform):
     assert caught.value.package == "exotic"
 
 
+WIN = "cp311-cp311-win_amd64"
+SOURCE_ONLY = {
+    "one version": ([("1.0", None)], "exotic"),
+    "that version": ([("1.0", None)], "exotic==1.0"),
+    "all versions": ([("1.0", None), ("2.0", None)], "exotic"),
+    "one of all versions": ([("1.0", None), ("2.0", None)], "exotic==2.0"),
+    "a range of versions": ([("1.0", None), ("2.0", None), ("3.0", None)], "exotic>=1.0,<3.0"),
+    "an extra": ([("1.0", None), ("2.0", None)], "exotic[more]"),
+    "wheels for another Python": ([("1.0", "cp38-cp38-manylinux_2_17_x86_64"), ("2.0", None)], "exotic"),
+    "wheels for another interpreter": ([("1.0", "pp310-pypy310_pp73-any")], "exotic"),
+    "wheels for another libc": ([("1.0", "cp311-cp311-musllinux_1_1_x86_64"), ("1.1", None)], "exotic"),
+    "wheels for another platform, several times": ([("1.0", WIN), ("2.0", WIN), ("2.1", None)], "exotic<2.1"),
+    "two ranges": ([("1.0", None), ("2.0", WIN), ("3.0", None)], "exotic!=2.0"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("needed", ["by the model", "by another package"])
+@pytest.mark.parametrize(("releases", "line"), SOURCE_ONLY.values(), ids=SOURCE_ONLY.keys())
+def test_what_has_to_be_built_is_named_for_an_engine(index, platform, releases, line, needed):
+    """uv says it of one version, of some, and of "all versions" in other words each."""
+    for version, tag in releases:
+        if tag:
+            index.add("exotic", version, tag=tag)
+        else:
+            index.add_source("exotic", version)
+    if needed == "by another package":
+        index.add("outer", "1.0", requires=[line])
+        line = "outer"
+    with pytest.raises(NoWheel) as caught:
+        locked(line, indexes=asked(index), platform=platform)
+    assert (caught.value.package, caught.value.platform) == ("exotic", platform)
+    assert str(caught.value).startswith(f"exotic has no wheel for {platform}")
+
+
+@BOTH
+@pytest.mark.parametrize("line", ["windows-api==306", "windows-api>=300", "needs-windows"])
+def test_what_is_for_another_system_alone_is_no_work_for_an_engine(index, platform, line):
+    index.add("windows-api", "306", tag=WIN)
+    index.add("windows-api", "305", tag="cp311-cp311-win32")
+    index.add("needs-windows", "1.0", requires=["windows-api>=223"])
+    if line != "needs-windows":
+        # Nobody asks for the version that was for every system.
+        index.add("windows-api", "1.0", tag="cp35-cp35m-manylinux1_x86_64")
+    with pytest.raises(NoWheel, match=f"windows-api has no wheel for {platform}") as caught:
+        locked(line, indexes=asked(index), platform=platform)
+    assert not caught.value.buildable
+    assert caught.value.exit_code == 73
+    assert "win32, win_amd64" in caught.value.what or line == "windows-api==306"
+    assert "no engine can build it" in caught.value.what
+    assert "sys_platform == 'win32'" in caught.value.remedy
+
+
+@BOTH
+@pytest.mark.parametrize("other", ["cp38-cp38-manylinux_2_17_x86_64", None], ids=["another Python's wheel", "source"])
+def test_what_is_for_linux_too_may_be_work_for_an_engine(index, platform, other):
+    index.add("windows-api", "306", tag=WIN)
+    if other:
+        index.add("windows-api", "306", tag=other)
+    else:
+        index.add_source("windows-api", "306")
+    with pytest.raises(NoWheel) as caught:
+        locked("windows-api", indexes=asked(index), platform=platform)
+    assert caught.value.buildable
+    assert "BUILD_ENGINE" in caught.value.remedy
+
+
+@BOTH
+def test_a_conflict_is_no_work_for_an_engine(index, platform):
+    index.add("one", "1.0", requires=["lib<2"])
+    index.add("other", "1.0", requires=["lib>=2"])
+    with pytest.raises(Unsatisfiable):
+        locked("one", "other", indexes=asked(index), platform=platform)
+
+
 def test_another_python(index):
     index.add("new", "1.0", requires_python=">=3.11")
     index.add("new", "2.0", requires_python=">=3.12")

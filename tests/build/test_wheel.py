@@ -231,8 +231,6 @@ HOSTILE = {
         {"files": {"demo/é.py": b""}, "patch": _rename("é".encode(), b"\xff\xff")},
         "not UTF-8",
     ),
-    "another hash": ({"files": FILES, "rows": _rows_of(BOTH[0], (digest(b"x"), "1000"))}, "another hash"),
-    "another size": ({"files": FILES, "rows": _rows_of(BOTH[0], (digest(MODULE), "1"))}, "RECORD says 1"),
     "no hash": ({"files": FILES, "rows": _rows_of(BOTH[0], ("", ""))}, "no hash"),
     "weak hash": ({"files": FILES, "rows": _rows_of(BOTH[0], (digest(MODULE, "md5"), "1000"))}, "weak hash"),
     "unknown hash": ({"files": FILES, "rows": _rows_of(BOTH[0], ("sha0=AAAA", "1000"))}, "cannot be read"),
@@ -358,6 +356,36 @@ def test_what_a_wheel_may_be(tmp_path, how):
     assert {path: content for path, (_, content) in found.items() if INFO not in path} == expected
     assert {mode for mode, _ in found.values()} == {0o644}
     assert layer.layer.size == len(data)
+
+
+HELLO = b"#!python\nprint('hello')\n"
+MISRECORDED = {
+    "METADATA": ({f"{INFO}/METADATA": (digest(b"another"), "7")}, f"{INFO}/METADATA"),
+    "a hash": ({BOTH[0]: (digest(b"x"), str(len(MODULE)))}, BOTH[0]),
+    "a size": ({BOTH[0]: (digest(MODULE), "1")}, BOTH[0]),
+    "a hash of another length": ({BOTH[0]: ("sha256=AAAA", "")}, BOTH[0]),
+    "another algorithm": ({BOTH[0]: (digest(b"x", "sha512"), "1")}, BOTH[0]),
+    "a script": ({"demo-1.0.data/scripts/hello": (digest(b"x"), "1")}, "demo-1.0.data/scripts/hello"),
+}
+
+
+@pytest.mark.parametrize(("rows", "named"), MISRECORDED.values(), ids=MISRECORDED.keys())
+def test_what_the_wheels_record_misstates_is_right_in_the_layers(tmp_path, rows, named):
+    """As the official wheels of torch 1.7 to 1.12, whose METADATA was changed after RECORD was written."""
+    files = {**FILES, "demo/b.py": b"", "demo-1.0.data/scripts/hello": HELLO}
+    layer, data = built(make(tmp_path, files, rows=lambda listed: listed.update(rows)))
+    assert layer.misrecorded == (named,)
+    found = unpacked(data)
+    assert found[f"{SITE}/{BOTH[0]}"] == (0o644, MODULE)
+    for name, hashed, size in csv.reader(io.StringIO(found[f"{SITE}/{INFO}/RECORD"][1].decode())):
+        content = found[os.path.normpath(Path(SITE) / name)][1]
+        if name != f"{INFO}/RECORD":
+            assert (hashed, size) == (digest(content, hashed.partition("=")[0]), str(len(content)))
+
+
+def test_a_true_record_is_not_called_misstated(tmp_path):
+    layer, _ = built(make(tmp_path, {**FILES, "demo-1.0.data/scripts/hello": HELLO}))
+    assert layer.misrecorded == ()
 
 
 def test_a_layer_holds_what_the_installer_writes(tmp_path):

@@ -180,10 +180,6 @@ HOSTILE = {
     "above": {"files": {"demo/placeholder.py": b""}, "patch": renamed("../../../etc/passwd")},
     "absolute": {"files": {"demo/placeholder.py": b""}, "patch": renamed("/etc/cron.d/abcdefg")},
     "a link": {"files": {"demo/link": b"/etc/passwd"}, "modes": {"demo/link": 0o120777}},
-    "a lie about a hash": {
-        "files": {"demo/x.py": b"x"},
-        "rows": lambda rows: rows.update({"demo/x.py": ("sha256=" + "A" * 43, "1")}),
-    },
     "a lie about a size": {
         "files": {"demo/x.py": b"x" * 1000},
         "patch": lambda data: put(data, central_entry(data, "demo/x.py") + 24, "I", 5),
@@ -213,6 +209,16 @@ def test_a_hostile_wheel_is_refused_by_name_and_leaves_nothing(index, store, tmp
     client, layers = make_layers(index, store, folder, bytecode=True)
     with client, layers:
         assert group not in layers.known([group])
+
+
+def test_a_wheel_whose_record_misstates_a_file_is_named_in_a_warning(index, store, tmp_path, caplog):
+    path = make(tmp_path / "made", rows=lambda rows: rows.update({f"{INFO}/METADATA": ("sha256=" + "A" * 43, "1")}))
+    index.files["demo"] = {NAME: (path.read_bytes(), "2020-01-01T00:00:00Z", False)}
+    groups = [Group((locked(index, "pack-0"), locked(index, "demo"))), *groups_of(index)[1:]]
+    made, _ = place(index, store, tmp_path, groups)
+    assert set(made) == {group.source for group in groups}
+    (line,) = (record.msg for record in caplog.records if "RECORD" in str(record.msg))
+    assert (line["level"], line["wheel"], line["files"]) == ("warning", NAME, f"{INFO}/METADATA")
 
 
 def test_a_disk_without_room_says_so(index, store):

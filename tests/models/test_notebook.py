@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -59,17 +62,73 @@ def test_the_notebook_registers_a_version_that_can_be_published(mlflow_server, m
 
 def prediction(context):
     """Run the client as the image would, and ask it about two flowers."""
+    with serving(context) as (_, address):
+        return asked(address, {"rows": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]})[1]
+
+
+@contextlib.contextmanager
+def serving(context):
+    """Run the client as the image would; give its process and where it listens."""
     environ = {**os.environ, "HOST": "127.0.0.1", "PORT": "0"}
     argv = [sys.executable, "-W", "ignore", str(context / "client" / "app.py")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as client:
         try:
             line = client.stdout.readline()
             assert line.startswith("listening on port "), client.communicate()[1]
-            rows = json.dumps({"rows": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}).encode()
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{line.split()[-1]}/invocations", rows, timeout=HANG
-            ) as answer:
-                return json.load(answer)
+            yield client, f"http://127.0.0.1:{line.split()[-1]}/invocations"
         finally:
             client.kill()
             client.communicate()
+
+
+def asked(address, content):
+    """Return status and content of the client's answer."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    try:
+        with urllib.request.urlopen(address, body, timeout=HANG) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+MLMODEL = """\
+flavors:
+  python_function: {loader_module: doubling, code: code}
+signature:
+  inputs: '[{"type": "double", "name": "x", "required": true}]'
+"""
+DOUBLING = """\
+class Doubling:
+    def predict(self, rows):
+        if (rows["x"] < 0).any():
+            raise RuntimeError("the model is at fault")
+        return rows["x"] * 2
+
+def _load_pyfunc(path):
+    return Doubling()
+"""
+
+
+def test_the_client_says_whose_fault_it_is_and_ends_when_asked_to(tmp_path):
+    (tmp_path / "mymodel" / "code").mkdir(parents=True)
+    (tmp_path / "mymodel" / "MLmodel").write_text(MLMODEL)
+    (tmp_path / "mymodel" / "code" / "doubling.py").write_text(DOUBLING)
+    shutil.copytree(EXAMPLES / "foundry_model" / "client", tmp_path / "client")
+    with serving(tmp_path) as (client, address):
+        assert asked(address, {"rows": [{"x": 1.5}]}) == (200, {"predictions": [3.0]})
+        wrong = {
+            "another column": {"rows": [{"y": 1.5}]},
+            "another type": {"rows": [{"x": "word"}]},
+            "no rows": {},
+            "no JSON": b"{",
+            "another form": [1],
+        }
+        answers = {case: asked(address, content) for case, content in wrong.items()}
+        assert {case: status for case, (status, _) in answers.items()} == dict.fromkeys(wrong, 400)
+        assert "x" in answers["another column"][1]["error"]
+        status, said = asked(address, {"rows": [{"x": -1.0}]})
+        assert status == 500
+        assert said["error"]
+        client.terminate()
+        assert client.wait(HANG) == 0

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
+
+# The first process of a container ignores SIGTERM unless it says what to do.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 MODEL = mlflow.pyfunc.load_model(str(Path(__file__).parent.parent / os.environ.get("MODEL_FOLDER", "mymodel")))
 
@@ -23,8 +29,14 @@ class Handler(BaseHTTPRequestHandler):
         try:
             rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["rows"]
             self.answer(200, {"predictions": MODEL.predict(rows).tolist()})
+        except mlflow.MlflowException as error:
+            # Rows that are not what the model's signature says are the caller's fault, and MLflow says so.
+            self.answer(error.get_http_status_code(), {"error": error.message})
         except (KeyError, TypeError, ValueError) as error:
             self.answer(400, {"error": str(error)})
+        except Exception as error:  # noqa: BLE001 - whatever the model raises is answered, and printed
+            traceback.print_exc()
+            self.answer(500, {"error": f"{type(error).__name__} in the model; the container's log has more"})
 
     def answer(self, status: int, content: object) -> None:
         body = json.dumps(content).encode()

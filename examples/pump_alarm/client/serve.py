@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,4 +30,6 @@ def application(environ, start_response):
 
 
 if __name__ == "__main__":
+    # The first process of a container ignores SIGTERM unless it says what to do.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     serve(application, host="0.0.0.0", port=int(os.environ.get("PORT", "8080")))  # noqa: S104 - a container's own network

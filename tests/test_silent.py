@@ -1,0 +1,114 @@
+"""Services that accept a connection and never answer: an end in time, typed, and no version that stays `running`."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+import httpx
+import pytest
+
+from builder.build.index import IndexClient
+from builder.build.indexes import Indexes, IndexUrl
+from builder.build.lock import lock
+from builder.build.requirements import Requirements
+from builder.errors import ServiceUnavailable
+from builder.images.existing import published
+from builder.images.registries import Registries
+from builder.images.retry import Patience
+from builder.models.mlflow_catalog import MlflowCatalog
+from builder.publish import publish
+from builder.reference import Platform, Reference
+
+NO_PAUSE = Patience(sleep=lambda _: None)
+
+
+class Silent:
+    """Listens, and keeps what it accepted."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.host = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self.accepted: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.accepted.append(self._socket.accept()[0])
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        for each in (self._socket, *self.accepted):
+            each.close()
+
+
+@pytest.fixture
+def silent():
+    found = Silent()
+    yield found
+    found.close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Let requests wait for tenths of a second, as often as they do else."""
+    waits = httpx.Timeout(0.3, connect=15)
+    monkeypatch.setattr("builder.images.registries._TIMEOUT", waits)
+    monkeypatch.setattr("builder.build.index_http._TIMEOUT", waits)
+    monkeypatch.setattr("builder.build.resolver.HTTP_SECONDS", 1)
+    monkeypatch.setattr("builder.build.resolver.HTTP_RETRIES", 0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+def test_a_registry_is_asked_twice(silent):
+    reference = Reference.parse(f"{silent.host}/a/b:1")
+    with Registries(patience=NO_PAUSE) as registries, pytest.raises(ServiceUnavailable, match="cannot be reached"):
+        published(registries.for_host(silent.host), reference)
+    assert len(silent.accepted) == 2
+
+
+def test_a_package_index_is_asked_twice(silent):
+    indexes = Indexes(default=IndexUrl(f"http://{silent.host}/simple"))
+    with (
+        IndexClient(indexes, patience=NO_PAUSE) as client,
+        pytest.raises(ServiceUnavailable, match="cannot be reached"),
+    ):
+        client.files("six")
+    assert len(silent.accepted) == 2
+
+
+@pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm/v7"], ids=["uv", "pip"])
+def test_a_resolver_gives_up(silent, tmp_path, platform):
+    indexes = Indexes(default=IndexUrl(f"http://{silent.host}/simple"))
+    with IndexClient(indexes, patience=NO_PAUSE) as client, pytest.raises(ServiceUnavailable):
+        lock(
+            Requirements.of("six"), platform=Platform.parse(platform), indexes=indexes, model=tmp_path,
+            python="3.11", glibc=(2, 36), client=client,
+        )  # fmt: skip
+
+
+def test_mlflow_is_asked_as_often_as_its_variables_say(silent):
+    with pytest.raises(ServiceUnavailable, match="find model 'a' version 1") as caught:
+        MlflowCatalog(f"http://{silent.host}").find("a", "1")
+    assert "MLFLOW_TRACKING_URI" in caught.value.remedy
+    assert len(silent.accepted) == 2
+
+
+@pytest.mark.parametrize("what", ["registry", "package index"])
+def test_no_version_stays_running(silent, small, small_settings, what):
+    """The registry is asked before work begins, and the index after: the state is `running` then."""
+    model = small()
+    where = f"http://{silent.host}/simple"
+    changes = {"REGISTRY_URL": f"{silent.host}/x"} if what == "registry" else {"UV_DEFAULT_INDEX": where}
+    with pytest.raises(ServiceUnavailable) as caught:
+        publish(small_settings(model, **changes))
+    assert caught.value.exit_code == 69
+    outcome = model.outcome()
+    assert outcome["state"] == "failed"
+    assert outcome["error"].startswith("ServiceUnavailable")
+    assert outcome["attempts"] in {"0", ""}
