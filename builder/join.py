@@ -33,7 +33,7 @@ log = get_logger("join")
 
 def push_and_tag(
     settings: Settings, services: Services, workspace: Workspace, plan: Plan, record: Record
-) -> Digest:  # fmt: skip
+) -> tuple[Digest, int]:  # fmt: skip
     """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version.
 
     Args:
@@ -44,7 +44,7 @@ def push_and_tag(
         record: knows what was run already, and takes what came of it.
 
     Returns:
-        The digest that the tag names now.
+        The digest that the tag names now, and the bytes of the images that were made, compressed.
 
     Raises:
         BuilderError: what failed, the build phase's own failure included.
@@ -85,7 +85,8 @@ def push_and_tag(
         media_type = OCI_INDEX
     with stage("tag"):
         same_version(services, plan)
-        return move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+        digest = move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
+    return digest, sum(image.size for image in images)
 
 
 def _candidates(

@@ -55,6 +55,7 @@ class Published:
         reference: the digest reference; None where the tag holds an image that is not ours.
         platforms: what the image runs on, as `os/architecture[/variant]`.
         changed: whether the registry was changed.
+        size: bytes of the images that were made, compressed, all platforms together; 0 where nothing was made.
     """
 
     version: ModelVersion
@@ -62,6 +63,7 @@ class Published:
     reference: Reference | None
     platforms: tuple[str, ...]
     changed: bool
+    size: int = 0
 
 
 def publish(
@@ -114,7 +116,7 @@ def publish_version(
     return published
 
 
-def _tell_end(plan: Plan, event: str, began: float, **facts: str) -> None:
+def _tell_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
     """Say in one line of the log what a publish, or a phase of one, came to.
 
     Args:
@@ -133,14 +135,13 @@ def _tell_end(plan: Plan, event: str, began: float, **facts: str) -> None:
             method=",".join(sorted({step.method for step in plan.platforms})),
             platforms=sorted(str(step.platform) for step in plan.platforms),
             seconds=round(time.monotonic() - began, 3),
-            bytes=sum(artifact.size or 0 for artifact in plan.artifacts),
         )
 
 
 def _tell_published(plan: Plan, published: Published, began: float) -> None:
     if published.reference is not None:
         event = "published" if published.changed else "already published"
-        _tell_end(plan, event, began, digest=str(published.reference.digest))
+        _tell_end(plan, event, began, digest=str(published.reference.digest), bytes=published.size)
 
 
 @contextmanager
@@ -400,13 +401,14 @@ def _push(
             raise TryAgain(message, remedy="Publish it again: it starts from what they are then.")
         if plan.action == "nothing" and plan.observed is not None:
             log.info("nothing to do", reference=str(tag), reason=plan.reason)
-            digest = plan.observed
+            digest, size = plan.observed, 0
         else:
-            digest = push_and_tag(settings, services, workspace, plan, record)
+            digest, size = push_and_tag(settings, services, workspace, plan, record)
     pinned = tag.repository.digest(digest)
     record.succeeded(plan, pinned)
     platforms = tuple(str(step.platform) for step in plan.platforms)
-    return Published(version=now, tag=tag, reference=pinned, platforms=platforms, changed=plan.action != "nothing")
+    changed = plan.action != "nothing"
+    return Published(version=now, tag=tag, reference=pinned, platforms=platforms, changed=changed, size=size)
 
 
 # ---- the phases, each for a container of its own
@@ -421,7 +423,8 @@ def run_fetch(
         workspace.clear_plan()
         version = find(settings, services)
         plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
-        _tell_end(plan, "fetched", began, action=plan.action, reason=plan.reason)
+        size = sum(artifact.size or 0 for artifact in plan.artifacts)
+        _tell_end(plan, "fetched", began, action=plan.action, reason=plan.reason, bytes=size)
         return plan
 
 

@@ -86,7 +86,7 @@ FLAVORS = (
     Saved(title="spaCy", name="spacy", packages=("spacy",)),
     Saved(title="PyTorch", name="pytorch", packages=("torch",)),
     Saved(title="TensorFlow (Keras)", name="tensorflow", packages=("tensorflow-cpu",)),
-    Saved(title="Transformers", name="transformers", packages=("transformers", "torch")),
+    Saved(title="Transformers", name="transformers", packages=("transformers", "torch", "torchvision")),
     Saved(title="LangChain, from code", name="langchain", packages=("langchain", "langchain-core")),
     Saved(title="pyfunc, from code", name="from_code"),
     Saved(title="pyfunc with code_paths", name="code_paths", packages=("scikit-learn",)),
