@@ -146,8 +146,9 @@ WRITTEN = (
     ),
     Written(
         title="MLflow 1.20.2, logged in 2021 and registered today",
+        python="3.8",
         files={"requirements.txt": "mlflow==1.20.2\npandas\n"},
-        more="utc_time_created: '2023-03-31 10:00:00.000000'\n",
+        more="utc_time_created: '2021-10-01 10:00:00.000000'\n",
     ),
     Written(
         title="bare `mlflow`, MLmodel without `mlflow_version`, logged in 2022",
