@@ -31,6 +31,7 @@ from scripts.machine import native_platform, pip_configuration
 from tests.build.package_index import running
 from tests.versions import MLMODEL, register
 
+pytestmark = pytest.mark.usefixtures("alone_with_smoke_tests")
 ROOT = Path(__file__).parent.parent
 NATIVE = Platform.parse(native_platform())
 NO_CLIENT = {"MODEL_ENTRY_POINT": ""}

@@ -22,6 +22,7 @@ from builder.smoke.trial import SmokeTestFailed
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
 
+pytestmark = pytest.mark.usefixtures("alone_with_smoke_tests")
 ROOT = Path(__file__).parent.parent.parent
 NATIVE = Platform.parse(native_platform())
 READ = """\

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from scripts import machine
+from scripts.cache import cache_folder, locked
 from scripts.docker_daemon import Daemon
 
 _number = itertools.count(1)
@@ -111,6 +112,13 @@ def podman(base_image: str) -> Runtime:
                 continue
             return found
     pytest.skip(f"podman runs no container here: {failed or 'it is not installed'}")
+
+
+@pytest.fixture
+def alone_with_smoke_tests() -> Iterator[None]:
+    """Let no other process's tests run smoke tests: the storage is the machine's, and what they leave is counted."""
+    with locked(cache_folder("containers") / "smoke"):
+        yield
 
 
 @pytest.fixture(scope="session")
