@@ -258,7 +258,7 @@ class _Opcodes:
     def __init__(self) -> None:
         self.arrays = False
         self._memo: dict[object, object] = {}
-        # The two values on top; None for one that is not known.
+        # The two values on top: a text, or a pair of texts for what GLOBAL names; None for one that is not known.
         self._below: object = None
         self._top: object = None
 
@@ -274,9 +274,12 @@ class _Opcodes:
         elif name in _GETS:
             self._push(self._memo.get(argument))
         elif name in _GLOBALS:
-            pair = (self._below, self._top) if name == "STACK_GLOBAL" else tuple(argument.split(" ", 1))
-            self.arrays = self.arrays or pair[-1] == "NumpyArrayWrapper"
-            module = pair[0]
+            named = (self._below, self._top) if name == "STACK_GLOBAL" else tuple(argument.split(" ", 1))
+            # Of texts alone: a pair of pairs could be nested as deep as the pickle is long.
+            pair = named if all(isinstance(each, str) for each in named) else None
+            if pair:
+                self.arrays = self.arrays or pair[-1] == "NumpyArrayWrapper"
+                module = pair[0]
             self._push(pair)
         elif name not in _TRANSPARENT:
             if name == "TUPLE1" and self._below in _SUBIMPORT:
