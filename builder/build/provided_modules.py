@@ -42,6 +42,7 @@ _CALLED = {**BROUGHT, "mlflow": "mlflow-skinny", "yaml": "pyyaml", "imblearn": "
 # A .pth file can make anything importable, but for those that setuptools writes.
 _HARMLESS = ("-nspkg.pth", "distutils-precedence.pth")
 _ANYTHING = "*"
+_ARCHIVES = (".zip", ".egg", ".whl")
 
 
 def check_provided(loaded: Mapping[str, str], own: Collection[str], lock: Lock, client: IndexClient) -> None:
@@ -68,7 +69,8 @@ def check_provided(loaded: Mapping[str, str], own: Collection[str], lock: Lock, 
         and canonicalize_name(top) not in packages
         and _CALLED.get(top) not in packages
     }
-    if not missing:
+    # Code that brings an archive can put it on its path.
+    if not missing or any(path.endswith(_ARCHIVES) and "code" in path.split("/")[:-1] for path in own):
         return
     for wheel, tops in _together(lock, client):
         if _ANYTHING in tops:

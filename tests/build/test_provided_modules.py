@@ -28,6 +28,14 @@ def test_what_is_not():
         check_provided({"helpers.a": "m/x.pkl", "json": "m/x.pkl"}, ["m/code/helper.py"], EMPTY, None)
 
 
+@pytest.mark.parametrize("archive", ["deps.zip", "deep/inner-1.0-py3.11.egg", "inner-1.0-py3-none-any.whl"])
+def test_code_that_brings_an_archive_may_have_anything(archive):
+    check_provided({"inner.y": "m/x.pkl"}, ["m/code/boot.py", f"m/code/{archive}"], EMPTY, None)
+    # One that is no code is on no path.
+    with pytest.raises(InvalidVersion):
+        check_provided({"inner.y": "m/x.pkl"}, ["m/code/boot.py", f"m/data/{archive}"], EMPTY, None)
+
+
 @pytest.mark.parametrize(
     ("name", "top"),
     [
