@@ -82,6 +82,22 @@ def loader_of(model: dict[str, Yaml]) -> str:
     return loader if isinstance(loader, str) else ""
 
 
+def code_of(model: dict[str, Yaml], folder: str) -> str | None:
+    """Return the folder that MLflow makes modules of a model importable from; empty for none, None for another place.
+
+    The model's own folder is none: `mlflow.pyfunc` puts on `sys.path` what `code` names, and nothing besides.
+
+    Args:
+        model: the content of MLmodel.
+        folder: the model's folder.
+    """
+    code = _mapping(_mapping(model.get("flavors")).get(PYFUNC)).get("code")
+    if not code:
+        return ""
+    path = posixpath.normpath(posixpath.join(folder, code)) if isinstance(code, str) else ""
+    return path if path == folder or path.startswith(f"{folder}/") else None
+
+
 def loaded_files(model: dict[str, Yaml], folder: str) -> set[str]:
     """Return the files that a loader of MLflow's own reads as it loads a model; none for another loader.
 

@@ -179,6 +179,25 @@ def test_mlmodel_s_loader_counts(read):
     assert read({"model.pkl": pickle.dumps(xmlrpc.client.Fault)}, own).loaded == {"ours": "m/MLmodel"}
 
 
+@pytest.mark.parametrize(
+    ("said", "folder"),
+    [
+        ("code: code", "m/code"),
+        ("code: ./src/", "m/src"),
+        ("code: .", "m"),
+        ("code: null", ""),
+        ("code: ''", ""),
+        ("data: x", ""),
+        # Nobody can tell what is there.
+        ("code: /opt/code", None),
+        ("code: ../code", None),
+        ("code: [code]", None),
+    ],
+)
+def test_mlmodel_s_code_is_told(read, said, folder):
+    assert read({}, f"flavors: {{python_function: {{loader_module: ours, {said}}}}}\n").code == folder
+
+
 def test_only_the_first_pickle_of_a_file_is_loaded(read):
     content = pickle.dumps(json.JSONDecoder) + pickle.dumps([xmlrpc.client.Fault, "scipy.stats"])
     found = read({"python_model.pkl": content})
