@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.build.environment import MLMODEL, read_description
 from builder.build.mlmodel import check_served, loader_of, repaired
 from builder.build.template import client_command
-from builder.errors import InvalidVersion
+from builder.errors import InvalidVersion, one_line
 from builder.log import get_logger
 from builder.models.artifacts import find_model_folder
 from builder.models.version import Inputs, ModelVersion, template_variables
@@ -38,7 +38,7 @@ def judged(settings: Settings, version: ModelVersion, context: Path, paths: Sequ
     except InvalidVersion as error:
         if not client:
             raise
-        _log.warning("MLflow could not load the model; its client has to", why=error.what)
+        _log.warning("MLflow could not load the model; its client has to", why=one_line(error.what))
         return {}
     if changed is None:
         return {}

@@ -113,7 +113,7 @@ def planned(
                 return error, found, platform
             # A client loads the model as it likes, and a base image may have a place of its own for modules.
             if not source.client_command and "PYTHONPATH" not in base.environ:
-                check_provided(source.names.loaded, source.own_paths, lock, client)
+                check_provided(source.names.loaded, source.own_paths, lock, client, code=source.names.code)
             part = PlatformRecipe(
                 platform=platform,
                 interpreter=interpreter,

@@ -103,8 +103,11 @@ def test_a_module_that_is_nowhere_is_refused_before_the_weights_are_downloaded(
 
 def test_so_is_a_loader(logged, environ):
     files = {"mymodel/MLmodel": MLMODEL.replace("mlflow.pyfunc.model", "our_loader")}
-    with pytest.raises(InvalidVersion, match="'our_loader'"):
-        publish(Settings.from_environ(environ(logged(pickle.dumps(1), files=files))))
+    # The model's own folder is on no path, and nor is one that `code` does not name.
+    for beside in ({}, {"mymodel/our_loader.py": "x = 1\n"}, {"mymodel/code/our_loader.py": "x = 1\n"}):
+        with pytest.raises(InvalidVersion, match="'our_loader'"):
+            publish(Settings.from_environ(environ(logged(pickle.dumps(1), files={**files, **beside}))))
+    files["mymodel/MLmodel"] += "    code: code\n"
     files["mymodel/code/our_loader.py"] = "x = 1\n"
     assert publish(Settings.from_environ(environ(logged(pickle.dumps(1), files=files)))).changed
 

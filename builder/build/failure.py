@@ -17,6 +17,9 @@ _AWAY = re.compile(
     re.IGNORECASE,
 )
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+# An engine puts the system's reason last, behind the author's names.
+_ENDS_FULL = re.compile(rf"(?:^|: )(?:{_FULL.pattern})[)\s.]*$", re.IGNORECASE)
+_MORE_ROOM = "Give the workspace and the container's own disk more room."
 _REMEDIES = (
     (
         re.compile(
@@ -188,23 +191,27 @@ def failure(
         printed: what the instruction's own program wrote; None where that has nothing to do with it.
 
     Returns:
-        `ServiceUnavailable` where a registry is away, `TryAgain` where a disk is full, else `BuildFailed`.
+        `ServiceUnavailable` where a registry is away, `TryAgain` where the engine itself found a disk full, else
+        `BuildFailed`: what a step prints of a full disk is the author's word, and has to count as an attempt.
     """
+    full = bool(_ENDS_FULL.search(said))
     said, step, output = (one_line(text, _LONGEST_SAYING) for text in (said, step, printed.line if printed else ""))
     if _FOREIGN.search(f"{said} {output}") and is_foreign(platform):
         return cannot_be_run(platform)
     if step:
         message = f"{platform}: the step '{one_line(step, 200)}' failed: {f'{output} ({said})' if output else said}."
-        if _FULL.search(message):
-            return TryAgain(message, remedy="Give the workspace and the container's own disk more room.")
+        if full:
+            return TryAgain(message, remedy=_MORE_ROOM)
         remedy = (
             "The log has the step's whole output; correct the Dockerfile or, where the version brings none, its "
             "requirements."
         )
+        if _FULL.search(output):
+            remedy = _MORE_ROOM
         return BuildFailed(message, remedy=(printed.remedy if printed else "") or remedy)
     message = f"{engine} could not build {platform}: {said or 'it did not say why'}."
-    if _FULL.search(said):
-        return TryAgain(message, remedy="Give the workspace and the container's own disk more room.")
+    if full:
+        return TryAgain(message, remedy=_MORE_ROOM)
     if _AWAY.search(said):
         return ServiceUnavailable(message, remedy="Try again when the registry answers.")
     remedy = next((remedy for pattern, remedy in _REMEDIES if pattern.search(said)), "Correct the Dockerfile.")

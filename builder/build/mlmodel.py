@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Collection, Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.build.beneath import read_beneath
 from builder.build.environment import MLMODEL, read_description
 from builder.errors import InvalidVersion, one_line
+from builder.log import get_logger
 from builder.yaml_file import MOST_BYTES, read_yaml, scalar_places
 
 if TYPE_CHECKING:
     from builder.yaml_file import Yaml
 
+_log = get_logger("mlmodel")
 PYFUNC = "python_function"
 # Where a flavor keeps a path below the model's folder. `env` and `code` are not among them: a model loads without.
 _PATHS = frozenset(
@@ -26,7 +29,8 @@ _PATHS = frozenset(
 # Those that MLflow's own loaders read with pickle or torch.
 _LOADED = frozenset({"data", "model_data", "model_path", "pickled_model", "python_model"})
 _TORCH = "model.pth"
-_SHOWN = 300
+_SHOWN, _MOST_SHOWN = 300, 10
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _JAVA = re.compile(r"(?:mlflow\.(?:spark|h2o|mleap|johnsnowlabs)|pyspark|sparknlp|h2o|pysparkling)(?![^.])")
 
 
@@ -45,12 +49,12 @@ def check_served(context: Path, folder: str, paths: Collection[str]) -> None:
 
     Raises:
         InvalidVersion: MLmodel is missing or has no flavor `python_function` with a loader, or it names a file that is
-            not there and that no part of the folder can be meant by.
+            not there and that no part of the folder can be meant by. Where the loader may do without, it is a warning.
     """
     name = f"{folder}/{MLMODEL}" if folder else MLMODEL
     content = read_beneath(context, name, MOST_BYTES)
     if content is None:
-        message = f"The folder {folder!r} has no file {MLMODEL}, and the version has no client."
+        message = f"The folder {one_line(folder, _SHOWN)!r} has no file {MLMODEL}, and the version has no client."
         raise InvalidVersion(message, remedy="Log a model into it, or log a client and set MODEL_ENTRY_POINT.")
     model = read_description(context, folder, MLMODEL)
     flavors = model.get("flavors")
@@ -59,12 +63,13 @@ def check_served(context: Path, folder: str, paths: Collection[str]) -> None:
     if not loader or not isinstance(loader, str):
         has = ", ".join(map(repr, flavors)) if isinstance(flavors, dict) and flavors else "none"
         what = f"no flavor {PYFUNC}" if not isinstance(pyfunc, dict) else f"a flavor {PYFUNC} without loader_module"
-        message = (
-            f"{name} has {what}, which is what MLflow's scoring server loads; its flavors: {one_line(has, _SHOWN)}."
-        )
+        message = f"{one_line(name, _SHOWN)} has {what}, which is what MLflow's scoring server loads; "
+        message += f"its flavors: {one_line(has, _SHOWN)}."
         remedy = "Log the model by a flavor that has it (mlflow.pyfunc and most others do), or log a client that loads "
         raise InvalidVersion(message, remedy=f"{remedy}the model, and set MODEL_ENTRY_POINT.")
-    _repairs(model, folder, paths)
+    _, missing = _repairs(model, folder, paths)
+    if missing:
+        _log.warning("files that MLmodel names are not in the model's folder", model=folder, names=missing)
 
 
 def loader_of(model: dict[str, Yaml]) -> str:
@@ -75,6 +80,22 @@ def loader_of(model: dict[str, Yaml]) -> str:
     """
     loader = _mapping(_mapping(model.get("flavors")).get(PYFUNC)).get("loader_module")
     return loader if isinstance(loader, str) else ""
+
+
+def code_of(model: dict[str, Yaml], folder: str) -> str | None:
+    """Return the folder that MLflow makes modules of a model importable from; empty for none, None for another place.
+
+    The model's own folder is none: `mlflow.pyfunc` puts on `sys.path` what `code` names, and nothing besides.
+
+    Args:
+        model: the content of MLmodel.
+        folder: the model's folder.
+    """
+    code = _mapping(_mapping(model.get("flavors")).get(PYFUNC)).get("code")
+    if not code:
+        return ""
+    path = posixpath.normpath(posixpath.join(folder, code)) if isinstance(code, str) else ""
+    return path if path == folder or path.startswith(f"{folder}/") else None
 
 
 def loaded_files(model: dict[str, Yaml], folder: str) -> set[str]:
@@ -107,40 +128,67 @@ def repaired(context: Path, folder: str, paths: Collection[str]) -> bytes | None
     content = read_beneath(context, name, MOST_BYTES)
     if content is None:
         return None
-    changes = _repairs(read_description(context, folder, MLMODEL), folder, paths)
+    changes, _ = _repairs(read_description(context, folder, MLMODEL), folder, paths)
     if not changes:
         return None
-    text = content.decode("utf-8-sig")
-    places = scalar_places(content, name, set(changes))
-    for keys in sorted(places, key=lambda keys: places[keys], reverse=True):
-        begin, end = places[keys]
-        text = text[:begin] + json.dumps(changes[keys], ensure_ascii=False) + text[end:]
-    if _repairs(_mapping(read_yaml(text.encode(), name)), folder, paths):
-        message = f"{name} has paths that were written on Windows, in a form that cannot be repaired."
+    old, position = content.decode("utf-8-sig"), 0
+    pieces: list[str] = []
+    for keys, (begin, end) in sorted(scalar_places(content, name, set(changes)).items(), key=lambda place: place[1]):
+        pieces += old[position:begin], json.dumps(changes[keys], ensure_ascii=False)
+        position = end
+    text = "".join([*pieces, old[position:]])
+    if _repairs(_mapping(read_yaml(text.encode(), name)), folder, paths)[0]:
+        message = f"{one_line(name, _SHOWN)} has paths that were written on Windows, in a form that cannot be repaired."
         raise InvalidVersion(message, remedy="Log the model again, on Linux or with a later release of MLflow.")
     return text.encode()
 
 
-def _repairs(model: dict[str, Yaml], folder: str, paths: Collection[str]) -> dict[tuple[str, ...], str]:
-    """Return what the paths in MLmodel have to become, by their keys; those that are right are left out."""
+def _repairs(
+    model: dict[str, Yaml], folder: str, paths: Collection[str]
+) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Return what the paths in MLmodel have to become, by their keys, and some that are missing, for people.
+
+    Those that are right are in neither.
+    """
     there = _below(folder, paths)
-    changes = {}
+    ordered = sorted(there)
+    changes: dict[tuple[str, ...], str] = {}
+    missing: list[str] = []
     for keys, value in _named(model):
-        shown = f"{folder}/{MLMODEL} names {one_line(value, _SHOWN)!r} ({'.'.join(keys)})"
         # MLflow itself takes the last part of this one, by the rules of the system it runs on.
         plain = posixpath.basename(value) if keys[-1] == "model_code_path" else posixpath.normpath(value)
-        if plain in there or plain == ".":
+        if plain in there or plain == "." or _begins_one(plain, ordered):
             continue
+        windows = "\\" in value and not _URL.match(value)
         last = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
         slashes = posixpath.normpath(value.replace("\\", "/"))
         found = slashes if slashes in there else last if last in there else None
-        if found is None or "\\" not in value:
-            message = f"{shown}, and there is no such file in the model's folder."
-            windows = " It is a path of the Windows machine that logged the model." if "\\" in value else ""
-            remedy = "Log the model again with all of its files, and register it again."
-            raise InvalidVersion(message + windows, remedy=remedy)
-        changes[keys] = found
-    return changes
+        if windows and found is not None:
+            changes[keys] = found
+        elif not windows and _dispensable(model, keys, value):
+            if len(missing) < _MOST_SHOWN:
+                missing.append(one_line(value, _SHOWN))
+        else:
+            message = f"{one_line(f'{folder}/{MLMODEL}', _SHOWN)} names {one_line(value, _SHOWN)!r} "
+            message += f"({one_line('.'.join(keys), _SHOWN)}), and there is no such file in the model's folder."
+            message += " It is a path of the Windows machine that logged the model." if windows else ""
+            raise InvalidVersion(message, remedy="Log the model again with all of its files, and register it again.")
+    return changes, missing
+
+
+def _begins_one(path: str, ordered: Sequence[str]) -> bool:
+    """Return whether a name among some begins with a path and a dot: Paddle and sktime put endings behind theirs."""
+    place = bisect_left(ordered, f"{path}.")
+    return place < len(ordered) and ordered[place].startswith(f"{path}.")
+
+
+def _dispensable(model: dict[str, Yaml], keys: tuple[str, ...], value: str) -> bool:
+    """Return whether a model may load without a file: its loader is not MLflow's, or has a URL or an empty folder.
+
+    Object stores have no empty folders, and MLflow hands an artifact's path to the model without a look at it.
+    """
+    folder = keys[-1] == "path" and "." not in posixpath.basename(value)
+    return folder or bool(_URL.match(value)) or not loader_of(model).startswith("mlflow.")
 
 
 def _named(model: dict[str, Yaml]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from builder.build.environment import MLMODEL, read_description
 from builder.build.mlflow_release import BROUGHT, IMPLIED
-from builder.build.mlmodel import loaded_files, loader_of
+from builder.build.mlmodel import code_of, loaded_files, loader_of
 from builder.build.wheel_directory import STORED, BadArchive, read_at, read_directory
 from builder.errors import InvalidVersion, one_line
 from builder.safe_open import open_beneath
@@ -97,10 +97,12 @@ class NamedModules:
         loaded: modules that are imported when MLflow loads the model, each with the file that names it.
         uses: distributions that `mlflow` requires and `mlflow-skinny` does not, of which a file names a module; each
             with the file and the name, for people.
+        code: the folder that MLflow's loader is imported from; empty for none, None where nobody can tell.
     """
 
     loaded: dict[str, str] = field(default_factory=dict)
     uses: dict[str, str] = field(default_factory=dict)
+    code: str | None = ""
 
 
 def read_named_modules(context: Path, folder: str, files: Collection[str]) -> NamedModules:
@@ -115,7 +117,7 @@ def read_named_modules(context: Path, folder: str, files: Collection[str]) -> Na
         InvalidVersion: MLmodel cannot be read.
     """
     model = read_description(context, folder, MLMODEL)
-    reader = _Reader(loaded_files(model, folder))
+    reader = _Reader(loaded_files(model, folder), code_of(model, folder))
     if loader := loader_of(model):
         reader.loads(loader, f"{folder}/{MLMODEL}")
     for path in sorted(files):
@@ -133,10 +135,11 @@ class _Reader:
 
     Args:
         loaded: paths of the pickles that MLflow loads.
+        code: as `NamedModules` has it.
     """
 
-    def __init__(self, loaded: Collection[str]) -> None:
-        self.found = NamedModules()
+    def __init__(self, loaded: Collection[str], code: str | None) -> None:
+        self.found = NamedModules(code=code)
         self._loaded = loaded
         self._opcodes, self._unpacked = _MOST_OPCODES, _MOST_UNPACKED
         self._sources = self._searched = 0
@@ -258,7 +261,7 @@ class _Opcodes:
     def __init__(self) -> None:
         self.arrays = False
         self._memo: dict[object, object] = {}
-        # The two values on top; None for one that is not known.
+        # The two values on top: a text, or a pair of texts for what GLOBAL names; None for one that is not known.
         self._below: object = None
         self._top: object = None
 
@@ -274,9 +277,12 @@ class _Opcodes:
         elif name in _GETS:
             self._push(self._memo.get(argument))
         elif name in _GLOBALS:
-            pair = (self._below, self._top) if name == "STACK_GLOBAL" else tuple(argument.split(" ", 1))
-            self.arrays = self.arrays or pair[-1] == "NumpyArrayWrapper"
-            module = pair[0]
+            named = (self._below, self._top) if name == "STACK_GLOBAL" else tuple(argument.split(" ", 1))
+            # Of texts alone: a pair of pairs could be nested as deep as the pickle is long.
+            pair = named if all(isinstance(each, str) for each in named) else None
+            if pair:
+                self.arrays = self.arrays or pair[-1] == "NumpyArrayWrapper"
+                module = pair[0]
             self._push(pair)
         elif name not in _TRANSPARENT:
             if name == "TUPLE1" and self._below in _SUBIMPORT:

@@ -11,10 +11,11 @@ import os
 import sys
 import tempfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from packaging.utils import canonicalize_name
 
+from builder.build.environment import MLMODEL
 from builder.build.index import IndexClient
 from builder.build.locked import Lock, LockedWheel
 from builder.build.mlflow_release import BROUGHT
@@ -42,9 +43,12 @@ _CALLED = {**BROUGHT, "mlflow": "mlflow-skinny", "yaml": "pyyaml", "imblearn": "
 # A .pth file can make anything importable, but for those that setuptools writes.
 _HARMLESS = ("-nspkg.pth", "distutils-precedence.pth")
 _ANYTHING = "*"
+_ARCHIVES = (".zip", ".egg", ".whl")
 
 
-def check_provided(loaded: Mapping[str, str], own: Collection[str], lock: Lock, client: IndexClient) -> None:
+def check_provided(
+    loaded: Mapping[str, str], own: Collection[str], lock: Lock, client: IndexClient, *, code: str | None = None
+) -> None:
     """Refuse a model for whose loading a module is missing.
 
     Args:
@@ -52,11 +56,17 @@ def check_provided(loaded: Mapping[str, str], own: Collection[str], lock: Lock, 
         own: paths of the version's own files.
         lock: the wheels of its environment.
         client: has the wheels.
+        code: the folder of them that MLmodel's loader is imported from; empty for none, None where nobody can tell.
 
     Raises:
         InvalidVersion: a module is neither the version's own, nor Python's, nor in a wheel.
     """
-    ours = {part.partition(".")[0] for path in own for part in path.split("/")}
+    ours = _parts(own)
+    found_by_mlflow = ours
+    if code is not None:
+        # The folder that the model's stands in is the working directory.
+        found_by_mlflow = _parts(path.partition("/")[0] for path in own)
+        found_by_mlflow |= _parts(path.removeprefix(f"{code}/") for path in own if code and path.startswith(f"{code}/"))
     packages = lock.versions.keys()
     # What begins with an underscore is an extension's or a program's own, and in no folder of that name.
     missing = {
@@ -64,11 +74,12 @@ def check_provided(loaded: Mapping[str, str], own: Collection[str], lock: Lock, 
         for module in loaded
         if not (top := module.partition(".")[0]).startswith("_")
         and top not in _STDLIB
-        and top not in ours
+        and top not in (found_by_mlflow if _is_loader(loaded[module]) else ours)
         and canonicalize_name(top) not in packages
         and _CALLED.get(top) not in packages
     }
-    if not missing:
+    # Code that brings an archive can put it on its path.
+    if not missing or any(path.endswith(_ARCHIVES) and "code" in path.split("/")[:-1] for path in own):
         return
     for wheel, tops in _together(lock, client):
         if _ANYTHING in tops:
@@ -78,10 +89,20 @@ def check_provided(loaded: Mapping[str, str], own: Collection[str], lock: Lock, 
         if not missing:
             return
     module = min(missing.values())
-    message = f"{loaded[module]} names the module {module!r}, and nothing of that name is in the model's files or in a "
+    place = "the folder that its `code` names" if _is_loader(loaded[module]) else "the model's files"
+    message = f"{loaded[module]} names the module {module!r}, and nothing of that name is in {place} or in a "
     message += f"package of its environment for {lock.platform}."
     remedy = "Log the module with the model (code_paths), or name its package in the requirements, and register again."
     raise InvalidVersion(message, remedy=remedy)
+
+
+def _parts(paths: Iterable[str]) -> set[str]:
+    return {part.partition(".")[0] for path in paths for part in path.split("/")}
+
+
+def _is_loader(file: str) -> bool:
+    """Return whether a module that a file names is the one that MLflow itself imports."""
+    return file.rpartition("/")[2] == MLMODEL
 
 
 def _together(lock: Lock, client: IndexClient) -> Iterator[tuple[LockedWheel, set[str]]]:

@@ -63,7 +63,8 @@ def read_directory(file: int) -> tuple[list[Entry], int]:
         file: descriptor of a regular file.
 
     Raises:
-        BadArchive: it is no zip archive, or one of several parts, or what stands in it besides is not accounted for.
+        BadArchive: it is no zip archive, or one of several parts, or what stands in it besides is not accounted for;
+            a member begins behind the directory's beginning, or is larger than all that is before it.
     """
     end = os.fstat(file).st_size - _END.size
     if end < 0:
@@ -86,7 +87,7 @@ def read_directory(file: int) -> tuple[list[Entry], int]:
         refuse("there is something before, behind or between the parts of the archive")
     if count > MOST_MEMBERS or size > MOST_DIRECTORY:
         refuse(f"it has more than {MOST_MEMBERS:,} members, or a directory of more than {MOST_DIRECTORY >> 20} MiB")
-    return list(_directory(read_at(file, offset, size), count)), offset
+    return list(_directory(read_at(file, offset, size), count, before=offset)), offset
 
 
 def _end64(file: int, disk: int, offset: int, disks: int, *, locator: int) -> tuple[int, tuple[int, int, int, int]]:
@@ -100,8 +101,8 @@ def _end64(file: int, disk: int, offset: int, disks: int, *, locator: int) -> tu
     return offset, (here, count, size, directory)
 
 
-def _directory(data: bytes, count: int) -> Iterator[Entry]:
-    """Yield the entries of a central directory that must be filled by so many of them."""
+def _directory(data: bytes, count: int, *, before: int) -> Iterator[Entry]:
+    """Yield the entries of a central directory that must be filled by so many of them, `before` bytes into the file."""
     position = 0
     for _ in range(count):
         if position + _CENTRAL.size > len(data):
@@ -119,6 +120,8 @@ def _directory(data: bytes, count: int) -> Iterator[Entry]:
         size, compressed, header = (next(more, v) if v == FULL32 else v for v in (size, compressed, header))
         if disk:
             refuse("it is one part of an archive that has several")
+        if header >= before or compressed > before:
+            refuse(f"{raw[:200]!r} begins beyond the archive's members, or is larger than all of them")
         yield Entry(raw, flags, method, crc, compressed, size, mode, header)
     if position != len(data):
         refuse("its directory has another size than its end record says")

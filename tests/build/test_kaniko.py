@@ -348,9 +348,25 @@ PULL = "error building image: unable to complete operation after 0 attempts, las
             "the step 'RUN [\"/x\"]' failed: starting command: fork/exec /x: no such file or directory.",
         ),
         (
-            (logged("RUN dd"), "dd: No space left on device", f"{IN_STEP}waiting for process to exit: exit status 1"),
+            ("error building image: error building stage: failed to take snapshot: write /x: no space left on device",),
             TryAgain,
             "more room",
+        ),
+        # What the author's own program or text says of a full disk is no reason to try for ever.
+        (
+            (logged("RUN dd"), "dd: No space left on device", f"{IN_STEP}waiting for process to exit: exit status 1"),
+            BuildFailed,
+            "more room",
+        ),
+        (
+            (logged("RUN echo 'disk quota exceeded' && false"), f"{IN_STEP}waiting for process to exit: exit status 1"),
+            BuildFailed,
+            "correct the Dockerfile",
+        ),
+        (
+            ('error building image: stat "/x: no space left on device": no such file or directory',),
+            BuildFailed,
+            "Correct the Dockerfile",
         ),
         (
             ("error building image: parsing dockerfile: dockerfile parse error on line 2: unknown instruction: RNU",),

@@ -9,6 +9,8 @@ import lzma
 import os
 import pickle
 import random
+import struct
+import subprocess
 import sys
 import xmlrpc.client
 import zipfile
@@ -23,6 +25,7 @@ from packaging.utils import canonicalize_name
 from builder.build import named_modules
 from builder.build.mlflow_release import BROUGHT, COMES_WITH
 from builder.build.named_modules import NamedModules, read_named_modules
+from builder.build.wheel_directory import BadArchive, read_directory
 
 MLMODEL = """\
 flavors:
@@ -42,6 +45,7 @@ def read(tmp_path):
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return read_named_modules(tmp_path, "m", [f"m/{name}" for name in files])
 
+    make.folder = tmp_path
     return make
 
 
@@ -175,6 +179,25 @@ def test_mlmodel_s_loader_counts(read):
     assert read({"model.pkl": pickle.dumps(xmlrpc.client.Fault)}, own).loaded == {"ours": "m/MLmodel"}
 
 
+@pytest.mark.parametrize(
+    ("said", "folder"),
+    [
+        ("code: code", "m/code"),
+        ("code: ./src/", "m/src"),
+        ("code: .", "m"),
+        ("code: null", ""),
+        ("code: ''", ""),
+        ("data: x", ""),
+        # Nobody can tell what is there.
+        ("code: /opt/code", None),
+        ("code: ../code", None),
+        ("code: [code]", None),
+    ],
+)
+def test_mlmodel_s_code_is_told(read, said, folder):
+    assert read({}, f"flavors: {{python_function: {{loader_module: ours, {said}}}}}\n").code == folder
+
+
 def test_only_the_first_pickle_of_a_file_is_loaded(read):
     content = pickle.dumps(json.JSONDecoder) + pickle.dumps([xmlrpc.client.Fault, "scipy.stats"])
     found = read({"python_model.pkl": content})
@@ -205,6 +228,48 @@ def test_only_the_first_pickle_of_a_file_is_loaded(read):
 )
 def test_what_is_no_pickle_tells_nothing(read, content):
     assert loaded(read({"python_model.pkl": content})) <= {"os"}
+
+
+READING = """\
+import sys
+from pathlib import Path
+from builder.build.named_modules import read_named_modules
+print(sorted(read_named_modules(Path(sys.argv[1]), "m", ["m/python_model.pkl"]).loaded))
+"""
+
+
+# Each pair holds those before it: to hash the last takes 2 ** 60 steps, or a stack as deep.
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        b"q\x00" + b"".join(b"h%ch%c\x93q%c" % (number, number, number + 1) for number in range(60)),
+        b"\x8c\x01a\x93" * 400_000,
+    ],
+    ids=["doubled", "deep"],
+)
+def test_a_name_s_pairs_do_not_nest(tmp_path, pairs):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/MLmodel").write_text(MLMODEL)
+    (tmp_path / "m/python_model.pkl").write_bytes(b"\x80\x04\x8c\x01a" + pairs + b"N\x85.")
+    # In a process of its own, since neither ends well.
+    argv = [sys.executable, "-c", READING, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "['a', 'mlflow.pyfunc.model']\n"), done.stderr
+
+
+@pytest.mark.parametrize("header", [2**64 - 1, 2**63, 2**63 - 1, 2**40])
+def test_an_archive_s_member_beyond_its_end(read, header):
+    name = b"archive/data.pkl"
+    extra = struct.pack("<HHQ", 1, 8, header)
+    local = b"PK\x03\x04" + bytes(26)
+    numbers = (20, 20, 0, 0, 0, 0, 0, 5, 5, len(name), len(extra), 0, 0, 0, 0, 0xFFFFFFFF)
+    central = struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", *numbers) + name + extra
+    end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 1, 1, len(central), len(local), 0)
+    found = read({"data.pkl": local + central + end, "z.pkl": pickle.dumps("sklearn.svm")})
+    assert found.uses.keys() == {"scikit-learn"}
+    (read.folder / "m/data.pkl").write_bytes(local + central + end)
+    with (read.folder / "m/data.pkl").open("rb") as file, pytest.raises(BadArchive, match="beyond"):
+        read_directory(file.fileno())
 
 
 def test_what_a_pickle_would_do_is_not_done(read, tmp_path):

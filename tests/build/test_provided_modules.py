@@ -29,6 +29,39 @@ def test_what_is_not():
 
 
 @pytest.mark.parametrize(
+    ("code", "path", "there"),
+    [
+        ("m/code", "m/code/loader.py", True),
+        ("m/code", "m/code/deep/loader/__init__.py", True),
+        ("m", "m/loader.py", True),  # `code: .`
+        (None, "m/loader.py", True),
+        ("", "loader/load.py", True),  # the working directory is where the model's folder stands
+        ("", "m/loader.py", False),
+        ("", "m/code/loader.py", False),
+        ("m/code", "m/loader.py", False),
+        ("m/code", "m/code2/loader.py", False),
+    ],
+)
+def test_mlflow_finds_a_loader_in_the_folder_that_mlmodel_calls_code(code, path, there):
+    own = ["m/MLmodel", path]
+    # What anything else names may be on a path that the loader makes.
+    check_provided({"loader": "m/x.pkl"}, own, EMPTY, None, code=code)
+    if there:
+        check_provided({"loader": "m/MLmodel"}, own, EMPTY, None, code=code)
+        return
+    with pytest.raises(InvalidVersion, match=r"m/MLmodel names the module 'loader'.*`code`"):
+        check_provided({"loader": "m/MLmodel"}, own, EMPTY, None, code=code)
+
+
+@pytest.mark.parametrize("archive", ["deps.zip", "deep/inner-1.0-py3.11.egg", "inner-1.0-py3-none-any.whl"])
+def test_code_that_brings_an_archive_may_have_anything(archive):
+    check_provided({"inner.y": "m/x.pkl"}, ["m/code/boot.py", f"m/code/{archive}"], EMPTY, None)
+    # One that is no code is on no path.
+    with pytest.raises(InvalidVersion):
+        check_provided({"inner.y": "m/x.pkl"}, ["m/code/boot.py", f"m/data/{archive}"], EMPTY, None)
+
+
+@pytest.mark.parametrize(
     ("name", "top"),
     [
         ("pkg/sub/module.py", "pkg"),
