@@ -81,13 +81,15 @@ def check_provided(
     # Code that brings an archive can put it on its path.
     if not missing or any(path.endswith(_ARCHIVES) and "code" in path.split("/")[:-1] for path in own):
         return
-    for wheel, tops in _together(lock, client):
-        if _ANYTHING in tops:
-            _log.info("whether a module is there cannot be told", modules=sorted(missing), wheel=wheel.filename)
-            return
-        missing = {top: module for top, module in missing.items() if top not in tops}
-        if not missing:
-            return
+    # To the end: a thread that still reads would outlive its client.
+    found = list(_together(lock, client))
+    there = {top for _, tops in found for top in tops}
+    missing = {top: module for top, module in missing.items() if top not in there}
+    if not missing:
+        return
+    if unknown := [wheel.filename for wheel, tops in found if _ANYTHING in tops]:
+        _log.info("whether a module is there cannot be told", modules=sorted(missing), wheel=unknown[0])
+        return
     module = min(missing.values())
     place = "the folder that its `code` names" if _is_loader(loaded[module]) else "the model's files"
     message = f"{loaded[module]} names the module {module!r}, and nothing of that name is in {place} or in a "
