@@ -37,7 +37,7 @@ _LARGEST_SOURCE = 1 << 20
 _IMPORT = re.compile(rb"\n(?:import|from)[ \t]+[^\n(#;]*(?:\([^()]*\))?")
 _WORD = re.compile(rb"\w+")
 # Of a note, which is part of a manifest; the 351 libraries of VTK take 143 kB.
-_MOST_NOTE = 1 << 20
+MOST_NOTE = 1 << 20
 _PACKAGES = {
     "libEGL.so.1": "libegl1",
     "libGL.so.1": "libgl1",
@@ -79,7 +79,7 @@ _PACKAGES = {
     "libz.so.1": "zlib1g",
 }
 
-Use = Literal["imported", "importable", "library", "bundled"]
+Use = Literal["imported", "importable", "library", "bundled", "unread"]
 _Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 
@@ -89,9 +89,10 @@ class Library(NamedTuple):
     Attributes:
         name: of its file.
         soname: its own name; empty where it has none, or that of its file.
-        machine: what it runs on, as the ABI numbers machines.
+        machine: what it runs on, as the ABI numbers machines; 0 where that cannot be read.
         use: `imported` by a statement at the margin of one of the wheel's modules; `importable` by the model's Python
-            otherwise; `bundled` with others, as auditwheel does it; or a `library` that may be loaded by ctypes.
+            otherwise; `bundled` with others, as auditwheel does it; a `library` that may be loaded by ctypes; or
+            `unread`, a file of which only the name is known, and which is believed to be what that says.
         needed: the libraries that it needs, but for those of the C library.
     """
 
@@ -99,7 +100,12 @@ class Library(NamedTuple):
     soname: _Name | Annotated[str, Field(max_length=0)]
     machine: int
     use: Use
-    needed: tuple[_Name, ...]
+    needed: Annotated[tuple[_Name, ...], Field(fail_fast=True)]
+
+    @property
+    def size(self) -> int:
+        """Characters of a note that it takes at least."""
+        return 32 + len(self.name) + len(self.soname) + sum(len(name) + 2 for name in self.needed)
 
 
 class WheelLibraries(NamedTuple):
@@ -111,18 +117,23 @@ class WheelLibraries(NamedTuple):
     """
 
     wheel: str
-    libraries: tuple[Library, ...]
+    libraries: Annotated[tuple[Library, ...], Field(fail_fast=True)]
+
+    @property
+    def size(self) -> int:
+        """Characters of a note that they take at least."""
+        return sum(each.size for each in self.libraries)
 
 
 # What is noted of the wheels in a layer; None where they have more libraries than a note takes.
-Note = tuple[WheelLibraries, ...] | None
+Note = Annotated[tuple[WheelLibraries, ...], Field(fail_fast=True)] | None
 _NOTE: TypeAdapter[Note] = TypeAdapter(Note)
 
 
 def to_note(wheels: Iterable[WheelLibraries]) -> str:
     """Return the libraries of the wheels in a layer as text."""
     text = _NOTE.dump_json(tuple(wheels)).decode()
-    return text if len(text) <= _MOST_NOTE else "null"
+    return text if len(text) <= MOST_NOTE else "null"
 
 
 def from_note(text: str) -> Note:
@@ -131,6 +142,9 @@ def from_note(text: str) -> Note:
     Raises:
         ValueError: it did not write this.
     """
+    if len(text) > MOST_NOTE:
+        message = f"the list of its wheels' libraries has more than {MOST_NOTE:,} characters"
+        raise ValueError(message)
     try:
         return _NOTE.validate_json(text)
     except ValidationError as error:
@@ -145,9 +159,11 @@ class Collector:
         places: where the wheel's files go.
         python: the model's Python, `3.11`.
         folder: for temporary files.
+        room: characters that a note has for them. Where they need more, no more is kept than what shows that.
     """
 
-    def __init__(self, places: Iterable[Place], python: str, folder: Path) -> None:
+    def __init__(self, places: Iterable[Place], python: str, folder: Path, room: int = MOST_NOTE) -> None:
+        self._room = room
         self._python = python
         self._folder = str(folder)
         named = (_LIBRARY.fullmatch(_name(place)) for place in places)
@@ -172,6 +188,9 @@ class Collector:
         """Give what takes a file's content, piece by piece, while it is read; None where it does not matter."""
         match = _LIBRARY.fullmatch(_name(place))
         if match and place.member and NAME.fullmatch(_name(place)):
+            if self._room < 0:
+                yield None
+                return
             large = place.member.size > _IN_MEMORY
             with tempfile.TemporaryFile(dir=self._folder) if large else io.BytesIO() as file:
                 yield _Kept(file, place.member.size).add
@@ -186,17 +205,21 @@ class Collector:
             yield None
 
     def _library(self, place: Place, file: IO[bytes], module: str, tag: str) -> None:
-        elf = read_elf(file, module)
+        elf, name = read_elf(file, module), _name(place)
         if elf is None:
+            self._add(Library(name=name, soname="", machine=0, use="unread", needed=()))
             return
-        name = _name(place)
         own = tag == "abi3" or tag.startswith(f"cpython-{self._python.replace('.', '')}-")
         use: Use = "bundled" if ".libs/" in place.path else "library"
         if elf.importable and own and f"/lib/python{self._python}/site-packages/" in place.path:
             use = "importable"
         needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
         soname = elf.soname if elf.soname != name else ""
-        self._found.append(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed))
+        self._add(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed))
+
+    def _add(self, library: Library) -> None:
+        self._found.append(library)
+        self._room -= library.size
 
 
 class _Kept:
@@ -264,7 +287,7 @@ class _Environment:
     def __init__(self, wheels: Sequence[WheelLibraries], machine: int | None, there: Collection[str]) -> None:
         self._names = [wheel.wheel for wheel in wheels]
         every = [(number, each) for number, wheel in enumerate(wheels) for each in wheel.libraries]
-        self._all = [(number, each) for number, each in every if each.machine == machine]
+        self._all = [(number, each) for number, each in every if each.machine == machine or each.use == "unread"]
         self._of_wheel: list[list[int]] = [[] for _ in wheels]
         self._providers: dict[str, list[int]] = {}
         for number, (wheel, each) in enumerate(self._all):

@@ -3,12 +3,13 @@
 import json
 import os
 import time
+import tracemalloc
 
 import pytest
 
 from builder.build.libraries import Library, WheelLibraries, _Kept, from_note, lacking, to_note
 from builder.build.wheel import open_wheel
-from builder.build.wheel_layer import WheelLayer
+from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.reference import Platform
 from tests.build.elf import AMD64, ARM64, make_elf
 from tests.build.package_index import make_wheel
@@ -69,6 +70,7 @@ def test_what_is_read_of_a_wheel(libraries):
             Library("_stable.abi3.so", "", AMD64, "importable", ()),
             Library("arm.so", "", ARM64, "library", ("libarm.so",)),
             Library("libplugin.so", "", AMD64, "library", ("libGL.so.1",)),
+            Library("text.so", "", 0, "unread", ()),
         ),
     )
 
@@ -120,6 +122,20 @@ CASES = {
         },
         "refused",
         {"libGL.so.1": "libb.so"},
+    ),
+    "a library that cannot be read": (
+        {
+            f"pack/_main{SUFFIX}": make_elf("libinner.so", "libother.so.1", module="_main"),
+            "pack/libinner.so": b"INPUT(-lreal)",
+            "pack/libother.so.1": b"\x7fELF" + bytes(100),
+        },
+        None,
+        None,
+    ),
+    "what is loaded by ctypes, beside a library that cannot be read": (
+        {"pack/lib/lib_pack.so.1": make_elf("libgomp.so.1"), "pack/lib/lib_pack.so": b"INPUT(lib_pack.so.1)"},
+        "refused",
+        {"libgomp.so.1": "lib_pack.so.1"},
     ),
     "a plug-in": (INTACT | PLUGIN, "warning", {"libGL.so.1": "libplugin.so"}),
     # Numba's pools for OpenMP and TBB, torchaudio's for FFmpeg: what fails is caught.
@@ -191,6 +207,25 @@ def test_what_is_too_much_for_a_note_is_not_known(libraries):
     assert from_note("null") is None
 
 
+def test_what_is_too_much_for_a_note_is_not_kept(tmp_path):
+    large = make_elf(*(f"lib{number:0240}.so" for number in range(256)))
+    layers = []
+    for name in ("one", "two", "three"):
+        filename, content = make_wheel(name, "1.0", tag=TAG, files={f"{name}/lib{n}.so": large for n in range(12)})
+        (tmp_path / filename).write_bytes(content)
+        layers.append(WheelLayer(open_wheel(tmp_path / filename), python="3.11"))
+    group = GroupLayer(layers)
+    for _ in group:
+        pass
+    assert group.layer.note == "null"
+    # 65 kB each: all of the first wheel, of the second what makes it too much, and of the third nothing.
+    assert [len(layer.libraries.libraries) for layer in layers] == [12, 5, 0]
+    for _ in layers[2]:
+        pass
+    assert from_note(layers[2].layer.note) == (layers[2].libraries,)
+    assert len(layers[2].libraries.libraries) == 12
+
+
 @pytest.mark.parametrize(
     "changed",
     ["", "{", "[]]", "1", '[["w.whl"]]', '[["w.whl", [["libx.so", "", 62, "whatever", []]]]]'],
@@ -198,6 +233,24 @@ def test_what_is_too_much_for_a_note_is_not_known(libraries):
 def test_a_note_that_was_not_written_so_is_refused(changed):
     with pytest.raises(ValueError, match="libraries"):
         from_note(changed)
+
+
+def test_a_long_note_that_was_not_written_so_costs_little():
+    began = time.process_time()
+    tracemalloc.start()
+    for changed in (
+        f"[{','.join('0' * 500_000)}]",
+        "[" + " " * (64 << 20) + "]",
+        f'[["w",[{",".join(["0"] * 500_000)}]]]',
+    ):
+        with pytest.raises(ValueError, match="libraries"):
+            from_note(changed)
+        del changed
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # 7 seconds and 800 MiB where each error is told.
+    assert time.process_time() - began < 2
+    assert most < 160 << 20
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "\x1b[31m", "x" * 256, "a b", "x\n"])
