@@ -6,6 +6,7 @@ without the wheel. docs/decisions/0043-system-libraries.md says what is refused,
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tempfile
@@ -79,7 +80,7 @@ _PACKAGES = {
     "libz.so.1": "zlib1g",
 }
 
-Use = Literal["imported", "importable", "library", "bundled", "unread"]
+Use = Literal["imported", "importable", "library", "bundled", "unread", "hidden"]
 _Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 
@@ -91,9 +92,11 @@ class Library(NamedTuple):
         soname: its own name; empty where it has none, or that of its file.
         machine: what it runs on, as the ABI numbers machines; 0 where that cannot be read.
         use: `imported` by a statement at the margin of one of the wheel's modules; `importable` by the model's Python
-            otherwise; `bundled` with others, as auditwheel does it; a `library` that may be loaded by ctypes; or
-            `unread`, a file of which only the name is known, and which is believed to be what that says.
+            otherwise; `bundled` with others, as auditwheel does it; a `library` that may be loaded by ctypes;
+            `unread`, a file of which only the name is known, and which is believed to be what that says; or `hidden` by
+            another wheel's in the same layer.
         needed: the libraries that it needs, but for those of the C library.
+        place: the beginning of the SHA-256 of its path, 16 hexadecimal digits: which wheels' libraries replace others.
     """
 
     name: _Name
@@ -101,11 +104,12 @@ class Library(NamedTuple):
     machine: int
     use: Use
     needed: Annotated[tuple[_Name, ...], Field(fail_fast=True)]
+    place: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
     @property
     def size(self) -> int:
         """Characters of a note that it takes at least."""
-        return 32 + len(self.name) + len(self.soname) + sum(len(name) + 2 for name in self.needed)
+        return 48 + len(self.name) + len(self.soname) + sum(len(name) + 2 for name in self.needed)
 
 
 class WheelLibraries(NamedTuple):
@@ -204,10 +208,15 @@ class Collector:
         else:
             yield None
 
+    def hide(self, place: Place) -> None:
+        """Take a file that is not in the layer, as that of another wheel is in its place."""
+        if self._room >= 0 and place.member and _LIBRARY.fullmatch(_name(place)) and NAME.fullmatch(_name(place)):
+            self._without_content(place, "hidden")
+
     def _library(self, place: Place, file: IO[bytes], module: str, tag: str) -> None:
         elf, name = read_elf(file, module), _name(place)
         if elf is None:
-            self._add(Library(name=name, soname="", machine=0, use="unread", needed=()))
+            self._without_content(place, "unread")
             return
         own = tag == "abi3" or tag.startswith(f"cpython-{self._python.replace('.', '')}-")
         use: Use = "bundled" if ".libs/" in place.path else "library"
@@ -215,7 +224,10 @@ class Collector:
             use = "importable"
         needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
         soname = elf.soname if elf.soname != name else ""
-        self._add(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed))
+        self._add(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed, place=_place(place)))
+
+    def _without_content(self, place: Place, use: Use) -> None:
+        self._add(Library(name=_name(place), soname="", machine=0, use=use, needed=(), place=_place(place)))
 
     def _add(self, library: Library) -> None:
         self._found.append(library)
@@ -247,6 +259,10 @@ def _name(place: Place) -> str:
     return place.path.rpartition("/")[2]
 
 
+def _place(place: Place) -> str:
+    return hashlib.sha256(place.path.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lack:
     """What a wheel's libraries need and nobody has.
@@ -270,10 +286,11 @@ class Lack:
 def lacking(wheels: Sequence[WheelLibraries], there: Collection[str], platform: Platform) -> list[Lack]:
     """Return the wheels that need a library which neither the base image nor a wheel has.
 
-    A wheel's library is found wherever it is: wheels name folders of others, or load libraries ahead of time.
+    A wheel's library is found wherever it is: wheels name folders of others, or load libraries ahead of time. One that
+    a later wheel replaces is of no use, and its needs do not matter.
 
     Args:
-        wheels: all of an environment.
+        wheels: all of an environment, in the order of their layers.
         there: names of the base image's libraries.
         platform: the image's; libraries for other machines do not matter.
     """
@@ -287,7 +304,15 @@ class _Environment:
     def __init__(self, wheels: Sequence[WheelLibraries], machine: int | None, there: Collection[str]) -> None:
         self._names = [wheel.wheel for wheel in wheels]
         every = [(number, each) for number, wheel in enumerate(wheels) for each in wheel.libraries]
-        self._all = [(number, each) for number, each in every if each.machine == machine or each.use == "unread"]
+        last = {each.place: number for number, each in every if each.use != "hidden"}
+        replaced = [each.use == "hidden" or last[each.place] != number for number, each in every]
+        # Which of their libraries they would load is not known any more.
+        self._incomplete = {number for (number, _), is_replaced in zip(every, replaced, strict=True) if is_replaced}
+        self._all = [
+            (number, each)
+            for (number, each), is_replaced in zip(every, replaced, strict=True)
+            if not is_replaced and (each.machine == machine or each.use == "unread")
+        ]
         self._of_wheel: list[list[int]] = [[] for _ in wheels]
         self._providers: dict[str, list[int]] = {}
         for number, (wheel, each) in enumerate(self._all):
@@ -305,7 +330,7 @@ class _Environment:
             for uses in ({"imported"}, {"imported", "importable"}, {"library"})
         )
         # What Python imports or, in a wheel without any such, what may be loaded by ctypes.
-        loaded = importable or libraries
+        loaded = importable or (libraries if wheel not in self._incomplete else set())
         fatal = imported & self._broken or (loaded if self._broken.issuperset(loaded) else set())
         missing = self._missing(wheel, fatal or self._broken.intersection(own))
         return Lack(wheel=self._names[wheel], missing=missing, loads=not fatal) if missing else None

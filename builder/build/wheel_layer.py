@@ -137,6 +137,7 @@ class WheelLayer:
             replaced = frozenset(self._compiled)
             for place in self._places:
                 if _hidden(place.path, taken):
+                    libraries.hide(place)
                     continue  # pip's later one would win, in an order that nobody promises
                 if place.member is None:
                     script = self._scripts[place.path.rpartition("/")[2]]

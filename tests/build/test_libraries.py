@@ -60,17 +60,18 @@ def test_what_is_read_of_a_wheel(libraries):
             "pack/use.py": b"import os\n\nfrom pack import (\n    _main as m,\n)\ntry:\n    import pack._stable\nexcept ImportError: ...\n",
         },
     )
-    assert found == WheelLibraries(
+    assert len({each.place for each in found.libraries}) == len(found.libraries)
+    assert found._replace(libraries=tuple(each._replace(place="") for each in found.libraries)) == WheelLibraries(
         f"pack-1.0-{TAG}.whl",
         (
-            Library("libinner-1f2e.so.2", "libinner.so.2", AMD64, "bundled", ()),
-            Library(f"_main{SUFFIX}", "", AMD64, "imported", ("libinner.so.2",)),
-            Library("_other.cpython-312-x86_64-linux-gnu.so", "", AMD64, "library", ()),
-            Library("_plain.so", "", AMD64, "importable", ("libGL.so.1",)),
-            Library("_stable.abi3.so", "", AMD64, "importable", ()),
-            Library("arm.so", "", ARM64, "library", ("libarm.so",)),
-            Library("libplugin.so", "", AMD64, "library", ("libGL.so.1",)),
-            Library("text.so", "", 0, "unread", ()),
+            Library("libinner-1f2e.so.2", "libinner.so.2", AMD64, "bundled", (), ""),
+            Library(f"_main{SUFFIX}", "", AMD64, "imported", ("libinner.so.2",), ""),
+            Library("_other.cpython-312-x86_64-linux-gnu.so", "", AMD64, "library", (), ""),
+            Library("_plain.so", "", AMD64, "importable", ("libGL.so.1",), ""),
+            Library("_stable.abi3.so", "", AMD64, "importable", (), ""),
+            Library("arm.so", "", ARM64, "library", ("libarm.so",), ""),
+            Library("libplugin.so", "", AMD64, "library", ("libGL.so.1",), ""),
+            Library("text.so", "", 0, "unread", (), ""),
         ),
     )
 
@@ -183,6 +184,39 @@ def test_wheels_have_libraries_for_one_another(libraries):
     assert judged(user, broken, by_soname) == {"core": both["core"]}
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_library_that_a_later_wheel_overwrites_does_not_matter(libraries, tmp_path, grouped):
+    # opencv-python beside opencv-python-headless, each of which somebody requires.
+    path = "cv2/cv2.abi3.so"
+    contents = {
+        "opencv-python": {path: make_elf("libGL.so.1", module="cv2"), "cv2/qt/plugins/libqxcb.so": make_elf("libX11.so.6")},
+        "opencv-python-headless": {path: make_elf("libstdc++.so.6", module="cv2")},
+    }  # fmt: skip
+    both = [libraries(name, files) for name, files in contents.items()]
+    verdicts = []
+    for order in (both, both[::-1]):
+        if grouped:
+            # In a layer the first of two files in one place is kept.
+            names = [wheel.wheel for wheel in reversed(order)]
+            group = GroupLayer([WheelLayer(open_wheel(tmp_path / name), python="3.11") for name in names])
+            for _ in group:
+                pass
+            order = from_note(group.layer.note)  # noqa: PLW2901
+        verdicts.append(judged(*order))
+    assert verdicts == [
+        {"opencv_python": ("warning", {"libX11.so.6": "libqxcb.so"})},
+        {"opencv_python": ("refused", {"libGL.so.1": "cv2.abi3.so"})},
+    ]
+
+
+def test_what_was_overwritten_is_of_no_use_to_others(libraries):
+    user = libraries("user", {f"user/_main{SUFFIX}": make_elf("libcore.so.1", module="_main")})
+    first = libraries("first", {"core/libcore.so": make_elf(soname="libcore.so.1")})
+    other = libraries("other", {"core/libcore.so": make_elf(soname="libcore.so.2")})
+    assert judged(user, other, first) == {}
+    assert judged(user, first, other) == {"user": ("refused", {"libcore.so.1": f"_main{SUFFIX}"})}
+
+
 def test_the_same_wheel_on_two_platforms(libraries):
     wheel = libraries(
         "pack",
@@ -202,7 +236,7 @@ def test_packages_of_debian_are_known(libraries):
 
 
 def test_what_is_too_much_for_a_note_is_not_known(libraries):
-    many = tuple(Library(f"lib{number:0200}.so", "", AMD64, "library", ()) for number in range(5000))
+    many = tuple(Library(f"lib{number:0200}.so", "", AMD64, "library", (), f"{number:016x}") for number in range(5000))
     assert to_note([WheelLibraries("x.whl", many)]) == "null"
     assert from_note("null") is None
 
@@ -255,9 +289,9 @@ def test_a_long_note_that_was_not_written_so_costs_little():
 
 @pytest.mark.parametrize("name", ["", "a/b", "\x1b[31m", "x" * 256, "a b", "x\n"])
 def test_a_note_of_names_that_are_none_is_refused(name):
-    good = ["w.whl", [["libx.so", "", AMD64, "library", ["libz.so.1"]]]]
+    good = ["w.whl", [["libx.so", "", AMD64, "library", ["libz.so.1"], "0" * 16]]]
     assert from_note(json.dumps([good]))[0].libraries[0].needed == ("libz.so.1",)
-    for position, value in ((0, name), (4, [name]), *([(1, name)] if name else [])):
+    for position, value in ((0, name), (4, [name]), (5, name), *([(1, name)] if name else [])):
         library = [*good[1][0]]
         library[position] = value
         with pytest.raises(ValueError, match="libraries"):
@@ -267,11 +301,13 @@ def test_a_note_of_names_that_are_none_is_refused(name):
 def test_a_large_environment_is_judged_in_linear_time():
     # Each needs the next, and the last one what nobody has.
     count, began = 20_000, time.process_time()
-    chain = tuple(Library(f"l{n}.so", "", AMD64, "library", (f"l{n + 1}.so",)) for n in range(count))
+    chain = tuple(Library(f"l{n}.so", "", AMD64, "library", (f"l{n + 1}.so",), f"{n:016x}") for n in range(count))
     (lack,) = lacking([WheelLibraries("w.whl", chain)], (), LINUX)
     assert (lack.missing, lack.loads) == ({f"l{count}.so": f"l{count - 1}.so"}, False)
     # All have the same name, and need it.
-    same = tuple(Library(f"l{n}.so", "l.so", AMD64, "library", ("l.so", f"libgone{n}.so")) for n in range(count))
+    same = tuple(
+        Library(f"l{n}.so", "l.so", AMD64, "library", ("l.so", f"libgone{n}.so"), f"{n:016x}") for n in range(count)
+    )
     (lack,) = lacking([WheelLibraries("w.whl", same)], (), LINUX)
     assert (len(lack.missing), lack.loads) == (count, False)
     # A second, and 25 where each name is looked at for each that needs it.
