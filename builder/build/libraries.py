@@ -19,6 +19,7 @@ from typing import IO, Annotated, Literal, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 
 from builder.build.elf import NAME, parts_of, read_elf
+from builder.build.module_imports import Imports, module_of
 from builder.build.wheel_files import Place
 from builder.reference import Platform
 
@@ -34,9 +35,6 @@ _MACHINES = {"386": 3, "ppc64le": 21, "s390x": 22, "arm": 40, "amd64": 62, "arm6
 # Content of one library that is held in memory; what is larger stands in a file.
 _IN_MEMORY = 8 << 20
 _LARGEST_SOURCE = 1 << 20
-# A statement at the margin, which runs whenever the module is imported: not in a function, a condition or a `try`.
-_IMPORT = re.compile(rb"\n(?:import|from)[ \t]+[^\n(#;]*(?:\([^()]*\))?")
-_WORD = re.compile(rb"\w+")
 # Of a note, which is part of a manifest; the 351 libraries of VTK take 143 kB.
 MOST_NOTE = 1 << 20
 _PACKAGES = {
@@ -80,7 +78,7 @@ _PACKAGES = {
     "libz.so.1": "zlib1g",
 }
 
-Use = Literal["imported", "importable", "library", "bundled", "unread", "hidden"]
+Use = Literal["imported", "importable", "optional", "library", "bundled", "unread", "hidden"]
 _Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 
@@ -91,10 +89,10 @@ class Library(NamedTuple):
         name: of its file.
         soname: its own name; empty where it has none, or that of its file.
         machine: what it runs on, as the ABI numbers machines; 0 where that cannot be read.
-        use: `imported` by a statement at the margin of one of the wheel's modules; `importable` by the model's Python
-            otherwise; `bundled` with others, as auditwheel does it; a `library` that may be loaded by ctypes;
-            `unread`, a file of which only the name is known, and which is believed to be what that says; or `hidden` by
-            another wheel's in the same layer.
+        use: `imported` by the model's Python whenever the wheel's packages are; `optional` where whatever imports it
+            catches that it fails; `importable` otherwise; `bundled` with others, as auditwheel does; a `library` that
+            may be loaded by ctypes; `unread`, a file of which only the name is known, and which is believed to be what
+            that says; or `hidden` by another wheel's in the same layer.
         needed: the libraries that it needs, but for those of the C library.
         place: the beginning of the SHA-256 of its path, 16 hexadecimal digits: which wheels' libraries replace others.
     """
@@ -170,21 +168,26 @@ class Collector:
         self._room = room
         self._python = python
         self._folder = str(folder)
-        named = (_LIBRARY.fullmatch(_name(place)) for place in places)
-        modules = {match["module"].encode() for match in named if match and match["module"]}
-        # Of one alone it does not matter who imports it.
-        self._modules = frozenset(modules) if len(modules) > 1 else frozenset[bytes]()
-        self._imported: set[str] = set()
-        self._found: list[Library] = []
+        importable = [place for place in places if place.importable]
+        extensions = [
+            place.record for place in importable if (match := _LIBRARY.fullmatch(_name(place))) and match["module"]
+        ]
+        modules = [place.record for place in importable if place.wants_bytecode] if extensions else []
+        self._imports = Imports([*extensions, *modules])
+        self._reads_sources = bool(extensions)
+        # Each with the name that Python would import it by.
+        self._found: list[tuple[Library, str]] = []
 
     @property
     def libraries(self) -> tuple[Library, ...]:
         """What was found, in the order in which it was read."""
+        imported, optional = self._imports.imported, self._imports.caught
+        uses: list[tuple[Use, set[str]]] = [("imported", imported), ("optional", optional)]
         return tuple(
-            each._replace(use="imported")
-            if each.use == "importable" and each.name.partition(".")[0] in self._imported
-            else each
-            for each in self._found
+            library._replace(use=next((use for use, modules in uses if module in modules), library.use))
+            if library.use == "importable"
+            else library
+            for library, module in self._found
         )
 
     @contextmanager
@@ -199,12 +202,10 @@ class Collector:
             with tempfile.TemporaryFile(dir=self._folder) if large else io.BytesIO() as file:
                 yield _Kept(file, place.member.size).add
                 self._library(place, file, match["module"] or "", match["tag"] or "abi3")
-        elif self._modules and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
+        elif self._reads_sources and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
             pieces: list[bytes] = []
             yield pieces.append
-            for statement in _IMPORT.finditer(b"".join([b"\n", *pieces])):
-                words = self._modules.intersection(_WORD.findall(statement[0]))
-                self._imported.update(word.decode() for word in words)
+            self._imports.add(place.record, b"".join(pieces))
         else:
             yield None
 
@@ -224,13 +225,15 @@ class Collector:
             use = "importable"
         needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
         soname = elf.soname if elf.soname != name else ""
-        self._add(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed, place=_place(place)))
+        found = Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed, place=_place(place))
+        self._add(found, place)
 
     def _without_content(self, place: Place, use: Use) -> None:
-        self._add(Library(name=_name(place), soname="", machine=0, use=use, needed=(), place=_place(place)))
+        found = Library(name=_name(place), soname="", machine=0, use=use, needed=(), place=_place(place))
+        self._add(found, place)
 
-    def _add(self, library: Library) -> None:
-        self._found.append(library)
+    def _add(self, library: Library, place: Place) -> None:
+        self._found.append((library, module_of(place.record)))
         self._room -= library.size
 
 
@@ -325,13 +328,17 @@ class _Environment:
     def lack(self, wheel: int) -> Lack | None:
         """Return what a wheel's libraries lack; None for nothing."""
         own = self._of_wheel[wheel]
-        imported, importable, libraries = (
+        imported, importable, optional, libraries = (
             {number for number in own if self._all[number][1].use in uses}
-            for uses in ({"imported"}, {"imported", "importable"}, {"library"})
+            for uses in ({"imported"}, {"imported", "importable"}, {"optional"}, {"library"})
         )
         # What Python imports or, in a wheel without any such, what may be loaded by ctypes.
-        loaded = importable or (libraries if wheel not in self._incomplete else set())
-        fatal = imported & self._broken or (loaded if self._broken.issuperset(loaded) else set())
+        loaded = importable or (set() if optional or wheel in self._incomplete else libraries)
+        every = loaded | optional
+        lost = every & self._broken
+        # Of PyQt5's 37 one is empty, and needs nothing. Of libraries for ctypes one may be all that is wanted.
+        most = len(lost) * 10 >= len(every) * 9 if importable else len(lost) == len(every)
+        fatal = imported & self._broken or (loaded & self._broken if most else set())
         missing = self._missing(wheel, fatal or self._broken.intersection(own))
         return Lack(wheel=self._names[wheel], missing=missing, loads=not fatal) if missing else None
 

@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 
 from builder.build.libraries import Library, WheelLibraries, _Kept, from_note, lacking, to_note
+from builder.build.module_imports import Imports
 from builder.build.wheel import open_wheel
 from builder.build.wheel_layer import GroupLayer, WheelLayer
 from builder.reference import Platform
@@ -57,7 +58,7 @@ def test_what_is_read_of_a_wheel(libraries):
             "pack/arm.so": make_elf("libarm.so", machine=ARM64),
             "pack/text.so": b"INPUT(-lx)",
             "pack/program": make_elf("libGL.so.1"),
-            "pack/use.py": b"import os\n\nfrom pack import (\n    _main as m,\n)\ntry:\n    import pack._stable\nexcept ImportError: ...\n",
+            "pack/__init__.py": b"import os\n\nfrom pack import (\n    _main as m,\n)\ntry:\n    import pack._stable\nexcept ImportError: ...\n",
         },
     )
     assert len({each.place for each in found.libraries}) == len(found.libraries)
@@ -68,7 +69,7 @@ def test_what_is_read_of_a_wheel(libraries):
             Library(f"_main{SUFFIX}", "", AMD64, "imported", ("libinner.so.2",), ""),
             Library("_other.cpython-312-x86_64-linux-gnu.so", "", AMD64, "library", (), ""),
             Library("_plain.so", "", AMD64, "importable", ("libGL.so.1",), ""),
-            Library("_stable.abi3.so", "", AMD64, "importable", (), ""),
+            Library("_stable.abi3.so", "", AMD64, "optional", (), ""),
             Library("arm.so", "", ARM64, "library", ("libarm.so",), ""),
             Library("libplugin.so", "", AMD64, "library", ("libGL.so.1",), ""),
             Library("text.so", "", 0, "unread", (), ""),
@@ -146,9 +147,100 @@ CASES = {
         {"libGL.so.1": f"_main{SUFFIX}"},
     ),
     "one of two, which is imported": (
-        EXTENSION | INTACT | {"pack/use.py": b"from ._main import *\n"},
+        EXTENSION | INTACT | {"pack/__init__.py": b"from ._main import *\n"},
         "refused",
         {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "one of two, which is imported by way of others": (
+        EXTENSION
+        | INTACT
+        | {
+            "pack/__init__.py": b"import os, pack.inner.first as f\n",
+            "pack/inner/__init__.py": b"from . import (  # and\n    nothing,\n    second,\n)\n",
+            "pack/inner/first.py": b"",
+            "pack/inner/second.py": b"from \\\n  .. import _main as m\n",
+        },
+        "refused",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    # VTK's.
+    "one of two, which a module beside the package imports": (
+        EXTENSION | INTACT | {"packs.py": b"from pack._main import *\n", "pack/__init__.py": b""},
+        "refused",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "one of two, which a part of the package imports that nothing does": (
+        EXTENSION | INTACT | {"pack/__init__.py": b"", "pack/viz.py": b"from pack import _main\n"},
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "one of two, of which an imported module has the name": (
+        EXTENSION | INTACT | {"pack/__init__.py": b"import _main\nfrom other import _main\nfrom .other import _main\n"},
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "one of two, of which only a text tells": (
+        EXTENSION
+        | INTACT
+        | {"pack/__init__.py": b'r"""A \\""" text:\n\nimport pack._main\n"""\nx = "\\\nimport pack._main"  # """\n'},
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "the only one, which is tried": (
+        EXTENSION
+        | PLUGIN
+        | {"pack/__init__.py": b"try:\n    from pack import (\n_main)\nexcept (OSError, ImportError):\n    _main = None\n"},
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "the only one, which is tried in a function": (
+        EXTENSION
+        | {
+            "pack/__init__.py": b"def f():\n    try:\n        try:\n            from . import _main\n"
+            b"        finally:\n            g()\n    except:\n        pass\n"
+        },
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "the only one, which is tried and needed": (
+        EXTENSION
+        | {
+            "pack/__init__.py": b"try:\n    from . import _main\nexcept Exception:\n    pass\n",
+            "pack/a.py": b"from . import _main",
+        },
+        "refused",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    # numpy's.
+    "the only one, of which it is told that it failed": (
+        EXTENSION
+        | {
+            "pack/__init__.py": b"try:\n    from . import _main\nexcept ImportError as e:\n"
+            b"    if e:\n        raise RuntimeError from e\n"
+        },
+        "refused",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "the only one, of which another failure is caught": (
+        EXTENSION | {"pack/__init__.py": b"try:\n    from . import _main\nexcept KeyError:\n    pass\n"},
+        "refused",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    "one that is needed beside one that is tried": (
+        EXTENSION | INTACT | {"pack/__init__.py": b"try:\n    from . import _fast\nexcept ImportError: pass\n"},
+        "warning",
+        {"libGL.so.1": f"_main{SUFFIX}"},
+    ),
+    # PyQt5's.
+    "nine extensions of ten": (
+        INTACT | {f"pack/_m{n}{SUFFIX}": make_elf("libGL.so.1", module=f"_m{n}") for n in range(9)},
+        "refused",
+        {"libGL.so.1": f"_m0{SUFFIX}"},
+    ),
+    "eight extensions of nine": (
+        INTACT | {f"pack/_m{n}{SUFFIX}": make_elf("libGL.so.1", module=f"_m{n}") for n in range(8)},
+        "warning",
+        {"libGL.so.1": f"_m0{SUFFIX}"},
     ),
     # LightGBM's.
     "what is loaded by ctypes": ({"pack/lib/lib_pack.so": make_elf("libgomp.so.1")}, "refused", {"libgomp.so.1": "lib_pack.so"}),
@@ -314,12 +406,39 @@ def test_a_large_environment_is_judged_in_linear_time():
     assert time.process_time() - began < 8
 
 
-def test_imports_of_hostile_modules_are_read_in_linear_time(libraries):
-    lines = b"from a import (\n" * 60_000
-    spaces = b"import" + b" " * 900_000
+HOSTILE = {
+    "brackets": b"from a import (\n" * 60_000,
+    "spaces": b"import" + b" " * 900_000,
+    "spaces of a name": b"from" + b" " * 900_000 + b"x",
+    "spaces within names": b"from a" + b" " * 450_000 + b"." + b" " * 450_000 + b"b",
+    "lines": b"\n" * 900_000,
+    "words": b"a\n" * 450_000,
+    "dots": b"from " + b"." * 900_000 + b" x",
+    "packages": b"import " + b"a." * 450_000,
+    "names of a package": b"from " + b"a." * 120 + b"a import " + b"b," * 400_000,
+    "many relative imports": b"from . import a\n" * 60_000,
+    "indented": b" " * 900_000 + b"x",
+    "many tries": b"".join(b" " * depth + b"try:\n" for depth in range(1300)),
+    "many lines in tries": b"".join(b" " * depth + b"try:\n" for depth in range(600)) + (b" " * 700 + b"import pack\n") * 1000,
+    "many handlers": b"try:\n  import pack\nexcept x:\n" * 30_000,
+    "a handler": b"try: x\nexcept " + b"(" * 900_000,
+    "texts without an end": b'"""\\' * 200_000,
+    "texts in texts": (b'"""\\"' + b"'" * 3) * 100_000 + b"\\",
+    "backslashes": b'"' + b"\\x" * 450_000,
+    "backslashes in a text": b"'" * 3 + b"\\\\" * 450_000,
+    "quotes in a text": b"'" * 3 + b"' " * 450_000,
+    "quotes": b"\"'" * 450_000,
+    "lines that go on": b"\\\n" * 450_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
+def test_imports_of_hostile_modules_are_read_in_linear_time(source):
+    folders = "pack/" + "a/" * 1900
+    file = f"{folders}module.py"
+    imports = Imports([file, "pack/__init__.py"])
     began = time.process_time()
-    found = libraries(
-        "pack", EXTENSION | INTACT | {"pack/a.py": lines, "pack/b.py": spaces, "pack/c.py": b"\n" * 900_000}
-    )
-    assert [each.use for each in found.libraries] == ["importable", "importable"]
-    assert time.process_time() - began < 8
+    imports.add(file, source)
+    assert imports.imported == set()
+    assert len(source) < 1 << 20
+    assert time.process_time() - began < 4
