@@ -11,19 +11,21 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-# Comments and strings, of which nothing is left. What has no end ends with the line, or with the file. Without possessive
-# groups: Python 3.11.2, which is Debian's, finds other text by them.
+# Comments and strings, of which nothing is left. What has no end ends with the line, or with the file. There are no
+# possessive groups: Python 3.11.2, which is Debian's, finds other text by them.
 _UNREAD = re.compile(
     rb"#[^\n]*"
-    rb'|""".*?(?:(?<!\\)(?:\\\\)*"""|\Z)'
-    rb"|'''.*?(?:(?<!\\)(?:\\\\)*'''|\Z)"
+    rb'|"""(?:[^"\\]+|\\(?:.|\Z)|"(?!""))*(?:"""|\Z)'
+    rb"|'''(?:[^'\\]+|\\(?:.|\Z)|'(?!''))*(?:'''|\Z)"
     rb'|"(?:[^"\\\n]+|\\.)*"?'
     rb"|'(?:[^'\\\n]+|\\.)*'?",
     re.DOTALL,
 )
 _CONTINUED = re.compile(rb"\\\r?\n")
+_IMPORT = re.compile(rb"^([ \t]*+)((?:import|from)\b[^\n;(]*(?:\([^()]*\))?)", re.MULTILINE)
+_WORD = re.compile(rb"\w+")
 # A line's indent, and its import, or its first word and the rest.
-_LINE = re.compile(rb"^([ \t]*+)(?:(import\b[^\n;]*|from\b[^\n;(]*(?:\([^()]*\))?)|(\w+)([^\n]*)|[^\s])", re.MULTILINE)
+_LINE = re.compile(rb"^([ \t]*+)(?:((?:import|from)\b[^\n;(]*(?:\([^()]*\))?)|(\w+)([^\n]*)|[^\s])", re.MULTILINE)
 # Of a statement with single spaces.
 _FROM = re.compile(rb"from ?(\.*+) ?((?:(?!import\b)[\w.]++)?) ?import\b(.*)")
 _NAME = re.compile(rb"[^\W\d]\w*")
@@ -52,6 +54,8 @@ class Imports:
             for module in self._modules
             if "." not in module or (module in packages and packages.isdisjoint(_above(module)))
         ]
+        extensions = (module_of(file).rpartition(".")[2] for file in files if not file.endswith(".py"))
+        self._extensions = frozenset(name.encode() for name in extensions)
         self._always: dict[str, set[str]] = {}
         self._caught: set[str] = set()
         self._elsewhere: set[str] = set()
@@ -62,7 +66,7 @@ class Imports:
         module = module_of(file)
         package = module if _is_package(file) else module.rpartition(".")[0]
         kept = {"always": self._always.setdefault(module, set()), "caught": self._caught, "elsewhere": self._elsewhere}
-        for statement, how in _statements(source):
+        for statement, how in _statements(source, self._extensions):
             for name in _names(b" ".join(statement.split()), package):
                 if self._room and name in self._modules and name not in kept[how]:
                     kept[how].add(name)
@@ -114,9 +118,24 @@ class _Try:
         self.catches |= self.catching
 
 
-def _statements(source: bytes) -> Iterator[tuple[bytes, How]]:
-    """Yield the statements that import something, and how: `always` is at the margin."""
+def _statements(source: bytes, extensions: frozenset[bytes]) -> Iterator[tuple[bytes, How]]:
+    """Yield the statements that import something, and how: `always` is at the margin.
+
+    Others are left out, unless there is one with the name of an extension: most modules need no look at each line.
+    """
     code = _CONTINUED.sub(b" ", _UNREAD.sub(b"", source))
+    looked_at = False
+    for match in _IMPORT.finditer(code):
+        if not match[1]:
+            yield match[2], "always"
+        elif not looked_at:
+            looked_at = not extensions.isdisjoint(_WORD.findall(match[2]))
+    if looked_at:
+        yield from _inside(code)
+
+
+def _inside(code: bytes) -> Iterator[tuple[bytes, How]]:
+    """Yield the statements that import something and are not at the margin."""
     tries: list[_Try] = []
     for line in _LINE.finditer(code):
         indent, statement, word = len(line[1]), line[2], line[3]
@@ -126,15 +145,15 @@ def _statements(source: bytes) -> Iterator[tuple[bytes, How]]:
         if statement:
             if inside := _body(tries):
                 inside.statements.append(statement)
-            else:
-                yield statement, "elsewhere" if indent else "always"
+            elif indent:
+                yield statement, "elsewhere"
         elif word == b"try":
             tries.append(_Try(indent))
         elif tries and indent == tries[-1].indent:
             tries[-1].begin(part, line[4])
-        if tries and _RAISES.search(line[0]):
-            for each in tries:
-                each.raises |= each.catching
+        raises = bool(tries and _RAISES.search(line[0]))
+        for each in tries:
+            each.raises |= raises and each.catching
     while tries:
         yield from _ended(tries)
 
