@@ -59,7 +59,7 @@ def read_elf(file: IO[bytes], module: str) -> Elf | None:
     """
     try:
         return _read(file, module)
-    except (struct.error, LookupError, ValueError, OverflowError):
+    except (struct.error, LookupError, ValueError):
         return None
 
 
@@ -148,6 +148,6 @@ def _holds(file: IO[bytes], start: int, length: int, word: bytes) -> bool:
 
 
 def _at(file: IO[bytes], place: int, size: int) -> bytes:
-    """Return the bytes at a place; a file that ends there gives fewer."""
-    file.seek(place)
+    """Return the bytes at a place; a file that ends before gives fewer, wherever the place is said to be."""
+    file.seek(min(place, file.seek(0, io.SEEK_END)))
     return file.read(size)

@@ -125,12 +125,10 @@ def tail(session: Session, filename: str, url: str, size: int) -> tuple[bytes, i
         ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had, or not in part.
     """
     if url.startswith("file:"):
-        try:
-            content = Path(unquote(urlsplit(url).path)).read_bytes()
-        except OSError as error:
-            message = f"The wheel {filename} cannot be read: {error.strerror}."
-            raise WheelNotFound(message, remedy="Fetch the version again.") from error
-        return content[-size:], len(content)
+        with _local(url, filename) as content:
+            whole = os.fstat(content.fileno()).st_size
+            content.seek(max(0, whole - size))
+            return content.read(size), whole
     try:
         with session.answer(url, {"Accept-Encoding": "identity", "Range": f"bytes=-{size}"}) as answer:
             check(url, answer, filename)
@@ -253,15 +251,19 @@ class _Target:
 
 
 def _copy(url: str, target: _Target) -> None:
-    path = unquote(urlsplit(url).path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        message = f"The wheel {target.name} cannot be read: {error.strerror}."
-        raise WheelNotFound(message, remedy="Fetch the version again.") from error
-    with os.fdopen(descriptor, "rb", buffering=0) as content:
+    with _local(url, target.name) as content:
         while chunk := content.read(_CHUNK):
             target.write(chunk)
+
+
+def _local(url: str, filename: str) -> BinaryIO:
+    """Return the wheel at an address of a file, open for reading."""
+    path = unquote(urlsplit(url).path)
+    try:
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0)
+    except OSError as error:
+        message = f"The wheel {filename} cannot be read: {error.strerror}."
+        raise WheelNotFound(message, remedy="Fetch the version again.") from error
 
 
 @contextmanager

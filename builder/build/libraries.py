@@ -6,6 +6,7 @@ without the wheel. docs/decisions/0043-system-libraries.md says what is refused,
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tempfile
@@ -18,6 +19,7 @@ from typing import IO, Annotated, Literal, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 
 from builder.build.elf import NAME, parts_of, read_elf
+from builder.build.module_imports import Imports, module_of
 from builder.build.wheel_files import Place
 from builder.reference import Platform
 
@@ -33,11 +35,8 @@ _MACHINES = {"386": 3, "ppc64le": 21, "s390x": 22, "arm": 40, "amd64": 62, "arm6
 # Content of one library that is held in memory; what is larger stands in a file.
 _IN_MEMORY = 8 << 20
 _LARGEST_SOURCE = 1 << 20
-# A statement at the margin, which runs whenever the module is imported: not in a function, a condition or a `try`.
-_IMPORT = re.compile(rb"\n(?:import|from)[ \t]+[^\n(#;]*(?:\([^()]*\))?")
-_WORD = re.compile(rb"\w+")
-# Of a note, which is part of a manifest; the 351 libraries of VTK take 143 kB.
-_MOST_NOTE = 1 << 20
+# Of a note, which is part of a manifest; the 351 libraries of VTK take 163 kB.
+MOST_NOTE = 1 << 20
 _PACKAGES = {
     "libEGL.so.1": "libegl1",
     "libGL.so.1": "libgl1",
@@ -79,7 +78,7 @@ _PACKAGES = {
     "libz.so.1": "zlib1g",
 }
 
-Use = Literal["imported", "importable", "library", "bundled"]
+Use = Literal["imported", "importable", "optional", "library", "bundled", "unread", "hidden"]
 _Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 
@@ -89,17 +88,26 @@ class Library(NamedTuple):
     Attributes:
         name: of its file.
         soname: its own name; empty where it has none, or that of its file.
-        machine: what it runs on, as the ABI numbers machines.
-        use: `imported` by a statement at the margin of one of the wheel's modules; `importable` by the model's Python
-            otherwise; `bundled` with others, as auditwheel does it; or a `library` that may be loaded by ctypes.
+        machine: what it runs on, as the ABI numbers machines; 0 where that cannot be read.
+        use: `imported` by the model's Python whenever the wheel's packages are; `optional` where whatever imports it
+            catches that it fails; `importable` otherwise; `bundled` with others, as auditwheel does; a `library` that
+            may be loaded by ctypes; `unread`, a file of which only the name is known, and which is believed to be what
+            that says; or `hidden` by another wheel's in the same layer.
         needed: the libraries that it needs, but for those of the C library.
+        place: the beginning of the SHA-256 of its path, 16 hexadecimal digits: which wheels' libraries replace others.
     """
 
     name: _Name
     soname: _Name | Annotated[str, Field(max_length=0)]
     machine: int
     use: Use
-    needed: tuple[_Name, ...]
+    needed: Annotated[tuple[_Name, ...], Field(fail_fast=True)]
+    place: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+    @property
+    def size(self) -> int:
+        """Characters of a note that it takes at least."""
+        return 48 + len(self.name) + len(self.soname) + sum(len(name) + 2 for name in self.needed)
 
 
 class WheelLibraries(NamedTuple):
@@ -111,18 +119,23 @@ class WheelLibraries(NamedTuple):
     """
 
     wheel: str
-    libraries: tuple[Library, ...]
+    libraries: Annotated[tuple[Library, ...], Field(fail_fast=True)]
+
+    @property
+    def size(self) -> int:
+        """Characters of a note that they take at least."""
+        return sum(each.size for each in self.libraries)
 
 
 # What is noted of the wheels in a layer; None where they have more libraries than a note takes.
-Note = tuple[WheelLibraries, ...] | None
+Note = Annotated[tuple[WheelLibraries, ...], Field(fail_fast=True)] | None
 _NOTE: TypeAdapter[Note] = TypeAdapter(Note)
 
 
 def to_note(wheels: Iterable[WheelLibraries]) -> str:
     """Return the libraries of the wheels in a layer as text."""
     text = _NOTE.dump_json(tuple(wheels)).decode()
-    return text if len(text) <= _MOST_NOTE else "null"
+    return text if len(text) <= MOST_NOTE else "null"
 
 
 def from_note(text: str) -> Note:
@@ -131,6 +144,9 @@ def from_note(text: str) -> Note:
     Raises:
         ValueError: it did not write this.
     """
+    if len(text) > MOST_NOTE:
+        message = f"the list of its wheels' libraries has more than {MOST_NOTE:,} characters"
+        raise ValueError(message)
     try:
         return _NOTE.validate_json(text)
     except ValidationError as error:
@@ -145,26 +161,33 @@ class Collector:
         places: where the wheel's files go.
         python: the model's Python, `3.11`.
         folder: for temporary files.
+        room: characters that a note has for them. Where they need more, no more is kept than what shows that.
     """
 
-    def __init__(self, places: Iterable[Place], python: str, folder: Path) -> None:
+    def __init__(self, places: Iterable[Place], python: str, folder: Path, room: int = MOST_NOTE) -> None:
+        self._room = room
         self._python = python
         self._folder = str(folder)
-        named = (_LIBRARY.fullmatch(_name(place)) for place in places)
-        modules = {match["module"].encode() for match in named if match and match["module"]}
-        # Of one alone it does not matter who imports it.
-        self._modules = frozenset(modules) if len(modules) > 1 else frozenset[bytes]()
-        self._imported: set[str] = set()
-        self._found: list[Library] = []
+        importable = [place for place in places if place.importable]
+        extensions = [
+            place.record for place in importable if (match := _LIBRARY.fullmatch(_name(place))) and match["module"]
+        ]
+        modules = [place.record for place in importable if place.wants_bytecode] if extensions else []
+        self._imports = Imports([*extensions, *modules])
+        self._reads_sources = bool(extensions)
+        # Each with the name that Python would import it by.
+        self._found: list[tuple[Library, str]] = []
 
     @property
     def libraries(self) -> tuple[Library, ...]:
         """What was found, in the order in which it was read."""
+        imported, optional = self._imports.imported, self._imports.caught
+        uses: list[tuple[Use, set[str]]] = [("imported", imported), ("optional", optional)]
         return tuple(
-            each._replace(use="imported")
-            if each.use == "importable" and each.name.partition(".")[0] in self._imported
-            else each
-            for each in self._found
+            library._replace(use=next((use for use, modules in uses if module in modules), library.use))
+            if library.use == "importable"
+            else library
+            for library, module in self._found
         )
 
     @contextmanager
@@ -172,31 +195,46 @@ class Collector:
         """Give what takes a file's content, piece by piece, while it is read; None where it does not matter."""
         match = _LIBRARY.fullmatch(_name(place))
         if match and place.member and NAME.fullmatch(_name(place)):
+            if self._room < 0:
+                yield None
+                return
             large = place.member.size > _IN_MEMORY
             with tempfile.TemporaryFile(dir=self._folder) if large else io.BytesIO() as file:
                 yield _Kept(file, place.member.size).add
                 self._library(place, file, match["module"] or "", match["tag"] or "abi3")
-        elif self._modules and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
+        elif self._reads_sources and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
             pieces: list[bytes] = []
             yield pieces.append
-            for statement in _IMPORT.finditer(b"".join([b"\n", *pieces])):
-                words = self._modules.intersection(_WORD.findall(statement[0]))
-                self._imported.update(word.decode() for word in words)
+            self._imports.add(place.record, b"".join(pieces))
         else:
             yield None
 
+    def hide(self, place: Place) -> None:
+        """Take a file that is not in the layer, as that of another wheel is in its place."""
+        if self._room >= 0 and place.member and _LIBRARY.fullmatch(_name(place)) and NAME.fullmatch(_name(place)):
+            self._without_content(place, "hidden")
+
     def _library(self, place: Place, file: IO[bytes], module: str, tag: str) -> None:
-        elf = read_elf(file, module)
+        elf, name = read_elf(file, module), _name(place)
         if elf is None:
+            self._without_content(place, "unread")
             return
-        name = _name(place)
         own = tag == "abi3" or tag.startswith(f"cpython-{self._python.replace('.', '')}-")
         use: Use = "bundled" if ".libs/" in place.path else "library"
         if elf.importable and own and f"/lib/python{self._python}/site-packages/" in place.path:
             use = "importable"
         needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
         soname = elf.soname if elf.soname != name else ""
-        self._found.append(Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed))
+        found = Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed, place=_place(place))
+        self._add(found, place)
+
+    def _without_content(self, place: Place, use: Use) -> None:
+        found = Library(name=_name(place), soname="", machine=0, use=use, needed=(), place=_place(place))
+        self._add(found, place)
+
+    def _add(self, library: Library, place: Place) -> None:
+        self._found.append((library, module_of(place.record)))
+        self._room -= library.size
 
 
 class _Kept:
@@ -224,6 +262,10 @@ def _name(place: Place) -> str:
     return place.path.rpartition("/")[2]
 
 
+def _place(place: Place) -> str:
+    return hashlib.sha256(place.path.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lack:
     """What a wheel's libraries need and nobody has.
@@ -247,10 +289,11 @@ class Lack:
 def lacking(wheels: Sequence[WheelLibraries], there: Collection[str], platform: Platform) -> list[Lack]:
     """Return the wheels that need a library which neither the base image nor a wheel has.
 
-    A wheel's library is found wherever it is: wheels name folders of others, or load libraries ahead of time.
+    A wheel's library is found wherever it is: wheels name folders of others, or load libraries ahead of time. One that
+    a later wheel replaces is of no use, and its needs do not matter.
 
     Args:
-        wheels: all of an environment.
+        wheels: all of an environment, in the order of their layers.
         there: names of the base image's libraries.
         platform: the image's; libraries for other machines do not matter.
     """
@@ -264,7 +307,15 @@ class _Environment:
     def __init__(self, wheels: Sequence[WheelLibraries], machine: int | None, there: Collection[str]) -> None:
         self._names = [wheel.wheel for wheel in wheels]
         every = [(number, each) for number, wheel in enumerate(wheels) for each in wheel.libraries]
-        self._all = [(number, each) for number, each in every if each.machine == machine]
+        last = {each.place: number for number, each in every if each.use != "hidden"}
+        replaced = [each.use == "hidden" or last[each.place] != number for number, each in every]
+        # Which of their libraries they would load is not known any more.
+        self._incomplete = {number for (number, _), is_replaced in zip(every, replaced, strict=True) if is_replaced}
+        self._all = [
+            (number, each)
+            for (number, each), is_replaced in zip(every, replaced, strict=True)
+            if not is_replaced and (each.machine == machine or each.use == "unread")
+        ]
         self._of_wheel: list[list[int]] = [[] for _ in wheels]
         self._providers: dict[str, list[int]] = {}
         for number, (wheel, each) in enumerate(self._all):
@@ -277,13 +328,17 @@ class _Environment:
     def lack(self, wheel: int) -> Lack | None:
         """Return what a wheel's libraries lack; None for nothing."""
         own = self._of_wheel[wheel]
-        imported, importable, libraries = (
+        imported, importable, optional, libraries = (
             {number for number in own if self._all[number][1].use in uses}
-            for uses in ({"imported"}, {"imported", "importable"}, {"library"})
+            for uses in ({"imported"}, {"imported", "importable"}, {"optional"}, {"library"})
         )
         # What Python imports or, in a wheel without any such, what may be loaded by ctypes.
-        loaded = importable or libraries
-        fatal = imported & self._broken or (loaded if self._broken.issuperset(loaded) else set())
+        loaded = importable or (set() if optional or wheel in self._incomplete else libraries)
+        every = loaded | optional
+        lost = every & self._broken
+        # Of PyQt5's 37 one is empty, and needs nothing. Of libraries for ctypes one may be all that is wanted.
+        most = len(lost) * 10 >= len(every) * 9 if importable else len(lost) == len(every)
+        fatal = imported & self._broken or (loaded & self._broken if most else set())
         missing = self._missing(wheel, fatal or self._broken.intersection(own))
         return Lack(wheel=self._names[wheel], missing=missing, loads=not fatal) if missing else None
 

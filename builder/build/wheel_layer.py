@@ -16,7 +16,7 @@ from installer.utils import Scheme as InstallerScheme
 from installer.utils import construct_record_file, fix_shebang
 
 from builder.build.bytecode import LARGEST_SOURCE, Compilation, Compiler, Source
-from builder.build.libraries import Collector, Library, WheelLibraries, to_note
+from builder.build.libraries import MOST_NOTE, Collector, Library, WheelLibraries, to_note
 from builder.build.wheel import Wheel, named, opened
 from builder.build.wheel_directory import DEFLATED, BadArchive, refuse
 from builder.build.wheel_files import INTERPRETER, Place, Scheme, places
@@ -85,7 +85,10 @@ class WheelLayer:
 
     @property
     def libraries(self) -> WheelLibraries:
-        """The wheel's shared libraries, known when the bytes have been read to their end."""
+        """The wheel's shared libraries, known when the bytes have been read to their end.
+
+        Where they are more than a note takes, only so many of them that this shows.
+        """
         return WheelLibraries(self._wheel.filename, self._libraries)
 
     @property
@@ -111,13 +114,14 @@ class WheelLayer:
         yield from writer.finish()
         self._layer = replace(writer.layer, note=to_note([self.libraries]))
 
-    def write(self, writer: LayerWriter, taken: set[str]) -> Iterator[bytes]:
+    def write(self, writer: LayerWriter, taken: set[str], *, room: int = MOST_NOTE) -> Iterator[bytes]:
         """Write the wheel's files into a layer that may hold other wheels too; errors as in iterating.
 
         Args:
             writer: writes the layer.
             taken: the paths that are in the layer already, directories with a slash at their end; the wheel's are
                 added. What is there is left as it is, and hides what of the wheel it would hide from a layer above.
+            room: characters that the layer's note has for the wheel's libraries.
         """
         with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
             archive = Archive(file)
@@ -127,12 +131,13 @@ class WheelLayer:
             if self._compiler and self._sources:
                 # Compiling goes on beside what follows, and is waited for at the end.
                 compilation = stack.enter_context(self._compiler.compile(file, self._sources))
-            libraries = Collector(self._places, self._python, self._wheel.path.parent)
+            libraries = Collector(self._places, self._python, self._wheel.path.parent, room)
             installation = _Installation(writer, archive, self._wheel, self._scheme, libraries)
             # Bytecode that came with the wheel would not be believed beside ours, and has its place.
             replaced = frozenset(self._compiled)
             for place in self._places:
                 if _hidden(place.path, taken):
+                    libraries.hide(place)
                     continue  # pip's later one would win, in an order that nobody promises
                 if place.member is None:
                     script = self._scripts[place.path.rpartition("/")[2]]
@@ -307,8 +312,9 @@ class GroupLayer:
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the layer's bytes in chunks of about 256 KiB; errors as in `WheelLayer`."""
-        writer, taken = LayerWriter(), set[str]()
+        writer, taken, room = LayerWriter(), set[str](), MOST_NOTE
         for wheel in self._wheels:
-            yield from wheel.write(writer, taken)
+            yield from wheel.write(writer, taken, room=room)
+            room -= wheel.libraries.size
         yield from writer.finish()
         self._layer = replace(writer.layer, note=to_note(wheel.libraries for wheel in self._wheels))

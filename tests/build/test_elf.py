@@ -81,6 +81,7 @@ NO_LIBRARY = {
     "no headers": ORDINARY[:56] + b"\0\0" + ORDINARY[58:],
     "headers behind its end": ORDINARY[:32] + struct.pack("<Q", 1 << 40) + ORDINARY[40:],
     "headers further than a file can be": ORDINARY[:32] + struct.pack("<Q", (1 << 64) - 1) + ORDINARY[40:],
+    "headers further than a file can be sought": ORDINARY[:32] + struct.pack("<Q", 1 << 63) + ORDINARY[40:],
     "headers of another size": ORDINARY[:54] + b"\x01\0" + ORDINARY[56:],
 }
 
@@ -88,6 +89,7 @@ NO_LIBRARY = {
 @pytest.mark.parametrize("content", NO_LIBRARY.values(), ids=NO_LIBRARY.keys())
 def test_anything_else_is_no_library(content):
     assert read(content) is None
+    assert sum(map(len, parts_of(content, len(content)))) <= 112 << 20
 
 
 def test_names_that_are_no_file_names_are_left_out():

@@ -1,8 +1,10 @@
 """Package indexes: which are asked, what they say, and the files that come from them."""
 
 import hashlib
+import os
 import socket
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -283,6 +285,26 @@ def test_folders_of_wheels(tmp_path):
         with pytest.raises(WheelNotFound, match="does not have it"):
             asked.find(wanted.model_copy(update={"filename": "linked-1.0-py2-none-any.whl"}))
     assert (tmp_path / "copy").read_bytes() == body
+
+
+def test_of_a_local_wheel_only_the_end_is_read(index, tmp_path):
+    wheel = tmp_path / "large-1.0-py3-none-any.whl"
+    with wheel.open("wb") as file:
+        file.truncate(64 << 20)
+        file.seek(0, os.SEEK_END)
+        file.write(b"the end")
+    locked = LockedWheel(name="large", version="1.0", filename=wheel.name, sha256="0" * 64, url=wheel.as_uri())
+    tracemalloc.start()
+    with client(index.simple) as asked:
+        assert asked.tail(locked, 9) == (b"\0\0the end", (64 << 20) + 7)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 8 << 20
+        wheel.write_bytes(b"short")
+        assert asked.tail(locked, 9) == (b"short", 5)
+        wheel.unlink()
+        with pytest.raises(WheelNotFound, match=r"large-1\.0"):
+            asked.tail(locked, 9)
 
 
 def test_a_link_in_place_of_the_model_s_wheel_is_not_followed(tmp_path):
