@@ -168,6 +168,10 @@ def _shares(
         message = f"The folder {recipe.model_folder!r} of the model is empty."
         raise InvalidVersion(message, remedy="Log the model again.")
     client = _files(context, recipe.client_folder) if recipe.client_folder else []
+    # One folder may be within the other, and a file is in one layer.
+    inner, outer = (client, model) if len(client) < len(model) else (model, client)
+    own = {entry.path for entry in inner}
+    outer[:] = [entry for entry in outer if entry.path not in own]
     return [split(model, client, most=part.model_layers, limit=limit) for part in parts]
 
 
