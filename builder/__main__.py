@@ -30,6 +30,7 @@ _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 # Seconds that atexit's functions may take, and after which a request to end that was swallowed is repeated.
 _AT_EXIT = 3.0
 _AGAIN = 0.05
+_MOST_CAUSES = 100
 
 
 def main() -> NoReturn:
@@ -87,8 +88,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         click.echo(shown(said.getvalue()), nl=False, err=True)
         return ExitCode.USAGE
     except (Terminated, click.Abort):
-        context.failed("Terminated", "The process was asked to end.", "Run the command again.", ExitCode.TEMPORARY)
-        return ExitCode.TEMPORARY
+        return _asked_to_end(context)
     except BuilderError as error:
         problems = error.problems if isinstance(error, InvalidSettings) else ()
         context.about |= error.about
@@ -98,9 +98,30 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         # click's way to say that whoever read our stdout has gone; there is nobody to tell.
         return ExitCode.TEMPORARY
     except Exception as error:  # noqa: BLE001 - whatever was not caught is a defect of ours, and says so
+        if _comes_of_a_request(error):
+            return _asked_to_end(context)
         context.defect(error)
         return ExitCode.SOFTWARE
     return int(code or 0)
+
+
+def _asked_to_end(context: cli.Invocation) -> int:
+    context.failed("Terminated", "The process was asked to end.", "Run the command again.", ExitCode.TEMPORARY)
+    return ExitCode.TEMPORARY
+
+
+def _comes_of_a_request(error: BaseException | None) -> bool:
+    """Return whether an error was raised for a request to end, by what wraps whatever it meets.
+
+    Python 3.11 does so while a class is being made (`__set_name__`), as those of an import are.
+    """
+    for _ in range(_MOST_CAUSES):
+        if error is None:
+            return False
+        if isinstance(error, Terminated):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:

@@ -58,6 +58,27 @@ sys.argv = ["builder", "build"]
 __main__.main()
 """
 
+# Python 3.11 raises a RuntimeError for whatever comes while a class is being made, as those of an import are.
+_WRAPPED = """
+import os, signal, sys, time
+from builder import __main__, cli
+
+class Field:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+def callback(self):
+    try:
+        type("Made", (), {"field": Field()})
+    except RuntimeError as error:
+        raise ValueError from error
+
+cli.builder.commands["build"].callback = cli.click.pass_obj(callback)
+sys.argv = ["builder", "build"]
+__main__.main()
+"""
+
 
 def ended(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
@@ -85,8 +106,9 @@ def test_what_hangs_at_exit_is_left():
     assert ended(code, "--version").returncode == 0
 
 
-def test_a_request_to_end_is_not_lost_in_a_destructor():
-    process = ended(_SWALLOWED)
+@pytest.mark.parametrize("code", [_SWALLOWED, _WRAPPED], ids=["in a destructor", "in a class that is being made"])
+def test_a_request_to_end_is_not_lost(code):
+    process = ended(code)
     assert process.returncode == 75, process.stderr
     assert "asked to end" in process.stderr
 
