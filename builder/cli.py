@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -112,12 +113,19 @@ class Invocation:
             if remedy:
                 click.echo(f"  {click.style('what to do:', bold=True)} {remedy}", err=True)
         else:
-            from builder import log
-
-            if not self._logs:
-                log.configure("json")
             facts = {**self.about, "error": kind, "what": what, "remedy": remedy, "exit_code": int(code)}
-            log.get_logger("cli").error("failed", **facts, exc_info=defect)
+            if self._logs:
+                from builder import log
+
+                log.get_logger("cli").error("failed", **facts, exc_info=defect)
+            else:
+                # As lines of the log are. It is not there yet, and cannot be had where a request to end broke off its
+                # import: what that leaves of modules is not imported again.
+                when = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+                line = {**facts, "event": "failed", "level": "error", "timestamp": when}
+                if defect:
+                    line["exception"] = masked("".join(traceback.format_exception(defect)))
+                click.echo(json.dumps(line), err=True)
         self.leave_message({"state": "failed", "error": one_line(f"{kind}: {what} {remedy}"), "exit_code": int(code)})
 
     def defect(self, error: Exception) -> None:

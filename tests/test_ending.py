@@ -79,6 +79,20 @@ sys.argv = ["builder", "build"]
 __main__.main()
 """
 
+_BROKEN_OFF = """
+import os, signal, sys, time
+from builder import __main__, cli
+
+def callback(self):
+    sys.modules["structlog"] = None  # an import that was broken off cannot be made good
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(300)
+
+cli.builder.commands["build"].callback = cli.click.pass_obj(callback)
+sys.argv = ["builder", "build"]
+__main__.main()
+"""
+
 
 def ended(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
@@ -106,7 +120,11 @@ def test_what_hangs_at_exit_is_left():
     assert ended(code, "--version").returncode == 0
 
 
-@pytest.mark.parametrize("code", [_SWALLOWED, _WRAPPED], ids=["in a destructor", "in a class that is being made"])
+@pytest.mark.parametrize(
+    "code",
+    [_SWALLOWED, _WRAPPED, _BROKEN_OFF],
+    ids=["in a destructor", "in a class that is being made", "in an import"],
+)
 def test_a_request_to_end_is_not_lost(code):
     process = ended(code)
     assert process.returncode == 75, process.stderr
