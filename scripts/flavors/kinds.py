@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from builder.build.indexes import built_in_index
+
+_OLD_NAME = built_in_index().url.replace("pypi.", "pypi.python.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
@@ -182,7 +186,7 @@ WRITTEN = (
     ),
     Written(
         title="`--extra-index-url` with PyPI's old name",
-        files={"requirements.txt": "--extra-index-url https://pypi.example.com/simple\nmlflow\npandas\n"},
+        files={"requirements.txt": f"--extra-index-url {_OLD_NAME}\nmlflow\npandas\n"},
     ),
     Written(
         title="`numpy @ file:///croot/…` (pip freeze in conda)",
