@@ -19,6 +19,18 @@ _MOST_SECONDS, _MOST_MEMORY = 20, 1024 * MIB
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hypothesis", "yaml", "builder.build.requirements", "builder.build.wheel"])
 
+_REFERENCE_SECONDS = 0.045
+
+
+def slowness() -> float:
+    """Return how many times the processor time of a quiet machine things take here now; 1 at least.
+
+    Two busy threads of one core take about twice as much of it each.
+    """
+    begun = time.process_time()
+    sum(number * number for number in range(1_000_000))
+    return max(1.0, (time.process_time() - begun) / _REFERENCE_SECONDS)
+
 
 @dataclass(frozen=True)
 class Outcome:
