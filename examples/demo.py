@@ -101,28 +101,18 @@ class Demo:
     def predict(self, image: str, platform: str, body: Mapping[str, Any]) -> None:
         """Run a published image, and show what it predicts."""
         start = time.monotonic()
-        for number, runner in enumerate(machine.container_runners()):
-            tool, name = runner[0], f"demo-{free_port()}-{number}"
-            trust = ["--tls-verify=false"] if tool == "podman" else []
-            # No network: what the image needs is in it. The question is asked from inside.
-            command = [*runner, "--rm", "--detach", "--name", name, "--network=none", "--platform", platform, *trust]
-            done = subprocess.run([*command, image], check=False, capture_output=True, text=True)
-            if done.returncode:
-                continue
-            CONSOLE.print(f"$ {shlex.join([*command, image])}", style="cyan", markup=False)
-            CONSOLE.print(f"pulled and started in {time.monotonic() - start:.1f} s", style="dim")
-            start = time.monotonic()
-            try:
-                question = json.dumps(body)
+        try:
+            with machine.started_container(image, platform) as (name, command):
+                CONSOLE.print(f"$ {shlex.join(command)}", style="cyan", markup=False)
+                CONSOLE.print(f"pulled and started in {time.monotonic() - start:.1f} s", style="dim")
+                start = time.monotonic()
+                # There is no network, since what the image needs is in it. The question is asked from inside.
                 with (HERE / "ask.py").open() as program:
-                    self.run(tool, "exec", "--interactive", name, "python", "-", question, stdin=program)
+                    words = ("exec", "--interactive", name, "python", "-", json.dumps(body))
+                    self.run(command[0], *words, stdin=program)
                 CONSOLE.print(f"answered {time.monotonic() - start:.1f} s after that", style="dim")
-            finally:
-                # Killed, since a program that is a container's first process ignores what asks it to end.
-                for words in (["kill", name], ["rm", "--force", name], ["rmi", "--force", image]):
-                    subprocess.run([tool, *words], check=False, capture_output=True)
-            return
-        sys.exit(f"no container can be run here: {done.stderr}")
+        except machine.CannotRun as error:
+            sys.exit(f"no container can be run here: {error}")
 
 
 @contextlib.contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.launch import Program
+from scripts.launch import Program, free_port
 
 _MOST = 1024
 
@@ -52,6 +55,43 @@ def container_runners() -> list[list[str]]:
     if shutil.which("docker"):
         found.append(["docker", "run"])
     return found
+
+
+class CannotRun(Exception):
+    """No container of an image can be run here; what the last tool said is the message."""
+
+
+@contextlib.contextmanager
+def started_container(image: str, platform: str) -> Iterator[tuple[str, list[str]]]:
+    """Run a published image without a network, and remove container and image afterwards.
+
+    Args:
+        image: its reference.
+        platform: which of its images.
+
+    Yields:
+        The container's name, and the command that started it, which begins with the tool.
+
+    Raises:
+        CannotRun: no tool runs it.
+    """
+    said = "neither podman nor docker is installed"
+    for runner in container_runners():
+        tool, name = runner[0], f"published-{free_port()}"
+        trust = ["--tls-verify=false"] if tool == "podman" else []
+        command = [*runner, "--rm", "--detach", "--name", name, "--network=none", "--platform", platform, *trust, image]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr
+            continue
+        try:
+            yield name, command
+        finally:
+            # Killed, since a program that is a container's first process ignores what asks it to end.
+            for words in (["kill", name], ["rm", "--force", name], ["rmi", "--force", image]):
+                subprocess.run([tool, *words], check=False, capture_output=True)
+        return
+    raise CannotRun(said)
 
 
 def pip_configuration() -> dict[str, str]:

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from packaging.utils import canonicalize_name
 
@@ -81,8 +81,7 @@ def check_provided(
     # Code that brings an archive can put it on its path.
     if not missing or any(path.endswith(_ARCHIVES) and "code" in path.split("/")[:-1] for path in own):
         return
-    # To the end: a thread that still reads would outlive its client.
-    found = list(_together(lock, client))
+    found = _together(lock, client)
     there = {top for _, tops in found for top in tops}
     missing = {top: module for top, module in missing.items() if top not in there}
     if not missing:
@@ -107,13 +106,14 @@ def _is_loader(file: str) -> bool:
     return file.rpartition("/")[2] == MLMODEL
 
 
-def _together(lock: Lock, client: IndexClient) -> Iterator[tuple[LockedWheel, set[str]]]:
+def _together(lock: Lock, client: IndexClient) -> list[tuple[LockedWheel, set[str]]]:
+    """Return the first names in each wheel. To the end: a thread that still reads would outlive its client."""
+
     def one(wheel: LockedWheel) -> tuple[LockedWheel, set[str]]:
         return wheel, _modules(wheel, client)
 
-    for result in side_by_side(one, lock.wheels, threads=_LOOKING, every=_SECONDS):
-        if result is not None:
-            yield result
+    results = side_by_side(one, lock.wheels, threads=_LOOKING, every=_SECONDS)
+    return [result for result in results if result is not None]
 
 
 def _modules(wheel: LockedWheel, client: IndexClient) -> set[str]:

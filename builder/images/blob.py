@@ -82,17 +82,11 @@ class LayoutBlob:
             yield from chunks(file, self.size)
 
 
-@dataclass(slots=True)
-class Counted:
-    """A blob whose bytes are counted while they are read.
+class Around:
+    """A blob that reads another one, whose digest and size it has; `blob` is that."""
 
-    Attributes:
-        blob: the blob.
-        read: how many were read, in all its readings.
-    """
-
+    __slots__ = ()
     blob: Blob
-    read: int = 0
 
     @property
     def digest(self) -> Digest:
@@ -103,6 +97,19 @@ class Counted:
     def size(self) -> int:
         """The blob's."""
         return self.blob.size
+
+
+@dataclass(slots=True)
+class Counted(Around):
+    """A blob whose bytes are counted while they are read.
+
+    Attributes:
+        blob: the blob.
+        read: how many were read, in all its readings.
+    """
+
+    blob: Blob
+    read: int = 0
 
     def stream(self) -> Iterator[bytes]:
         """Yield the blob's bytes."""

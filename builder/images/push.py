@@ -9,7 +9,7 @@ from functools import partial
 
 from builder.crew import in_background
 from builder.errors import TryAgain
-from builder.images.blob import Blob, BytesBlob
+from builder.images.blob import Around, Blob, BytesBlob
 from builder.images.descriptor import Descriptor
 from builder.images.layout import LayoutImage
 from builder.images.manifest import Image
@@ -93,7 +93,7 @@ def move_tag(
 
 
 @dataclass(frozen=True, slots=True)
-class Stoppable:
+class Stoppable(Around):
     """A blob that is no longer read once another has failed.
 
     Attributes:
@@ -103,16 +103,6 @@ class Stoppable:
 
     blob: Blob
     stop: threading.Event
-
-    @property
-    def digest(self) -> Digest:
-        """The blob's."""
-        return self.blob.digest
-
-    @property
-    def size(self) -> int:
-        """The blob's."""
-        return self.blob.size
 
     def stream(self) -> Iterator[bytes]:
         """Yield the blob's bytes.

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,11 +76,10 @@ class Trial:
     def row(self, number: int, kind: Saved | Written) -> Row:
         """Try a model, and return what became of it."""
         folder = self._folder / f"model-{number}"
-        (folder / "model").mkdir(parents=True)
+        folder.mkdir()
         release = ""
         expected: Any = None
         if isinstance(kind, Saved):
-            (folder / "model").rmdir()
             failure = self._save(kind, folder)
             if failure:
                 return Row(title=kind.title, mlflow="", outcome="not saved", detail=failure)
@@ -87,14 +87,13 @@ class Trial:
             _whole(folder / "model", kind.mlflow)
             question = (folder / "question.json").read_text()
             expected = json.loads((folder / "expected.json").read_text())
-            tags = {}
         else:
             for path, content in kind.contents().items():
                 (folder / "model" / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / "model" / path).write_text(content)
-            question, tags = kind.question, dict(kind.tags)
+            question = kind.question
         name = f"flavor-{number}"
-        version = self._register(name, folder / "model", tags)
+        version = self._register(name, folder / "model")
         done = subprocess.run(
             [BUILDER, "publish", name, version], env=self._environ, check=False, capture_output=True, text=True
         )
@@ -126,43 +125,30 @@ class Trial:
             if done.returncode:
                 (folder / "save.log").write_text(done.stdout + done.stderr)
                 return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        subprocess.run(["rm", "-rf", str(venv)], check=False)
+        shutil.rmtree(venv)
         return ""
 
-    def _register(self, name: str, model: Path, tags: dict[str, str]) -> str:
+    def _register(self, name: str, model: Path) -> str:
         run = self._client.create_run("0")
         self._client.log_artifacts(run.info.run_id, str(model), "model")
         self._client.create_registered_model(name)
         source = f"{run.info.artifact_uri}/model"
-        return str(self._client.create_model_version(name, source, run.info.run_id, tags=tags).version)
+        return str(self._client.create_model_version(name, source, run.info.run_id).version)
 
     def _asked(self, image: str, question: str) -> list[Any] | str:
         """Run an image and return its answer in a list, or why there is none; without a network, as its own user."""
-        why = "no container can be run here"
-        for runner in machine.container_runners():
-            tool, name = runner[0], f"flavor-{free_port()}"
-            trust = ["--tls-verify=false"] if tool == "podman" else []
-            started = subprocess.run(
-                [*runner, "--rm", "--detach", "--name", name, "--network=none", *trust, image],
-                check=False, capture_output=True, text=True,
-            )  # fmt: skip
-            if started.returncode:
-                why = started.stderr
-                continue
-            try:
-                with _ASK.open() as program:
-                    asked = subprocess.run(
-                        [tool, "exec", "--interactive", name, "python", "-", question],
-                        stdin=program, check=False, capture_output=True, text=True,
-                    )  # fmt: skip
-                if asked.returncode:
-                    return asked.stderr.strip()[-200:]
-                answer = json.loads(asked.stdout)
-                return [answer.get("predictions", answer) if isinstance(answer, dict) else answer]
-            finally:
-                for words in (["kill", name], ["rm", "--force", name], ["rmi", "--force", image]):
-                    subprocess.run([tool, *words], check=False, capture_output=True)
-        return why
+        try:
+            with machine.started_container(image, machine.native_platform()) as (name, command), _ASK.open() as program:
+                asked = subprocess.run(
+                    [command[0], "exec", "--interactive", name, "python", "-", question],
+                    stdin=program, check=False, capture_output=True, text=True,
+                )  # fmt: skip
+        except machine.CannotRun as error:
+            return f"no container can be run here: {error}"
+        if asked.returncode:
+            return asked.stderr.strip()[-200:]
+        answer = json.loads(asked.stdout)
+        return [answer.get("predictions", answer) if isinstance(answer, dict) else answer]
 
 
 def _as_of(mlmodel: Path, day: str) -> str:

@@ -41,7 +41,6 @@ class Written:
         mlmodel: lines below `python_function` in the MLmodel that is made.
         more: further lines of that MLmodel.
         question: what is asked; `2` is sent as `{"inputs": [[2.0]]}` where it is not given.
-        tags: of the version.
         python: minor version of its Python.
     """
 
@@ -50,7 +49,6 @@ class Written:
     mlmodel: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     question: str = '{"inputs": [[2.0]]}'
-    tags: Mapping[str, str] = field(default_factory=dict)
     python: str = "3.11"
 
     def contents(self) -> dict[str, str]:
