@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.startup import figures
+from builder.batch.children import Children
+from builder.batch.sweep import MODULES
 from builder.budget import Budget
-from builder.children import Children
-from builder.sweep import MODULES
 
 ROUNDS = 5
 CHILDREN = 20

@@ -16,9 +16,8 @@ from benchmarks.base import load_base, push_base
 from benchmarks.environments import PLATFORMS, Environment, Versions
 from benchmarks.jobs import Step
 from benchmarks.meter import Meter, metered
-from builder.build.engine import Network
-from builder.build.pip_config import pip_config
-from builder.build.uv_config import uv_config
+from builder.package_index.config import pip_config, uv_config
+from builder.settings import Network
 from scripts import machine
 from scripts.demo_tools import Debian
 from scripts.docker_daemon import Daemon, docker_daemon

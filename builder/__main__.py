@@ -17,7 +17,7 @@ import click
 
 from builder import cli
 from builder.errors import BuilderError, ExitCode, InvalidSettings, Terminated
-from builder.shown import shown
+from builder.masking import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
 
-    from builder.models.catalog import Artifact
-    from builder.models.version import ModelVersion
+    from builder.models.version import Artifact, ModelVersion
     from builder.settings import CatalogSettings
+
 
 Bound = Literal["VERSION_TIMEOUT", "VERSION_PROCESSOR_TIME", "VERSION_MEMORY", "VERSION_BYTES"]
 _REMEDY = "Make the version smaller, or raise {name}; docs/settings.md says what it bounds."

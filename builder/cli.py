@@ -22,8 +22,7 @@ import click
 
 from builder import __version__
 from builder.errors import ExitCode
-from builder.masking import masked
-from builder.shown import indented, json_visible, one_line, visible
+from builder.masking import indented, json_visible, masked, one_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from builder.settings import CommonSettings
 
     S = TypeVar("S", bound=CommonSettings)
+
 
 # A Pod's termination message has at most 4096 bytes.
 _MOST_MESSAGE_BYTES = 4096
@@ -213,8 +213,8 @@ def builder() -> None:
 def publish(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
     """Publish one model version: fetch, build and push."""
     from builder import publish as story
+    from builder.report import progress
     from builder.settings import Settings
-    from builder.show import progress
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     with progress() as of_artifacts:
@@ -239,10 +239,10 @@ def plan(
     rebuild: bool,
 ) -> None:
     """Print what a publish would do, and touch nothing."""
-    from builder import show
+    from builder import report
+    from builder.publish.inspect import engine_here, preview
     from builder.settings import Settings
-    from builder.smoke.policy import SmokeTests
-    from builder.survey import engine_here, preview
+    from builder.smoke import SmokeTests
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     planned = preview(settings, force=force, rebuild=rebuild, check_push=check_push)
@@ -251,7 +251,7 @@ def plan(
     else:
         tested = SmokeTests(settings).describe(planned.all_platforms)
         engine = engine_here(settings)
-        invocation.product(show.plan(planned, engine=engine, push_checked=check_push, smoke_test=tested))
+        invocation.product(report.plan(planned, engine=engine, push_checked=check_push, smoke_test=tested))
 
 
 @builder.command()
@@ -261,8 +261,8 @@ def plan(
 def fetch(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
     """Phase 1: artifacts, Dockerfile or locks, and plan into the workspace."""
     from builder import publish as story
+    from builder.report import progress
     from builder.settings import Settings
-    from builder.show import progress
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     with progress() as of_artifacts:
@@ -289,8 +289,8 @@ def build(invocation: Invocation) -> None:
 def push(invocation: Invocation) -> None:
     """Phase 3: push the images, move the tag, record it."""
     from builder import publish as story
+    from builder.report import progress
     from builder.settings import Settings
-    from builder.show import progress
 
     settings = invocation.settings(Settings)
     with progress():
@@ -321,10 +321,10 @@ def sweep(
     What is wrong with a version (65, 66, 73) is on the version, in the log and in the summary; the exit code tells of
     what hinders the publisher itself: 69, 70, 75, 77 or 78.
     """
-    from builder import show
+    from builder import report
+    from builder.batch.sweep import Options
+    from builder.batch.sweep import sweep as run
     from builder.settings import Settings
-    from builder.sweep import Options
-    from builder.sweep import sweep as run
 
     settings = invocation.settings(Settings)
     swept = []
@@ -333,7 +333,7 @@ def sweep(
         swept.append(result)
         if result.reference is not None:
             invocation.product(str(result.reference))
-    show.sweep(swept)
+    report.sweep(swept)
     states = dict(Counter(result.state for result in swept))
     failed = [f"{result.version}: {result.detail}" for result in swept if result.state == "failed"]
     code = max((result.exit_code if strict else result.trouble for result in swept), default=0)
@@ -360,8 +360,8 @@ def warm(
     WHEEL_LAYERS, and downloads and makes nothing. With --verify what they find there is made again from wheels and base
     images, and compared: exit code 65 where something differs, 73 where a layer cannot be made again.
     """
-    from builder import show
-    from builder import warm as story
+    from builder import report
+    from builder.batch import warm as story
     from builder.settings import Settings
 
     if bool(requirements) != bool(python) or (python and not re.fullmatch(r"3\.[0-9]{1,2}", python)):
@@ -372,7 +372,7 @@ def warm(
         results = [story.warm_requirements(settings, requirements, python=python, verify=verify)]
     else:
         results = list(story.warm(settings, verify=verify))
-    show.warmed(results)
+    report.warmed(results)
     states = dict(Counter(result.state for result in results))
     wrong = "; ".join(f"{result.name}: {result.detail}" for result in results if result.exit_code)
     invocation.leave_message({"state": "failed" if wrong else "warmed", "environments": states, "error": wrong})
@@ -390,8 +390,8 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
     Each becomes DESTINATION/<model>/v<N>, whole or not at all; only what is new or changed is downloaded. The folders
     that were written are printed.
     """
-    from builder import show
-    from builder.download import download_all
+    from builder import report
+    from builder.batch.download import download_all
     from builder.settings import CatalogSettings
 
     if version and not name:
@@ -405,7 +405,7 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
         results.append(result)
         if result.state in {"new", "changed"}:
             invocation.product(str(result.folder))
-    show.downloads(results)
+    report.downloads(results)
     return max((result.exit_code for result in results), default=0)
 
 
@@ -430,7 +430,7 @@ def register(invocation: Invocation, /, model: Path, **options: Any) -> None:  #
     with the tags it needs. The version's number is printed.
     """
     from builder.models.register import register as run
-    from builder.rendering import rendered
+    from builder.publish.fetch import rendered
     from builder.settings import CatalogSettings
 
     settings = invocation.settings(CatalogSettings)

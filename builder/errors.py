@@ -10,10 +10,11 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from builder.shown import one_line as one_line  # noqa: PLC0414 -- who raises an error quotes others in it
+from builder.masking import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
 
 Cause = TypeVar("Cause", bound=BaseException)
 
@@ -62,7 +63,7 @@ class BuilderError(Exception):
         return self.exit_code in {ExitCode.UNAVAILABLE, ExitCode.TEMPORARY}
 
     def one_line(self, limit: int = 1000) -> str:
-        """Return `Type: what remedy` on one line that people may see; see `builder.shown.one_line`.
+        """Return `Type: what remedy` on one line that people may see; see `builder.masking.one_line`.
 
         Args:
             limit: the most characters to return.

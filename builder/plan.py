@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from builder.errors import InvalidVersion
-from builder.images.manifest import SOURCE_ID, Published
-from builder.models.catalog import Artifact
-from builder.models.version import ModelVersion
+from builder.models.version import Artifact, ModelVersion
+from builder.oci.manifest import SOURCE_ID, Published
 from builder.reference import Digest, Platform, Reference
 
 AsPlatform = Annotated[

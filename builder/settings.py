@@ -1,10 +1,4 @@
-"""Settings: the environment, read in one place.
-
-`from_environ` takes the environment as an argument, fills in what stands in files under SECRETS_DIR, and reports
-everything that is missing or malformed at once. There are three kinds, so that a type says what a phase may know:
-`BuildSettings` for the phase that runs an author's Dockerfile, `CatalogSettings` for what talks to MLflow alone, and
-`Settings` for all. The table in docs/settings.md is made from this module.
-"""
+"""Settings: the environment, read in one place; with them the way to the network."""
 
 from __future__ import annotations
 
@@ -12,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,13 +23,43 @@ from pydantic import (
     field_validator,
 )
 
-from builder.artifact_uri import ArtifactUri, parse_roots
-from builder.base_pattern import BasePattern
-from builder.credential_files import PATH_VARIABLES, in_connection_string, in_text, in_urls, mask_files, mask_secrets
-from builder.errors import BuilderError, InvalidSettings, one_line
-from builder.leftovers import PREFIX
-from builder.masking import mask, url_credentials
-from builder.reference import Platform, Repository, parse_platforms, repository_component
+from builder.errors import BuilderError, InvalidSettings
+from builder.masking import (
+    PATH_VARIABLES,
+    in_connection_string,
+    in_text,
+    in_urls,
+    mask,
+    mask_files,
+    mask_secrets,
+    one_line,
+    url_credentials,
+)
+from builder.process import PREFIX
+from builder.reference import BasePattern, Platform, Repository, parse_platforms, repository_component
+from builder.urls import ArtifactUri, parse_roots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """How RUN steps and pulls reach the world; none of it stays in the image.
+
+    Attributes:
+        ca_bundle: file of CA certificates in PEM; None for the system's.
+        pip_config: a pip.conf; None for none.
+        proxies: HTTP_PROXY, HTTPS_PROXY, NO_PROXY that are set.
+        index_variables: pip's and uv's index variables that are set; they may hold a credential.
+        insecure_registries: hosts reached over plain HTTP, loopback not named.
+        netrc: file of credentials by host, as pip and uv read it for package indexes; None for none.
+    """
+
+    ca_bundle: Path | None = None
+    pip_config: Path | None = None
+    proxies: Mapping[str, str] = field(default_factory=dict)
+    index_variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    insecure_registries: frozenset[str] = frozenset()
+    netrc: Path | None = None
+
 
 # Variables of other programs that pass through us: to MLflow's client, to the engine's RUN steps.
 _MLFLOW_VARIABLE = re.compile(
@@ -690,3 +715,15 @@ def _problem(cls: type[BaseModel], detail: Any) -> str:  # pydantic's ErrorDetai
     cause = detail.get("ctx", {}).get("error")
     why = f" ({cause})" if isinstance(cause, ValueError) and str(cause) else ""
     return f"{variable} is malformed{why}: it should be {form}"
+
+
+def network(settings: BuildSettings) -> Network:
+    """Return how pulls, RUN steps and package indexes are reached; only `Settings` know a netrc file."""
+    return Network(
+        ca_bundle=settings.ssl_cert_file,
+        pip_config=settings.pip_config_file,
+        proxies=settings.proxies,
+        index_variables={name: value.get_secret_value() for name, value in settings.index_variables.items()},
+        insecure_registries=settings.insecure_registries,
+        netrc=settings.netrc if isinstance(settings, Settings) else None,
+    )

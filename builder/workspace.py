@@ -37,15 +37,16 @@ from builder.errors import (
     TryAgain,
     UsageError,
     cause_of,
-    one_line,
 )
-from builder.models.answers import on_disk
+from builder.masking import one_line
+from builder.models.errors import on_disk
 from builder.plan import AsPlatform, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from builder.reference import Platform
+
 
 _MOST_PLAN_BYTES = 64 << 20
 _MOST_RESULT_BYTES = 1 << 20

@@ -13,12 +13,14 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from builder.errors import InvalidSettings, InvalidVersion, one_line
+from builder.errors import InvalidSettings, InvalidVersion
+from builder.masking import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from yaml import Event
+
 
 Yaml: TypeAlias = "str | list[Yaml] | dict[str, Yaml] | None"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from builder.build.failure import machine_platform
+from builder.dockerfile.engine import machine_platform
 from scripts.base_image import base_image as make_base_image
 from scripts.cache import cache_folder, locked
 from scripts.docker_daemon import Daemon

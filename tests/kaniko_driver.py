@@ -10,10 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from builder.build.engine import BuildJob, Network
-from builder.build.kaniko import Kaniko
+from builder.dockerfile.engine import BuildJob
+from builder.dockerfile.kaniko import Kaniko
 from builder.errors import BuilderError
 from builder.reference import Platform, Repository
+from builder.settings import Network
 
 WORKSPACE = Path("/kaniko/workspace")
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from scripts.launch import clean_environ
-from tests.test_wheels_method import ROOT
 from tests.waiting import HANG
+from tests.wheels.test_method import ROOT
 
 # How often each way of ending is tried here; CONTRIBUTING.md says how to try it several hundred times.
 _TIMES = int(os.environ.get("BUILDER_TEST_ENDINGS", "12"))

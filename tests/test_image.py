@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.build.failure import machine_platform
+from builder.dockerfile.engine import machine_platform
 from builder.errors import ExitCode
 from scripts.launch import clean_environ
 from tests.builder_image import PYTHON, ca_bundle, docker

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from builder.errors import InvalidVersion
-from builder.images.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
-from builder.images.manifest import Published
 from builder.models.version import ModelVersion, wanted_platforms
+from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
+from builder.oci.manifest import Published
 from builder.plan import Plan, decide
 from builder.reference import Digest, Platform, Reference
 

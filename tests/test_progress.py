@@ -11,15 +11,15 @@ from collections import Counter
 
 import pytest
 
-from builder import log, show
+from builder import log, report
+from builder.clients import Registries
 from builder.errors import ServiceUnavailable
-from builder.images.blob import FileBlob
-from builder.images.registries import Registries
-from builder.images.registry import Registry
-from builder.images.retry import Again, Patience
+from builder.http import Retry, RetryPolicy
+from builder.log import metered, moved
+from builder.oci.descriptor import FileBlob
+from builder.oci.registry import Registry
 from builder.publish import publish
 from builder.reference import Digest, Repository
-from builder.stages import metered, moved
 from tests.waiting import HANG
 
 
@@ -82,12 +82,12 @@ def test_an_upload_that_begins_again_is_counted_once(registry, tmp_path, monkeyp
     def breaking(self, what, repository, blob, upload, until):
         tried.append(len(next(iter(blob.stream()))))
         if len(tried) == 1:
-            raise Again(ServiceUnavailable("broken"))
+            raise Retry(ServiceUnavailable("broken"))
         return real(self, what, repository, blob, upload, until)
 
     monkeypatch.setattr(Registry, "_put", breaking)
     totals = Totals()
-    with Registries(patience=Patience(first=0.001)) as registries, metered(totals):
+    with Registries(policy=RetryPolicy(first=0.001)) as registries, metered(totals):
         sent = registries.for_host(registry.host).push_blob(Repository(registry.host, f"p/{uuid.uuid4().hex}"), blob)
     assert (len(tried), sent) == (2, len(content))
     assert totals.done["uploads"] == totals.known["uploads"] == len(content)
@@ -95,7 +95,7 @@ def test_an_upload_that_begins_again_is_counted_once(registry, tmp_path, monkeyp
 
 def test_each_kind_has_a_line_while_there_is_something_to_wait_for(on_terminal):
     terminal = on_terminal()
-    with show.progress() as of_artifacts:
+    with report.progress() as of_artifacts:
         of_artifacts(1_000_000, 4_000_000)
         moved("wheels", 500_000, more=2_000_000)
         moved("layers", 1, more=3)
@@ -114,7 +114,7 @@ def test_each_kind_has_a_line_while_there_is_something_to_wait_for(on_terminal):
 def test_a_line_of_the_log_stays_beside_the_progress(on_terminal):
     terminal = on_terminal()
     log.configure("text")
-    with show.progress():
+    with report.progress():
         moved("layers", 1, more=3)
         until(terminal, "1 of 3")
         log.get_logger("x").warning("something happened", why=hashlib.sha256(b"").hexdigest())
@@ -126,7 +126,7 @@ def test_a_line_of_the_log_stays_beside_the_progress(on_terminal):
 def test_however_much_moves_it_is_drawn_ten_times_a_second(on_terminal):
     terminal = on_terminal()
     began = time.monotonic()
-    with show.progress():
+    with report.progress():
         for _ in range(50_000):
             moved("wheels", 1, more=2)
     assert 0 < terminal.getvalue().count("wheels") <= 11 * (time.monotonic() - began) + 5
@@ -135,7 +135,7 @@ def test_however_much_moves_it_is_drawn_ten_times_a_second(on_terminal):
 def test_where_there_is_no_terminal_nothing_is_shown(monkeypatch):
     pipe = io.StringIO()
     monkeypatch.setattr("sys.stderr", pipe)
-    with show.progress() as of_artifacts:
+    with report.progress() as of_artifacts:
         assert of_artifacts is None
         moved("wheels", 1, more=2)
     assert pipe.getvalue() == ""

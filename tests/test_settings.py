@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder.errors import ExitCode, InvalidSettings
-from builder.log import masked
+from builder.masking import masked
 from builder.reference import Platform
 from builder.settings import BuildSettings, CatalogSettings, Settings
 

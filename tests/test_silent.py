@@ -9,19 +9,19 @@ import threading
 import httpx
 import pytest
 
-from builder.build.index import IndexClient
-from builder.build.indexes import Indexes, IndexUrl
-from builder.build.lock import lock
-from builder.build.requirements import Requirements
+from builder.clients import Registries
 from builder.errors import ServiceUnavailable
-from builder.images.existing import published
-from builder.images.registries import Registries
-from builder.images.retry import Patience
-from builder.models.mlflow_catalog import MlflowCatalog
+from builder.http import RetryPolicy
+from builder.models.catalog import MlflowCatalog
+from builder.oci.base_image import published
+from builder.package_index.client import IndexClient
+from builder.package_index.config import Indexes, IndexUrl
 from builder.publish import publish
 from builder.reference import Platform, Reference
+from builder.wheels.requirements import Requirements
+from builder.wheels.resolve import lock
 
-NO_PAUSE = Patience(sleep=lambda _: None)
+NO_PAUSE = RetryPolicy(sleep=lambda _: None)
 
 
 class Silent:
@@ -57,17 +57,17 @@ def silent():
 def soon(monkeypatch):
     """Let requests wait for tenths of a second, as often as they do else."""
     waits = httpx.Timeout(0.3, connect=15)
-    monkeypatch.setattr("builder.images.registries._TIMEOUT", waits)
-    monkeypatch.setattr("builder.build.index_http._TIMEOUT", waits)
-    monkeypatch.setattr("builder.build.resolver.HTTP_SECONDS", 1)
-    monkeypatch.setattr("builder.build.resolver.HTTP_RETRIES", 0)
+    monkeypatch.setattr("builder.clients._TIMEOUT", waits)
+    monkeypatch.setattr("builder.package_index.client._TIMEOUT", waits)
+    monkeypatch.setattr("builder.wheels.uv.HTTP_SECONDS", 1)
+    monkeypatch.setattr("builder.wheels.uv.HTTP_RETRIES", 0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 def test_a_registry_is_asked_twice(silent):
     reference = Reference.parse(f"{silent.host}/a/b:1")
-    with Registries(patience=NO_PAUSE) as registries, pytest.raises(ServiceUnavailable, match="cannot be reached"):
+    with Registries(policy=NO_PAUSE) as registries, pytest.raises(ServiceUnavailable, match="cannot be reached"):
         published(registries.for_host(silent.host), reference)
     assert len(silent.accepted) == 2
 
@@ -75,7 +75,7 @@ def test_a_registry_is_asked_twice(silent):
 def test_a_package_index_is_asked_twice(silent):
     indexes = Indexes(default=IndexUrl(f"http://{silent.host}/simple"))
     with (
-        IndexClient(indexes, patience=NO_PAUSE) as client,
+        IndexClient(indexes, policy=NO_PAUSE) as client,
         pytest.raises(ServiceUnavailable, match="cannot be reached"),
     ):
         client.files("six")
@@ -85,7 +85,7 @@ def test_a_package_index_is_asked_twice(silent):
 @pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm/v7"], ids=["uv", "pip"])
 def test_a_resolver_gives_up(silent, tmp_path, platform):
     indexes = Indexes(default=IndexUrl(f"http://{silent.host}/simple"))
-    with IndexClient(indexes, patience=NO_PAUSE) as client, pytest.raises(ServiceUnavailable):
+    with IndexClient(indexes, policy=NO_PAUSE) as client, pytest.raises(ServiceUnavailable):
         lock(
             Requirements.of("six"), platform=Platform.parse(platform), indexes=indexes, model=tmp_path,
             python="3.11", glibc=(2, 36), client=client,

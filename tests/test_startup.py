@@ -17,12 +17,12 @@ from tests.versions import register, seed_layout
 HEAVY = {"boto3", "fastapi", "installer", "jinja2", "jwt", "mlflow", "packaging", "pip", "requests", "uv", "yaml"}
 # Ours that only a build needs.
 BUILDS = {
-    "builder.build.buildah",
-    "builder.build.index",
-    "builder.build.kaniko",
-    "builder.build.lock",
-    "builder.build.requirements",
-    "builder.build.wheel_layer",
+    "builder.dockerfile.buildah",
+    "builder.package_index.client",
+    "builder.dockerfile.kaniko",
+    "builder.wheels.resolve",
+    "builder.wheels.requirements",
+    "builder.wheels.install",
 }
 # `import httpx` brings rich and pygments, for a command of its own; see docs/decisions/0024-start-up.md.
 
@@ -46,11 +46,13 @@ def test_help_needs_click_alone():
     new = modules("from builder.__main__ import run\nassert run(['--help'], {}) == 0") - modules("")
     assert packages(new) - set(sys.stdlib_module_names) == {"builder", "click"}
     assert {name for name in new if name.startswith("builder")} == {
-        "builder", "builder.__main__", "builder.cli", "builder.errors", "builder.masking", "builder.shown",
+        "builder", "builder.__main__", "builder.cli", "builder.errors", "builder.masking",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("ours", ["builder.publish", "builder.survey", "builder.sweep", "builder.download"])
+@pytest.mark.parametrize(
+    "ours", ["builder.publish", "builder.publish.inspect", "builder.batch.sweep", "builder.batch.download"]
+)
 def test_no_heavy_package_is_imported_before_it_is_used(ours):
     new = modules(f"import builder.show, builder.settings, {ours}") - modules("")
     assert packages(new) & HEAVY == set()

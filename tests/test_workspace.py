@@ -6,14 +6,7 @@ import os
 
 import pytest
 
-from builder.errors import (
-    BuildFailed,
-    InvalidSettings,
-    PermissionRefused,
-    ServiceUnavailable,
-    TryAgain,
-    UsageError,
-)
+from builder.errors import BuildFailed, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain, UsageError
 from builder.reference import Platform
 from builder.workspace import BuildResult, Workspace
 

@@ -1,11 +1,9 @@
-"""Artifact stores: list what is in a folder, and bring one file here, whole.
-
-MLflow's artifact repositories do the reading, so that every kind of store works, those of plug-ins too; only a folder
-on this machine is read by `local_store`. Every folder is on the list of `roots` before anything is asked.
-"""
+"""Artifact stores: which folders may be read, what is in one, and one file brought here whole."""
 
 from __future__ import annotations
 
+import os
+import stat
 import tempfile
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -15,25 +13,313 @@ from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from builder.errors import Defect, InvalidVersion, ServiceUnavailable, StoreNotSupported, one_line
-from builder.models.answers import answering, on_disk
-from builder.models.artifacts import MOST_FILES, MOST_FOLDERS_DEEP, checked_path
-from builder.models.catalog import Artifact
-from builder.models.http_names import naming_refused
-from builder.models.local_store import copy_file, list_folder, there
-from builder.models.roots import ArtifactRoots
+from builder.errors import Defect, InvalidVersion, RootRefused, ServiceUnavailable, StoreNotSupported
+from builder.log import get_logger
+from builder.masking import one_line
+from builder.models.context import MOST_FILES, MOST_FOLDERS_DEEP, checked_path
+from builder.models.errors import answering, naming_refused, on_disk
+from builder.models.version import Artifact
+from builder.safe_open import open_beneath
+from builder.urls import ArtifactUri, NotAnArtifactUri, of_windows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from builder.models.roots import Folder
+
+_SETTING = "ALLOWED_ARTIFACT_ROOTS"
+_PROXY = ("api", "2.0", "mlflow-artifacts", "artifacts")
+_DEFAULT_EXPERIMENT = "0"
+_WEB = frozenset({"http", "https"})
+# MLflow finds the folder behind these by asking, and takes whatever it is told.
+_INDIRECT = frozenset({"runs", "models"})
+_PORTS = {"http": 80, "https": 443}
+_log = get_logger("models")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """An artifact folder that may be read.
+
+    Attributes:
+        uri: what MLflow's artifact repository is given, written from checked parts.
+        base: the allowed folder above it, where it is on this machine; links on the way there are the operator's.
+        beneath: the path from `base`, with forward slashes; empty for `base` itself.
+        over_http: whether its files are asked for by their names in a URL.
+    """
+
+    uri: str
+    base: str = ""
+    beneath: str = ""
+    over_http: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """A web server: its origin, and the path that it stands under."""
+
+    scheme: str
+    host: str
+    port: int
+    prefix: tuple[str, ...]
+
+    @classmethod
+    def of(cls, uri: str) -> _Server | None:
+        """Return the server of a tracking or registry URI; None where that is none."""
+        try:
+            split = urlsplit(uri)
+            if split.scheme not in _WEB or not split.hostname:
+                return None
+            return cls(split.scheme, split.hostname, split.port or _PORTS[split.scheme], _path(split.path))
+        except ValueError:
+            return None
+
+    def serves(self, scheme: str, authority: str) -> bool:
+        """Return whether an authority is this server's; MLflow asks `mlflow-artifacts://` by the tracking scheme."""
+        if scheme not in {self.scheme, "mlflow-artifacts"} or "@" in authority:
+            return False
+        try:
+            split = urlsplit(f"//{authority}")
+            return (split.hostname, split.port or _PORTS[self.scheme]) == (self.host, self.port)
+        except ValueError:
+            return False
+
+
+class ArtifactRoots:
+    """The list of artifact roots.
+
+    Args:
+        tracking_uri: MLFLOW_TRACKING_URI.
+        registry_uri: MLFLOW_REGISTRY_URI; empty where the registry is the tracking server's.
+        named: ALLOWED_ARTIFACT_ROOTS; empty for the server's own.
+        default_experiment: returns the artifact location of MLflow's experiment 0; the empty string for none.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        registry_uri: str = "",
+        *,
+        named: Sequence[ArtifactUri] = (),
+        default_experiment: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._tracking = _Server.of(tracking_uri)
+        self._registry = _Server.of(registry_uri)
+        self._registry_uri = registry_uri.rstrip("/")
+        self._named = tuple(named)
+        self._default_experiment = default_experiment
+        self._own: tuple[ArtifactUri, ...] | None = None
+        self._lock = Lock()
+
+    def folder(self, uri: str) -> Folder:
+        """Return the artifact folder at an address, if it may be read.
+
+        Raises:
+            RootRefused: it is not below an allowed root, or the address can be read in two ways.
+            InvalidVersion: it is a folder of another machine.
+            ServiceUnavailable: MLflow is away, so that nobody can tell its own root.
+        """
+        if of_windows(uri):
+            raise _elsewhere(uri)
+        try:
+            address = ArtifactUri.parse(uri)
+        except NotAnArtifactUri as error:
+            raise RootRefused(error.what, remedy="Register the model from its run or its logged model.") from error
+        if address.scheme in _INDIRECT:
+            message = f"The artifacts are said to be in {_shown_root(uri)}, which names no folder of an artifact store."
+            raise RootRefused(message, remedy="Register the model from its run or its logged model.")
+        return self._proxied(address) or self._listed(address) or self._refuse(address)
+
+    def _proxied(self, address: ArtifactUri) -> Folder | None:
+        """Return a folder that the MLflow server hands on; None for any other."""
+        if address.scheme == "mlflow-artifacts":
+            parts = address.parts
+            if not parts or parts == _PROXY:  # MLflow reads the latter as the former
+                return None
+            if self._tracking and (not address.authority or self._tracking.serves(address.scheme, address.authority)):
+                return Folder(str(ArtifactUri("mlflow-artifacts", "", parts)), over_http=True)
+        elif address.scheme not in _WEB:
+            return None
+        if self._tracking and (parts := _handed_on(self._tracking, address)):
+            return Folder(str(ArtifactUri("mlflow-artifacts", "", parts)), over_http=True)
+        if self._registry and (parts := _handed_on(self._registry, address)):
+            return Folder("/".join((self._registry_uri, *_PROXY, *parts)), over_http=True)
+        return None
+
+    def _listed(self, address: ArtifactUri) -> Folder | None:
+        """Return a folder below a root of the list; None for any other."""
+        for root in self._roots():
+            parts = address.below(root)
+            # The server's own root holds everybody's artifacts: nobody's model is the whole of it.
+            if parts is None or not (parts or self._named):
+                continue
+            if address.scheme == "file":
+                return Folder(str(address), base=root.path, beneath="/".join(parts))
+            return Folder(str(address), over_http=address.scheme in {*_WEB, "mlflow-artifacts"})
+        return None
+
+    def _roots(self) -> tuple[ArtifactUri, ...]:
+        """Return the list, beside what the server hands on."""
+        if self._named:
+            return self._named
+        with self._lock:
+            if self._own is None:
+                self._own = _own_root(self._default_experiment())
+            return self._own
+
+    def _refuse(self, address: ArtifactUri) -> Folder:
+        """Raise the error for a folder that is not on the list."""
+        if address.scheme == "file" and not any(root.scheme == "file" for root in self._roots()):
+            raise _elsewhere(str(address))
+        named = ", ".join(_shown_root(str(root)) for root in self._named)
+        allowed = f"{_SETTING} ({named})" if named else f"the server's own artifact root ({_SETTING} is not set)"
+        message = f"The artifacts are in {_shown_root(str(address))}, which is not below {allowed}."
+        raise RootRefused(
+            message,
+            remedy="Log the model to the MLflow server and register it from there; or, if everybody who can register a "
+            f"model may have what the publisher can read there, name the folder in {_SETTING}.",
+        )
+
+
+def _handed_on(server: _Server, address: ArtifactUri) -> tuple[str, ...]:
+    """Return the path below the artifacts that a server hands on, as its artifact API has it; empty for another."""
+    above = server.prefix + _PROXY
+    if address.scheme in _WEB and server.serves(address.scheme, address.authority):
+        return address.parts[len(above) :] if address.parts[: len(above)] == above else ()
+    return ()
+
+
+def _own_root(location: str) -> tuple[ArtifactUri, ...]:
+    """Return the root that the location of the Default experiment is in; none where that does not tell.
+
+    What is handed on by a web server is allowed at our own server's origin, and at no other that MLflow names.
+    """
+    try:
+        address = ArtifactUri.parse(location)
+    except NotAnArtifactUri:
+        return ()
+    if address.scheme in {*_WEB, *_INDIRECT, "mlflow-artifacts"} or address.parts[-1:] != (_DEFAULT_EXPERIMENT,):
+        return ()
+    root = ArtifactUri(address.scheme, address.authority, address.parts[:-1])
+    if not root.parts and not root.authority:
+        _log.warning("the server's own artifact root is a whole machine, and is not taken", root=str(root))
+        return ()
+    return (root,)
+
+
+def _path(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split("/") if part)
+
+
+def _elsewhere(uri: str) -> InvalidVersion:
+    return InvalidVersion(
+        f"The artifacts are in the folder {_shown_root(uri)}: it is on the machine that logged the model, not on this "
+        "one.",
+        remedy="Log the model to the MLflow server and register it again. Where this machine has the same folder, name "
+        f"it in {_SETTING}.",
+    )
+
+
+def _shown_root(uri: str) -> str:
+    return repr(one_line(uri, _SHOWN))
+
+
+_CHUNK = 1 << 20
+_SHOWN = 200
+# What MLflow names a file that is still being written.
+_UNFINISHED = ".artifact.uploading."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file or folder, as MLflow's repositories list them.
+
+    Attributes:
+        path: below the artifact folder.
+        is_dir: whether it is a folder.
+        file_size: bytes; None for a folder.
+    """
+
+    path: str
+    is_dir: bool
+    file_size: int | None
+
+
+def there(folder: Folder) -> bool:
+    """Return whether the artifact folder exists; OSError where its base cannot be opened is let through."""
+    try:
+        with open_beneath(folder.base, folder.beneath or ".") as descriptor:
+            return descriptor is not None
+    except FileNotFoundError:
+        return False
+
+
+def list_folder(folder: Folder, path: str) -> list[Entry]:
+    """Return what is in a folder: nothing where there is no such folder.
+
+    Args:
+        folder: the artifact folder.
+        path: of a folder below it; empty for itself.
+
+    Raises:
+        InvalidVersion: there is a link, or something that is neither a file nor a folder.
+        OSError: the folder may not be read.
+    """
+    try:
+        with open_beneath(folder.base, _joined(folder.beneath, path) or ".") as descriptor:
+            if descriptor is None or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                return []
+            names = [name for name in os.listdir(descriptor) if not name.startswith(_UNFINISHED)]  # noqa: PTH208 - a descriptor
+            return [
+                _entry(_joined(path, name), os.stat(name, dir_fd=descriptor, follow_symlinks=False)) for name in names
+            ]
+    except FileNotFoundError:
+        # A run without artifacts has no folder; and a file that went while it was listed is not there.
+        return []
+
+
+def copy_file(folder: Folder, path: str, destination: Path, *, most: int) -> None:
+    """Copy a file of an artifact folder.
+
+    Args:
+        folder: the artifact folder.
+        path: of the file below it.
+        destination: where to.
+        most: bytes after which to stop, in case the file grows.
+
+    Raises:
+        InvalidVersion: there is a link on the way, or something else than a file.
+        OSError: FileNotFoundError, or the file may not be read.
+    """
+    with open_beneath(folder.base, _joined(folder.beneath, path)) as descriptor:
+        if descriptor is None:
+            raise FileNotFoundError(2, os.strerror(2), path)
+        _entry(path, os.fstat(descriptor), folders=False)
+        with destination.open("wb") as copy:
+            left = most
+            while left > 0 and (chunk := os.read(descriptor, min(_CHUNK, left))):
+                copy.write(chunk)
+                left -= len(chunk)
+
+
+def _entry(path: str, status: os.stat_result, *, folders: bool = True) -> Entry:
+    if stat.S_ISREG(status.st_mode):
+        return Entry(path, is_dir=False, file_size=status.st_size)
+    if folders and stat.S_ISDIR(status.st_mode):
+        return Entry(path, is_dir=True, file_size=None)
+    what = "a link, and links are not followed" if stat.S_ISLNK(status.st_mode) else "neither a file nor a folder"
+    message = f"The artifact {path[:_SHOWN]!r} is {what}."
+    raise InvalidVersion(message, remedy="Log the file itself and register the model again.")
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name
+
 
 _LISTERS = 8
-_SHOWN = 200
 _DOWNLOAD = ["remote_file_path", "local_path"]
 # Where a plug-in of MLflow's reads a kind of store: the package that brings it.
 _PLUG_INS = {"azureml": "azureml-mlflow", "oss": "aliyunstoreplugin"}

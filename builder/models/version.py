@@ -1,21 +1,25 @@
-"""A registered model's version: what MLflow's search returns of it, and what its tags ask for."""
+"""A registered model's version as MLflow's search returns it, what its tags ask for, and the catalog it comes from."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
 import unicodedata
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from builder.errors import InvalidVersion, VersionNotFound
+from builder.masking import one_line
 from builder.reference import Platform, parse_platforms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
 
 # Raised when the same inputs would give another image: a version published before is then another source.
 LAYOUT_VERSION = 1
@@ -239,3 +243,121 @@ def natural_order(versions: Iterable[ModelVersion]) -> list[ModelVersion]:
     """Return versions ordered by model name, then by number."""
     # By the digits, since a number of thousands of them is none to Python.
     return sorted(versions, key=lambda version: (version.name, len(version.version), version.version))
+
+
+class Artifact(BaseModel):
+    """One file of a model version.
+
+    Attributes:
+        path: where it stands in the context, relative, with forward slashes, normalised and checked.
+        size: bytes, as the artifact store tells; None where it does not.
+        root: URI of the artifact folder it is in (the run's, or the logged model's).
+        remote: its path below `root`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    size: int | None
+    root: str
+    remote: str
+
+
+class Catalog(Protocol):
+    """Find, list, read and tag model versions. `MlflowCatalog` is the one on a server."""
+
+    def find(self, name: str, version: str) -> ModelVersion:
+        """Return one version, by number or by alias as `@alias`.
+
+        Raises:
+            VersionNotFound: there is no such model, version or alias.
+            ServiceUnavailable: MLflow is away or answers with what it should not.
+            PermissionRefused: MLflow refuses the credential.
+        """
+        ...
+
+    def tagged(self, tag: str) -> Iterator[ModelVersion]:
+        """Yield every version that carries `tag` with the value `true` in any case, page by page."""
+        ...
+
+    def artifacts(self, version: ModelVersion) -> tuple[Artifact, ...]:
+        """Return the files of the version's context, ordered by path: the run's, and the logged model's below the
+        model folder.
+
+        Raises:
+            InvalidVersion: a path is absolute, leaves the context, or collides with another one; or there is no file.
+        """
+        ...
+
+    def download(self, artifact: Artifact, destination: Path) -> None:
+        """Write one artifact's bytes to the file `destination`, whose folder exists."""
+        ...
+
+    def set_tags(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+        """Set tags on the version; others stay as they are."""
+        ...
+
+
+# Whoever gives a tag such a value means what happens.
+_NO = frozenset({"", "false", "no", "off", "0", "none"})
+_LIKE = 0.85
+# Tags are others' text: so many different names are compared, and so many findings told.
+_MOST_NAMES = 2000
+_MOST_TOLD = 10
+_LONGEST = 100
+
+
+class NearMisses:
+    """Collects what is like a target tag.
+
+    Attributes:
+        versions: how many versions were seen.
+
+    Args:
+        tag: the target tag.
+    """
+
+    def __init__(self, tag: str) -> None:
+        self.versions = 0
+        self._tag = tag
+        self._like: dict[str, bool] = {tag: True}
+        self._on_versions: dict[tuple[str, str], tuple[int, str]] = {}
+        self._on_models: list[str] = []
+
+    def add(self, version: ModelVersion) -> None:
+        """Take a version."""
+        self.versions += 1
+        for shown in self._near(version.tags):
+            count, first = self._on_versions.get(shown, (0, str(version)))
+            self._on_versions[shown] = (count + 1, first)
+
+    def add_model(self, name: str, tags: Mapping[str, str]) -> None:
+        """Take a registered model and its own tags."""
+        for tag, value in self._near(tags):
+            self._on_models.append(
+                f"{tag}={value!r} on the registered model {one_line(name, _LONGEST)!r}, not a version"
+            )
+
+    def told(self) -> list[str]:
+        """Return a text for each finding, the most frequent first."""
+        most = sorted(self._on_versions.items(), key=lambda item: -item[1][0])
+        found = [
+            f"{tag}={value!r} on {count} version{'s' if count > 1 else ''}, such as {first}"
+            for (tag, value), (count, first) in most
+        ]
+        return [*found, *self._on_models][:_MOST_TOLD]
+
+    def _near(self, tags: Mapping[str, str]) -> list[tuple[str, str]]:
+        return [
+            (one_line(tag, _LONGEST), one_line(value, _LONGEST))
+            for tag, value in tags.items()
+            if value.strip().lower() not in _NO and self._is_like(tag)
+        ]
+
+    def _is_like(self, tag: str) -> bool:
+        if tag not in self._like:
+            if len(self._like) > _MOST_NAMES or abs(len(tag) - len(self._tag)) > len(self._tag):
+                return False
+            match = difflib.SequenceMatcher(None, tag.strip().lower(), self._tag.lower(), autojunk=False)
+            self._like[tag] = match.quick_ratio() >= _LIKE and match.ratio() >= _LIKE
+        return self._like[tag]

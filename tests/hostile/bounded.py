@@ -17,7 +17,7 @@ SECONDS, MEMORY = 1.0, 256 * MIB
 _MOST_SECONDS, _MOST_MEMORY = 20, 1024 * MIB
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hypothesis", "yaml", "builder.build.requirements", "builder.build.wheel"])
+_context.set_forkserver_preload(["hypothesis", "yaml", "builder.wheels.requirements", "builder.wheels.wheel"])
 
 _REFERENCE_SECONDS = 0.045
 

@@ -10,24 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.build.address import Ambiguous, canonical, is_within, linked
-from builder.build.engine import Network
-from builder.build.index import IndexClient
-from builder.build.index_download import WheelNotFound
-from builder.build.indexes import Indexes, IndexUrl
-from builder.build.lock import lock
-from builder.build.locked import LockedWheel
-from builder.build.process import run
-from builder.build.requirement import Unusable, checked_url, parse_requirement
-from builder.build.requirements import Requirements
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, PermissionRefused
-from builder.images.retry import Patience
+from builder.http import RetryPolicy
+from builder.package_index.client import IndexClient, WheelNotFound
+from builder.package_index.config import Indexes, IndexUrl
+from builder.package_index.wheel_file import LockedWheel
+from builder.process import run
 from builder.reference import Platform
-from tests.build.package_index import make_wheel, running
+from builder.settings import Network
+from builder.urls import Ambiguous, canonical, is_within, linked
+from builder.wheels.pip_syntax import Unusable, checked_url, parse_requirement
+from builder.wheels.requirements import Requirements
+from builder.wheels.resolve import lock
+from tests.package_index.server import make_wheel, running
 
 AMD64, ARMV7 = Platform.parse("linux/amd64"), Platform.parse("linux/arm/v7")
 BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
-QUICK = Patience(attempts=2, first=0.001, longest=0.01, deadline=20)
+QUICK = RetryPolicy(attempts=2, first=0.001, longest=0.01, deadline=20)
 SECRET = ("me", "index-p4ssword")
 SENT = f"Basic {base64.b64encode(':'.join(SECRET).encode()).decode()}"
 
@@ -344,7 +343,7 @@ def test_a_redirect_of_an_author_s_server_gets_no_credential(index, stranger, tm
         path.startswith("/files/")
         and (handler.answer(302, Location=f"{index.url}/files/private/private-1.0-py3-none-any.whl") or True)
     )
-    with IndexClient(ours(index), patience=QUICK) as client, pytest.raises(PermissionRefused):
+    with IndexClient(ours(index), policy=QUICK) as client, pytest.raises(PermissionRefused):
         client.fetch("e-1.0-py3-none-any.whl", f"{stranger.url}/files/e/e-1.0-py3-none-any.whl", tmp_path / "wheel")
     assert not any("Authorization" in headers for _, _, headers in [*stranger.requests, *index.requests])
 
@@ -356,7 +355,7 @@ def test_a_redirect_that_can_be_read_in_two_ways_is_not_followed(index, stranger
     stranger.faults = lambda handler, path: (
         path != "/x" and (handler.answer(302, Location=location.format(index.url.partition("//")[2])) or True)
     )
-    with IndexClient(ours(index), patience=QUICK) as client, pytest.raises(BuilderError):
+    with IndexClient(ours(index), policy=QUICK) as client, pytest.raises(BuilderError):
         client.fetch("e-1.0-py3-none-any.whl", f"{stranger.url}/e-1.0-py3-none-any.whl", tmp_path / "wheel")
     assert index.requests == []
 
@@ -385,7 +384,10 @@ def test_a_page_of_an_author_s_index_gets_no_wheel_with_our_credential(index, st
     with pytest.raises(InvalidVersion, match=r"our credential|another index"):
         locked(requirements, indexes=ours(index), platform=platform)
     wanted = LockedWheel(name="hidden", version="1.0", filename="hidden-1.0-py3-none-any.whl", sha256="0" * 64)
-    with IndexClient(ours(index).joined((stranger.simple,)), patience=QUICK) as client, pytest.raises(WheelNotFound):
+    with (
+        IndexClient(ours(index).joined((stranger.simple,)), policy=QUICK) as client,
+        pytest.raises(WheelNotFound),
+    ):
         client.find(wanted)
 
 
@@ -417,7 +419,7 @@ def test_a_folder_of_the_settings_gives_its_wheels(tmp_path, platform):
     (tmp_path / "links").symlink_to("real")
     indexes = Indexes(find_links=(IndexUrl((tmp_path / "links").as_uri()),), no_index=True)
     (wheel,) = locked("lib", indexes=indexes, platform=platform).wheels
-    with IndexClient(indexes, patience=QUICK) as client:
+    with IndexClient(indexes, policy=QUICK) as client:
         client.download(wheel, tmp_path / "wheel")
     assert (tmp_path / "wheel").read_bytes() == content
 

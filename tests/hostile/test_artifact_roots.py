@@ -16,12 +16,12 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from builder.batch.sweep import sweep
 from builder.errors import BuilderError, ExitCode, InvalidVersion, ServiceUnavailable
-from builder.models.catalog import Artifact
-from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.catalog import MlflowCatalog
 from builder.models.store import ArtifactStore
+from builder.models.version import Artifact
 from builder.settings import CatalogSettings
-from builder.sweep import sweep
 from scripts.launch import clean_environ
 from tests.hostile.attacker import attacker_server
 from tests.models.http_answers import Answers, answering_server

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from builder import log
+from builder.batch.children import Children
 from builder.budget import Budget
-from builder.children import Children
 from builder.errors import ExitCode, OverBudget, Terminated, TryAgain, VersionCrashed
 
 GENEROUS = Budget(seconds=120, processor=120, memory=2 << 30, size=1 << 30)
@@ -130,7 +130,7 @@ signal.raise_signal(signal.SIGSEGV)
 
 def test_what_a_child_logs_and_prints_is_logged_here_masked_and_bounded(children, caplog, monkeypatch):
     log.mask(["a-secret-of-ours"])
-    monkeypatch.setattr("builder.children._MOST_LOGGED", 200_000)
+    monkeypatch.setattr("builder.batch.children._MOST_LOGGED", 200_000)
     text = """
 exec("from builder.log import get_logger; get_logger('publish').error('it is a-secret-of-ours', n=1, odd=chr(0xdc80))")
 exec("print('printed a-secret-of-ours \\\\x1b[31m'); sys.stdout.flush()", globals())

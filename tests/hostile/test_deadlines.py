@@ -18,7 +18,7 @@ from builder.budget import Budget, Deadline
 from builder.errors import OverBudget
 from builder.settings import Settings
 from scripts.launch import clean_environ
-from tests.build.package_index import running
+from tests.package_index.server import running
 from tests.servers.small import small_files
 from tests.versions import register
 

@@ -14,18 +14,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from packaging.requirements import InvalidRequirement, Requirement
 
-from builder.build.dockerfile import Dockerfile
-from builder.build.environment import Environment
-from builder.build.requirements import Requirements
-from builder.build.template import BaseImages, render
-from builder.build.wheel import open_wheel
-from builder.build.wheel_layer import WheelLayer
+from builder.dockerfile.parser import Dockerfile
+from builder.dockerfile.template import BaseImages, render
 from builder.errors import BuilderError, ExitCode
-from builder.models.outcome import Outcome
+from builder.model_folder import Environment
 from builder.models.version import INPUT_TAGS, Inputs, ModelVersion, wanted_platforms
+from builder.publish.record import Outcome
 from builder.reference import Platform, Reference
-from tests.build.wheels import INFO, METADATA, PYTHON, make
+from builder.wheels.install import WheelLayer
+from builder.wheels.requirements import Requirements
+from builder.wheels.wheel import open_wheel
 from tests.hostile.bounded import SECONDS, bounded
+from tests.wheels.made import INFO, METADATA, PYTHON, make
 
 EXAMPLES = 300
 LARGE = 200_000

@@ -22,25 +22,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.base_pattern import BasePattern
-from builder.build.template import BaseImages
-from builder.build.wheel import InvalidWheel, open_wheel
-from builder.build.wheel_layer import GroupLayer, WheelLayer
+from builder.clients import Registries
+from builder.dockerfile.template import BaseImages
 from builder.errors import BuilderError, BuildFailed, ExitCode, InvalidSettings, InvalidVersion
-from builder.images.base import find_image
-from builder.images.blob import BytesBlob
-from builder.images.descriptor import OCI_CONFIG, OCI_MANIFEST, Descriptor, Malformed, from_bytes, to_bytes
-from builder.images.layout import MOST_BYTES, open_layout
-from builder.images.manifest import finished_image
-from builder.images.profile import check, profile_for
-from builder.images.registries import Registries
-from builder.images.untar import Archive, Budget, Entry, inflated
 from builder.models.version import Inputs, ModelVersion, template_variables
-from builder.reference import Platform, Reference, Repository
+from builder.oci.base_image import find_image
+from builder.oci.descriptor import OCI_CONFIG, OCI_MANIFEST, BytesBlob, Descriptor, Malformed, from_bytes, to_bytes
+from builder.oci.layout import MOST_BYTES, finished_image, open_layout
+from builder.oci.manifest import check, profile_for
+from builder.oci.rootfs import Archive, Budget, Entry, inflated
+from builder.publish.inspect import reference_of
+from builder.reference import BasePattern, Platform, Reference, Repository
 from builder.settings import Settings
-from builder.survey import reference_of
-from tests.build.wheels import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
-from tests.images.layouts import CONFIG, Layout, make_layout
+from builder.wheels.install import GroupLayer, WheelLayer
+from builder.wheels.wheel import InvalidWheel, open_wheel
+from tests.oci.layouts import CONFIG, Layout, make_layout
+from tests.wheels.made import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
 
 AMD64 = Platform("linux", "amd64")
 A, B = "a" * 64, "b" * 64

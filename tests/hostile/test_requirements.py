@@ -15,17 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from builder.build.indexes import Indexes, IndexUrl
-from builder.build.lock import lock
-from builder.build.process import run
-from builder.build.requirement import Required
-from builder.build.requirements import Requirements
-from builder.build.serving import for_serving
 from builder.errors import BuilderError, BuildFailed, Defect, InvalidVersion
+from builder.package_index.config import Indexes, IndexUrl
+from builder.process import run
 from builder.publish import publish
 from builder.reference import Platform
-from tests.build.package_index import running
+from builder.wheels.inputs import for_serving
+from builder.wheels.pip_syntax import Required
+from builder.wheels.requirements import Requirements
+from builder.wheels.resolve import lock
 from tests.hostile.bounded import slowness
+from tests.package_index.server import running
 from tests.servers.certificates import for_loopback, self_signed
 from tests.servers.small import push_base
 
@@ -223,7 +223,7 @@ def test_variables_quotes_and_comments_are_no_values(line):
 
 def _read(text, indexes=None):
     """Read a text as a model's requirements.txt, without a disk."""
-    from builder.build import requirements as module
+    from builder.wheels import requirements as module
 
     reader = module._Reader(None, "", indexes or Indexes())
     reader.lines(text, "requirements.txt")
@@ -446,7 +446,7 @@ def test_any_file_of_requirements_ends_with_65(tmp_path, content, of_client):
 
 
 def test_uv_s_file_is_toml_of_what_was_meant():
-    from builder.build.tool_files import toml_of
+    from builder.wheels.uv import toml_of
 
     text = toml_of(
         {"no-index": True, "find-links": ["file:///a"]}, [("index", {"url": "https://a/x~y", "default": True})]

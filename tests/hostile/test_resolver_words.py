@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from builder.build.lock_pip import _NOT_FOUND, _UNFIT
-from builder.build.resolver import _AWAY
+from builder.wheels.lock_pip import _NOT_FOUND, _UNFIT
+from builder.wheels.uv import _AWAY
 
 # So much is kept of what a resolver says: 200 lines of 4,000 characters.
 MOST = 200 * 4000

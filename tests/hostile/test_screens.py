@@ -17,8 +17,8 @@ import pytest
 
 from builder import log
 from builder.cli import Invocation
-from builder.errors import BuildFailed, one_line
-from builder.shown import json_visible, shown, visible
+from builder.errors import BuildFailed
+from builder.masking import json_visible, one_line, shown, visible
 from tests.versions import register, seed_layout
 
 # The title of the window, a bell, an empty screen, a colour by a C1 code, text that runs backwards, what nobody sees,

@@ -18,15 +18,14 @@ from urllib.parse import quote
 import pytest
 
 from builder import log
-from builder.build.process import Lines
-from builder.errors import InvalidSettings, PermissionRefused, one_line
-from builder.images.credentials import Credential, Credentials
-from builder.images.registries import Registries
-from builder.log import masked
+from builder.clients import Registries
+from builder.errors import InvalidSettings, PermissionRefused
+from builder.masking import masked, one_line, shown
 from builder.models.store import ArtifactStore, Root
+from builder.oci.authn import Credential, Credentials
+from builder.process import Lines
 from builder.reference import Reference
 from builder.settings import Settings
-from builder.shown import shown
 from tests.versions import register, seed_layout
 
 GOOD = {"MLFLOW_TRACKING_URI": "http://mlflow.example.com", "REGISTRY_URL": "quay.io/domino"}

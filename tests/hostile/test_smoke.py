@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from builder.images.base import base_image as find_base
-from builder.images.descriptor import to_bytes
-from builder.images.registries import Registries
-from builder.images.registry import RemoteBlob
+from builder.clients import Registries
+from builder.oci.base_image import base_image as find_base
+from builder.oci.descriptor import to_bytes
+from builder.oci.registry import RemoteBlob
 from builder.reference import Platform, Reference
-from builder.smoke.command_line import Docker, Podman
-from builder.smoke.content import Content
-from builder.smoke.policy import Candidate, SmokeTests
+from builder.smoke import Candidate, SmokeTests
+from builder.smoke.runtime import Content, Docker, Podman
 from builder.smoke.trial import SmokeTestFailed
 from scripts.launch import clean_environ
 from scripts.machine import native_platform

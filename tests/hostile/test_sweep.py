@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from builder.batch.sweep import sweep
+from builder.batch.warm import warm
 from builder.settings import CatalogSettings, Settings
-from builder.sweep import sweep
-from builder.warm import warm
 from scripts.launch import clean_environ
-from tests.build.package_index import running
+from tests.package_index.server import running
 from tests.servers.small import small_files
 from tests.versions import Registered, register
 

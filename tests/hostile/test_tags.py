@@ -3,11 +3,11 @@
 import pytest
 
 from builder.errors import InvalidVersion
-from builder.images.base import _entry
-from builder.images.descriptor import OCI_MANIFEST, Descriptor
-from builder.models.artifacts import find_model_folder
-from builder.models.outcome import Outcome
+from builder.models.context import find_model_folder
 from builder.models.version import INPUT_TAGS, Inputs, ModelVersion, natural_order, wanted_platforms
+from builder.oci.base_image import _entry
+from builder.oci.descriptor import OCI_MANIFEST, Descriptor
+from builder.publish.record import Outcome
 from builder.reference import Platform, Reference, parse_platforms
 from tests.hostile.bounded import bounded
 

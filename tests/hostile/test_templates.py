@@ -11,16 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from builder.build.bounded_output import BoundedOutput
-from builder.build.buildah import Buildah
-from builder.build.buildah_files import registries_conf
-from builder.build.dockerfile import Dockerfile
-from builder.build.engine import BuildJob, Network
-from builder.build.kaniko_output import KanikoOutput
-from builder.build.process import run
-from builder.build.template import LARGEST_RENDERED, LARGEST_TEMPLATE, VARIABLES, BaseImages, render
+from builder.dockerfile.buildah import Buildah, registries_conf
+from builder.dockerfile.engine import BoundedOutput, BuildJob
+from builder.dockerfile.kaniko import KanikoOutput
+from builder.dockerfile.parser import Dockerfile
+from builder.dockerfile.template import LARGEST_RENDERED, LARGEST_TEMPLATE, VARIABLES, BaseImages, render
 from builder.errors import BuilderError, BuildFailed, ExitCode, InvalidVersion
+from builder.process import run
 from builder.reference import Platform
+from builder.settings import Network
 from tests.hostile.bounded import bounded
 
 VALUES = {
@@ -314,7 +313,7 @@ def test_filters_that_need_more_of_the_library_work_without_opening_a_file(conte
 def test_the_renderer_has_no_credential_and_can_open_no_file(context, monkeypatch):
     # What a way out of the sandbox would find: no environment, and no descriptor but those it began with.
     monkeypatch.setenv("REGISTRY_TOKEN", "s3cret-of-the-registry")
-    from builder.build import sandbox
+    from builder.dockerfile import sandbox
 
     original = Path(sandbox.__file__).read_text()
     freed = original.replace(

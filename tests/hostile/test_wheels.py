@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from builder.build.bytecode import Budget
-from builder.build.index_page import NoPage, parse_page
-from builder.build.locked import LockedWheel
-from builder.build.wheel import open_wheel
-from builder.build.wheel_layer import WheelLayer
-from tests.build.wheels import INFO, METADATA, PYTHON, SITE, WHEEL, built, compiler, digest, make
+from builder.package_index.client import NoPage, parse_page
+from builder.package_index.wheel_file import LockedWheel
+from builder.wheels.bytecode import Budget
+from builder.wheels.install import WheelLayer
+from builder.wheels.wheel import open_wheel
 from tests.hostile.bounded import MIB, bounded
+from tests.wheels.made import INFO, METADATA, PYTHON, SITE, WHEEL, built, compiler, digest, make
 
 
 def read(path):

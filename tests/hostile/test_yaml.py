@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from builder.build.requirements import Requirements
 from builder.errors import InvalidVersion
+from builder.wheels.requirements import Requirements
 from builder.yaml_file import MOST_BYTES, MOST_DEPTH, MOST_NODES, read_yaml
 from tests.hostile.bounded import bounded
 

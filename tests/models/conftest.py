@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from mlflow import MlflowClient
 
-from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.catalog import MlflowCatalog
 from tests.models.models import Shelf, model_folder
 
 

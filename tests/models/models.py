@@ -12,7 +12,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.catalog import MlflowCatalog
 from builder.models.version import ModelVersion
 
 TARGET = "EXTERNAL_TARGET_PLTR_FOUNDRY"

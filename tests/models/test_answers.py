@@ -12,7 +12,6 @@ import time
 import boto3
 import pytest
 
-from builder.artifact_uri import parse_roots
 from builder.errors import (
     InvalidSettings,
     InvalidVersion,
@@ -21,11 +20,11 @@ from builder.errors import (
     TryAgain,
     VersionNotFound,
 )
-from builder.models.answers import answering, on_disk
-from builder.models.catalog import Artifact
-from builder.models.mlflow_catalog import MlflowCatalog
-from builder.models.roots import ArtifactRoots
-from builder.models.store import ArtifactStore
+from builder.models.catalog import MlflowCatalog
+from builder.models.errors import answering, on_disk
+from builder.models.store import ArtifactRoots, ArtifactStore
+from builder.models.version import Artifact
+from builder.urls import parse_roots
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.certificates import self_signed
 

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.errors import InvalidVersion
-from builder.models import artifacts as module
-from builder.models.artifacts import checked_path, find_model_folder, union
-from builder.models.catalog import Artifact
-from builder.models.version import Inputs
+from builder.models import context as module
+from builder.models.context import checked_path, find_model_folder, union
+from builder.models.version import Artifact, Inputs
 
 RUN, MODEL = "mlflow-artifacts:/1/run/artifacts", "mlflow-artifacts:/1/models/m-1/artifacts"
 

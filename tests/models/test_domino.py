@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from builder.errors import BuilderError, InvalidSettings
+from builder.models.catalog import MlflowCatalog
 from builder.models.domino import DominoAuth
-from builder.models.mlflow_catalog import MlflowCatalog
 from tests.models.http_answers import Answers, answering_server
 
 ELSEWHERE = "mlflow.domino.test"

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from builder.errors import BuilderError
-from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.catalog import MlflowCatalog
 from builder.settings import CatalogSettings
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.certificates import for_loopback, self_signed

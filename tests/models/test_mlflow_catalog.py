@@ -10,8 +10,8 @@ import pytest
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from builder.errors import InvalidVersion, VersionNotFound
-from builder.models.artifacts import find_model_folder
-from builder.models.mlflow_catalog import MlflowCatalog
+from builder.models.catalog import MlflowCatalog
+from builder.models.context import find_model_folder
 from builder.models.version import Inputs
 from tests.models.models import TARGET, model_folder
 

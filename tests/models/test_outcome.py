@@ -6,8 +6,8 @@ import pytest
 
 from builder import log
 from builder.errors import ServiceUnavailable
-from builder.models.outcome import Outcome, record
 from builder.models.version import ModelVersion
+from builder.publish.record import Outcome, record
 
 PUBLISHED = Outcome(
     target="pltr_foundry",

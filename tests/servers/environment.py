@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from builder import masking
-from builder.images.retry import Patience
+from builder.http import RetryPolicy
 from builder.settings import Settings
 from scripts.launch import ambient
 
-# What a publish leaves in this process for MLflow's client (`builder.models.environment`): a test's own authorities
+# What a publish leaves in this process for MLflow's client (`builder.models.domino`): a test's own authorities
 # would be those of the next test, which may need the machine's.
 _NETWORK = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
@@ -64,4 +64,4 @@ def _run_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait hardly at all between two requests to a registry that is away."""
-    monkeypatch.setattr("builder.images.registries.Patience", functools.partial(Patience, first=0.01, longest=0.05))
+    monkeypatch.setattr("builder.clients.RetryPolicy", functools.partial(RetryPolicy, first=0.01, longest=0.05))

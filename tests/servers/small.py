@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from builder.images.blob import BytesBlob
-from builder.images.descriptor import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, Descriptor
-from builder.images.registries import Registries
+from builder.clients import Registries
+from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
-from tests.build.package_index import PackageIndex, running
+from tests.package_index.server import PackageIndex, running
 from tests.servers.mlflow import MlflowServer
 from tests.servers.registries import RegistryServer
 from tests.versions import MLMODEL, Registered, register

@@ -1,1 +1,0 @@
-"""From a context to layouts: templates and the engines that run a Dockerfile."""

@@ -1,1 +1,0 @@
-"""OCI images: names, layouts, manifests, registries. Nothing here knows of MLflow."""

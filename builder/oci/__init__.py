@@ -1,0 +1,1 @@
+"""OCI images: descriptors, manifests, layouts, layers, registries. Nothing here knows MLflow."""

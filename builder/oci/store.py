@@ -1,0 +1,314 @@
+"""Layers and small texts kept in a registry's repository, each under a tag that says what it was made from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from builder.errors import BuilderError
+from builder.log import get_logger
+from builder.oci.descriptor import (
+    LAYERS,
+    MOST_JSON_BYTES,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Blob,
+    BytesBlob,
+    Descriptor,
+    Malformed,
+    digest_of,
+    from_bytes,
+    refuse,
+    sequence,
+    strings,
+    to_bytes,
+)
+from builder.oci.layer import Layer
+from builder.oci.manifest import PREFIX, TITLE
+from builder.oci.registry import Registry
+from builder.reference import Repository
+
+_log = get_logger("layers")
+
+SOURCE = f"{PREFIX}layer.source"
+DIFF_ID = f"{PREFIX}layer.diff-id"
+NOTE = f"{PREFIX}layer.note"
+UNCOMPRESSED = f"{PREFIX}layer.uncompressed-size"
+_SIZE = re.compile(r"[0-9]{1,18}")
+# The empty config of an artifact (image-spec, manifest.md, "Guidance for an Empty Descriptor").
+EMPTY = BytesBlob(b"{}")
+EMPTY_CONFIG = Descriptor.of(EMPTY.content, "application/vnd.oci.empty.v1+json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A text that is kept, or that is to be.
+
+    Attributes:
+        key: its tag.
+        kind: its media type.
+        title: its name for people who look into the registry.
+        content: the text.
+    """
+
+    key: str
+    kind: str
+    title: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStore:
+    """A repository of kept layers and texts. May be used by several threads.
+
+    Attributes:
+        registry: where it is.
+        repository: the repository.
+        refused: texts that the registry did not take, as from somebody who may only read.
+    """
+
+    registry: Registry
+    repository: Repository
+    refused: list[Text] = field(default_factory=list, compare=False, repr=False)
+
+    def layer(self, key: str, *, source: str) -> Layer | None:
+        """Return the layer kept under a key; None where there is none, or something that is no such layer.
+
+        One request. Whether the registry still holds the layer's content shows when it is mounted.
+
+        Args:
+            key: the tag.
+            source: what the layer must say that it was made from.
+
+        Raises:
+            BuilderError: it cannot be told; see `Registry`.
+        """
+        fetched = self.registry.manifest(self.repository.tag(key))
+        if fetched is None:
+            return None
+        try:
+            return _layer(fetched.content, fetched.media_type, source)
+        except Malformed as error:
+            _log.warning("a kept layer is none, and is made again", tag=key, why=str(error))
+            return None
+
+    def keep(self, key: str, layer: Layer, blob: Blob, *, source: str, title: str) -> None:
+        """Keep a layer under a key, over whatever is there.
+
+        Args:
+            key: the tag.
+            layer: the layer.
+            blob: its content.
+            source: what it was made from.
+            title: its name for people who look into the registry.
+        """
+        self.registry.push_blob(self.repository, blob)
+        config = BytesBlob(
+            to_bytes(
+                {
+                    "architecture": "unknown",
+                    "config": {},
+                    "os": "linux",
+                    "rootfs": {"type": "layers", "diff_ids": [str(layer.diff_id)]},
+                }
+            )
+        )
+        self.registry.push_blob(self.repository, config)
+        manifest = _manifest(
+            config=Descriptor.of(config.content, OCI_CONFIG),
+            layers=[layer.descriptor],
+            annotations={
+                SOURCE: source,
+                DIFF_ID: str(layer.diff_id),
+                UNCOMPRESSED: str(layer.uncompressed),
+                TITLE: title,
+                **({NOTE: layer.note} if layer.note else {}),
+            },
+        )
+        self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
+
+    def text(self, key: str, *, kind: str) -> bytes | None:
+        """Return the text kept under a key; None where there is none, or something else.
+
+        Args:
+            key: the tag.
+            kind: the text's media type.
+
+        Raises:
+            BuilderError: it cannot be told; see `Registry`.
+        """
+        fetched = self.registry.manifest(self.repository.tag(key))
+        if fetched is None:
+            return None
+        try:
+            entries = sequence(from_bytes(fetched.content).get("layers"), "layers")
+            (text,) = [Descriptor.from_json(entry) for entry in entries]
+            if text.media_type != kind or text.size > MOST_JSON_BYTES:
+                refuse(f"it holds {text.media_type} of {text.size} bytes")
+        except (Malformed, ValueError) as error:
+            _log.warning("a kept text is none, and is made again", tag=key, why=str(error))
+            return None
+        if not self.registry.has_blob(self.repository, text.digest):
+            _log.warning("a kept text has lost its content, and is made again", tag=key)
+            return None
+        return self.registry.blob_bytes(self.repository, text, MOST_JSON_BYTES)
+
+    def keep_text(self, key: str, content: bytes, *, kind: str, title: str) -> None:
+        """Keep a text under a key, if the registry takes it: it can be made again, so that a refusal is only logged.
+
+        What is refused is in `refused`, for somebody who may write.
+
+        Args:
+            key: the tag.
+            content: the text, at most 4 MiB.
+            kind: its media type.
+            title: its name for people who look into the registry.
+        """
+        try:
+            manifest = pushed_text(self.registry, self.repository, content, kind=kind, title=title)
+            self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
+        except BuilderError as error:
+            self.refused.append(Text(key=key, kind=kind, title=title, content=content.decode()))
+            _log.warning("the registry does not keep a text", tag=key, error=error.what)
+
+
+def pushed_text(
+    registry: Registry,
+    repository: Repository,
+    content: bytes,
+    *,
+    kind: str,
+    title: str,
+    subject: Descriptor | None = None,
+) -> bytes:
+    """Push what the artifact of a text names, and return its manifest, which is the caller's to push.
+
+    Args:
+        registry: where to.
+        repository: the repository there.
+        content: the text, at most 4 MiB.
+        kind: its media type, and the artifact's type.
+        title: its name for people.
+        subject: the manifest it belongs to; None for none.
+    """
+    registry.push_blob(repository, EMPTY)
+    registry.push_blob(repository, BytesBlob(content))
+    return artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title}, subject=subject)
+
+
+def artifact(
+    kind: str, layers: list[Descriptor], *, annotations: dict[str, str], subject: Descriptor | None = None
+) -> bytes:  # fmt: skip
+    """Return the manifest of an artifact that is no image.
+
+    The form is the image specification's: manifest.md, "Guidelines for Artifact Usage".
+
+    Args:
+        kind: the artifact's type, a media type.
+        layers: its content.
+        annotations: of the manifest.
+        subject: the manifest it belongs to; None for none.
+    """
+    return _manifest(config=EMPTY_CONFIG, layers=layers, annotations=annotations, kind=kind, subject=subject)
+
+
+def _manifest(
+    *,
+    config: Descriptor,
+    layers: list[Descriptor],
+    annotations: dict[str, str],
+    kind: str = "",
+    subject: Descriptor | None = None,
+) -> bytes:
+    return to_bytes(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            **({"artifactType": kind} if kind else {}),
+            "config": config.to_json(),
+            "layers": [layer.to_json() for layer in layers],
+            "annotations": annotations,
+            **({"subject": subject.to_json()} if subject else {}),
+        }
+    )
+
+
+def _layer(content: bytes, media_type: str, source: str) -> Layer:
+    """Return the layer that a manifest keeps.
+
+    Raises:
+        Malformed: it is not as `keep` writes it.
+    """
+    if media_type != OCI_MANIFEST:
+        refuse(f"it is a {media_type}")
+    value = from_bytes(content)
+    annotations = strings(value.get("annotations"), "annotations")
+    layers = [Descriptor.from_json(entry) for entry in sequence(value.get("layers"), "layers")]
+    if len(layers) != 1 or LAYERS.get(layers[0].media_type) != layers[0].media_type:
+        refuse("it has not exactly one layer of a known kind")
+    if annotations.get(SOURCE) != source:
+        refuse("it was made from something else")
+    uncompressed = annotations.get(UNCOMPRESSED, "")
+    if not _SIZE.fullmatch(uncompressed):
+        refuse("it does not say how large the layer is")
+    return Layer(
+        digest=layers[0].digest,
+        size=layers[0].size,
+        diff_id=digest_of(annotations.get(DIFF_ID)),
+        uncompressed=int(uncompressed),
+        media_type=layers[0].media_type,
+        note=annotations.get(NOTE, ""),
+    )
+
+
+_referrers_log = get_logger("referrers")
+
+
+def attach(
+    registry: Registry, repository: Repository, subject: Descriptor, content: bytes, *, kind: str, title: str
+) -> Descriptor | None:  # fmt: skip
+    """Keep a text as a referrer of an image, if the registry takes it; one that does not is only logged.
+
+    Where the registry has no referrers API, the tag `sha256-<digest>` lists the image's referrers, as the specification
+    asks of clients.
+
+    Args:
+        registry: where the image is.
+        repository: its repository.
+        subject: the image.
+        content: the text.
+        kind: its type, a media type.
+        title: its file name.
+
+    Returns:
+        The referrer's descriptor; None where the registry does not take it.
+    """
+    bare = Descriptor(media_type=subject.media_type, digest=subject.digest, size=subject.size)
+    try:
+        manifest = pushed_text(registry, repository, content, kind=kind, title=title, subject=bare)
+        entry = Descriptor.of(manifest, OCI_MANIFEST)
+        if not registry.put_referrer(repository, manifest, OCI_MANIFEST, entry.digest):
+            _list(registry, repository, bare, {**entry.to_json(), "artifactType": kind, "annotations": {TITLE: title}})
+    except BuilderError as error:
+        _referrers_log.warning("the registry does not keep a referrer of the image", type=kind, error=error.what)
+        return None
+    return entry
+
+
+def _list(registry: Registry, repository: Repository, subject: Descriptor, entry: dict[str, object]) -> None:
+    """Name a referrer in the index under the fallback tag, beside those that are there."""
+    tag = repository.tag(f"sha256-{subject.digest.hex}")
+    standing = registry.manifest(tag)
+    there: list[object] = []
+    if standing is not None and standing.media_type == OCI_INDEX:
+        try:
+            there = sequence(from_bytes(standing.content).get("manifests"), "manifests")
+        except Malformed as error:
+            _referrers_log.warning(
+                "the list of referrers is none, and is made again", reference=str(tag), why=str(error)
+            )
+    others = [each for each in there if not (isinstance(each, dict) and each.get("digest") == entry["digest"])]
+    index = to_bytes({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*others, entry]})
+    if standing is None or standing.content != index:
+        registry.put_manifest(repository, index, OCI_INDEX, tag.tag)

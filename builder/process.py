@@ -1,0 +1,413 @@
+"""Run one program: output streamed by line, a timeout, and no process or temporary folder left behind."""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import fcntl
+import os
+import resource
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from builder.errors import BuildFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+# Called with each line of the engine's output, without its newline.
+Output = Callable[[str], None]
+
+_PROC = Path("/proc")
+_PAGE = resource.getpagesize()
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process.
+
+    Attributes:
+        pid: its number.
+        parent: its parent's number.
+        own: seconds of processor time that it took itself.
+        children: seconds that its children took which have ended.
+    """
+
+    pid: int
+    parent: int
+    own: float
+    children: float
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent has ended, so that none is lost."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent(parent: int) -> None:
+    """Be killed when the parent ends.
+
+    Args:
+        parent: its number: one that ended before this call is noticed as well.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def descendants(root: int) -> list[Process]:
+    """Return the living processes that descend from one; proc(5) has the fields."""
+    by_parent: dict[int, list[Process]] = {}
+    for status in _PROC.glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            # The name stands in parentheses and may hold some, and blanks.
+            fields = status.read_text(errors="replace").rpartition(")")[2].split()
+            if fields[0] == "Z" and int(fields[1]) != root:
+                continue
+            times = [int(field) / _TICKS for field in fields[11:15]]
+            process = Process(int(status.parent.name), int(fields[1]), times[0] + times[1], times[2] + times[3])
+            by_parent.setdefault(process.parent, []).append(process)
+    found: list[Process] = []
+    waiting = [root]
+    while waiting:
+        children = by_parent.pop(waiting.pop(), [])
+        found += children
+        waiting += [child.pid for child in children]
+    return found
+
+
+def memory_of(process: Process) -> int:
+    """Return the bytes of memory that a process has and that are no file's; 0 where it has ended."""
+    with suppress(OSError, ValueError, IndexError):
+        _, resident, shared, *_ = (_PROC / str(process.pid) / "statm").read_text().split()
+        return (int(resident) - int(shared)) * _PAGE
+    return 0
+
+
+def is_bounded(process: Process) -> bool:
+    """Return whether a process has a limit of memory, which it inherits; True where it cannot be told."""
+    with suppress(OSError, AttributeError):
+        return resource.prlimit(process.pid, resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    return True
+
+
+def kill_descendants(seconds: float) -> None:
+    """Kill all that descends from this process, and reap what became its children.
+
+    Args:
+        seconds: how long to try, where a process may not be killed or does not end.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for process in descendants(os.getpid()):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process.pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
+
+
+LONGEST_LINE = 4000
+# Seconds between SIGTERM and SIGKILL.
+GRACE = 10.0
+# Seconds after which an exit is noticed although something still holds the program's output open.
+_POLL = 0.2
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What each process of a program may take.
+
+    Attributes:
+        memory: bytes that it may reserve for itself (RLIMIT_DATA).
+        processor: seconds of processor time; SIGXCPU ends a process that takes more.
+    """
+
+    memory: int
+    processor: int
+
+
+class Runner(Protocol):
+    """Runs a program; `run` is the one that does, and a test may pass its own to an engine."""
+
+    def __call__(  # noqa: D102  # `run` says it
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        timeout: float,
+        output: Output,
+        name: str,
+        limits: Limits | None = None,
+    ) -> int: ...
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout: float,
+    output: Output,
+    name: str,
+    limits: Limits | None = None,
+) -> int:
+    """Run a program and return its exit code.
+
+    The child has a session and process group of its own, reads nothing, and sees `env` and no other variable. Its
+    stdout and stderr are one stream. Whatever ends this call (the child's exit, the timeout, an exception such as
+    `Terminated` or one that `output` raises), no process of the session is alive after it: SIGTERM to the group, at
+    most ten seconds, SIGKILL to all. After the program's own exit, what it left behind gets SIGKILL at once.
+
+    Args:
+        argv: the program and its arguments; no shell reads them. The program is looked up in `env`'s PATH.
+        env: the whole environment of the child.
+        cwd: folder the child starts in.
+        timeout: seconds the child may take.
+        output: called with each line, without its newline. A line that a carriage return overwrites is not shown,
+            bytes that are not UTF-8 are replaced, and a line is cut after 4,000 characters.
+        name: what messages call the program.
+        limits: what its processes may take, where the system can limit those of others (Linux); None frees them of
+            the limit of memory that this process has, as an engine's steps need what they need.
+
+    Returns:
+        The exit code; negative is the signal that ended the child.
+
+    Raises:
+        BuildFailed: the program cannot be started, or took longer than `timeout`.
+    """
+    try:
+        child = subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+        )
+    except OSError as error:
+        message = f"{name} cannot be started: {argv[0]}: {error.strerror or error}."
+        raise BuildFailed(message, remedy="Install it, or choose another engine with BUILD_ENGINE.") from error
+    stream = _Stream(child)
+    try:
+        _limit(child.pid, limits)
+        for line in stream.lines(time.monotonic() + timeout):
+            output(line)
+        if not stream.exited():
+            message = f"{name} took longer than {timeout:g} seconds and was ended."
+            raise BuildFailed(message, remedy="Raise BUILD_TIMEOUT, or make the Dockerfile's steps quicker.")
+    finally:
+        stream.end()
+    return child.returncode
+
+
+def _limit(pid: int, limits: Limits | None) -> None:
+    """Set a new process's limits: from here, as no code may run between fork and exec beside other threads."""
+    wanted = {resource.RLIMIT_DATA: (limits.memory, 0) if limits else (resource.RLIM_INFINITY, 0)}
+    if limits:
+        # A second between the two: who ignores SIGXCPU gets SIGKILL.
+        wanted[resource.RLIMIT_CPU] = (limits.processor, 1)
+    for what, (amount, more) in wanted.items():
+        # It may have ended by now. A hard limit can be lowered only.
+        with suppress(OSError, ValueError, AttributeError):
+            _, hard = resource.prlimit(pid, what)
+            soft = hard if amount == resource.RLIM_INFINITY else _least(amount, hard)
+            resource.prlimit(pid, what, (soft, _least(amount + more, hard) if limits else hard))
+
+
+def _least(amount: int, hard: int) -> int:
+    return amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+
+
+class _Stream:
+    """A child's output, and its end."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdout is not None  # noqa: S101  # Popen was given a pipe
+        self._child = child
+        self._pipe = child.stdout
+        self._open = True
+
+    def exited(self) -> bool:
+        """Return whether the child has ended; it stays a zombie, so that its group's number is not given away."""
+        if self._child.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def lines(self, deadline: float) -> Iterator[str]:
+        """Yield lines until the child has ended and its output is read, or until the deadline (monotonic seconds)."""
+        lines = Lines()
+        while (left := deadline - time.monotonic()) > 0:
+            gone = self.exited()
+            yield from lines.feed(self._read(0 if gone else min(left, _POLL)))
+            # What the child wrote before it ended is in the pipe by now, and the chunk above may not be all of it.
+            if gone and not self._ready(0):
+                break
+        yield from lines.rest()
+
+    def end(self) -> None:
+        """End every process of the child's group, and reap the child."""
+        try:
+            if not self.exited():
+                self._signal(signal.SIGTERM)
+                deadline = time.monotonic() + GRACE
+                while not self.exited() and time.monotonic() < deadline:
+                    self._read(0.05)  # a child that waits for its pipe to be read could not end
+        finally:
+            self._signal(signal.SIGKILL)
+            _end_session(self._child.pid)
+            self._child.wait()
+            self._pipe.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._child.pid, number)
+        except ProcessLookupError:
+            pass  # the group is gone
+        except PermissionError:
+            self._child.send_signal(number)  # a member of the group runs as another user
+
+    def _ready(self, seconds: float) -> bool:
+        if not self._open:
+            time.sleep(seconds)
+            return False
+        return bool(select.select([self._pipe], [], [], seconds)[0])
+
+    def _read(self, seconds: float) -> bytes:
+        """Return what the pipe holds, waiting at most so long for it; empty at its end too."""
+        if not self._ready(seconds):
+            return b""
+        chunk = os.read(self._pipe.fileno(), _CHUNK)
+        self._open = bool(chunk)
+        return chunk
+
+
+def _end_session(leader: int) -> None:
+    """Send SIGKILL to every process of a session: Kaniko gives each RUN step a process group of its own.
+
+    The leader has not been waited for, so that its number is not given to another session (proc(5): in `stat` the
+    session is the fourth field behind the name, which may hold blanks and parentheses).
+    """
+    killed: set[str] = set()
+    before = -1
+    # Again until nobody new is there: one that was about to start another may have done so.
+    while before < len(killed):
+        before = len(killed)
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                session = status.read_text(errors="replace").rpartition(")")[2].split()[3]
+                if int(session) == leader:
+                    os.kill(int(status.parent.name), signal.SIGKILL)
+                    killed.add(status.parent.name)
+
+
+class Lines:
+    """Lines of a terminal's output, made from bytes as they come.
+
+    Args:
+        limit: the most characters of a line; one that is longer ends with an ellipsis.
+    """
+
+    def __init__(self, limit: int = LONGEST_LINE) -> None:
+        self._limit = limit
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._line = ""
+        self._overwrite = False
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Take more bytes, and yield the lines that are complete with them."""
+        *complete, last = self._decoder.decode(chunk).split("\n")
+        for text in complete:
+            self._add(text)
+            yield self._take()
+        self._add(last)
+
+    def rest(self) -> Iterator[str]:
+        """Yield the line that no newline ended, if there is one."""
+        self._add(self._decoder.decode(b"", final=True))
+        if self._line:
+            yield self._take()
+
+    def _add(self, text: str) -> None:
+        """Append text to the line; what follows a carriage return replaces it, unless it is blank."""
+        for number, segment in enumerate(text.split("\r")):
+            self._overwrite = self._overwrite or number > 0
+            if not segment or (self._overwrite and not segment.strip()):
+                continue
+            before = "" if self._overwrite else self._line
+            self._line = before + segment[: self._limit + 1 - len(before)] if len(before) <= self._limit else before
+            self._overwrite = False
+
+    def _take(self) -> str:
+        line, self._line, self._overwrite = self._line, "", False
+        return line if len(line) <= self._limit else line[: self._limit - 1] + "…"
+
+
+PREFIX = "model-image-builder-"
+# Seconds between the making of a folder and its lock, with room for a machine that is busy.
+_YOUNG = 60.0
+
+
+def lock(folder: Path) -> int:
+    """Lock a folder, and return the descriptor that holds the lock until the last process with it has ended.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it is no folder, or cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def remove_leftovers() -> int:
+    """Remove what this user's killed processes left in the temporary folder, and return how many folders there were."""
+    removed = 0
+    with suppress(OSError):
+        for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with suppress(OSError):
+                removed += _removed(folder)
+    return removed
+
+
+def _removed(folder: Path) -> bool:
+    descriptor = lock(folder)
+    try:
+        status = os.fstat(descriptor)
+        ours = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == stat.S_IRWXU
+        if not ours or time.time() - status.st_mtime < _YOUNG:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    finally:
+        os.close(descriptor)

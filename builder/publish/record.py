@@ -1,0 +1,279 @@
+"""What is written back to the version's tags: by whom, and at which moment of its publishing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Literal, cast, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from builder.budget import out_of_memory
+from builder.errors import BuilderError, ExitCode, Terminated
+from builder.log import get_logger
+from builder.masking import one_line
+from builder.models.version import Catalog, ModelVersion
+from builder.plan import Plan
+from builder.reference import Reference
+
+State = Literal["", "pending", "running", "published", "failed", "foreign"]
+
+_LONGEST_ERROR = 1000
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_log = get_logger("outcome")
+
+
+class Outcome(BaseModel):
+    """What became of one version for one target.
+
+    Attributes:
+        target: the target's name, `pltr_foundry`.
+        state: `pending`, `running`, `published`, `failed`, or `foreign` where the tag is an image we did not make;
+            empty where nothing is known.
+        image: digest reference of the image.
+        tag: the reference with the tag, `quay.io/domino/model:v3`.
+        source_id: source id of what was published or tried.
+        platforms: platforms of the image, `os/architecture[/variant]`.
+        error: what went wrong: `Type: what remedy`.
+        wanted: platforms that were asked for when work on it last began.
+        attempts: how often this source was tried since it last came to something.
+        finished: when it ended, RFC 3339 in UTC.
+        smoke_test: what came of running the image: `passed: …` or `failed: …` with the platform and the digest of what
+            was run, `not possible: …` with the reason, or `off`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    state: State = ""
+    image: str = ""
+    tag: str = ""
+    source_id: str = ""
+    platforms: tuple[str, ...] = ()
+    error: str = ""
+    wanted: tuple[str, ...] = ()
+    attempts: int = 0
+    finished: str = ""
+    smoke_test: str = ""
+
+    @classmethod
+    def of(cls, version: ModelVersion, target: str) -> Outcome:
+        """Return what a version's tags say about a target.
+
+        Anybody can edit tags, so a value that is not of its form counts as not there.
+        """
+
+        def tag(name: str) -> str:
+            return version.tags.get(f"publish.{target}.{name}", "").strip()
+
+        state, attempts = tag("state"), tag("attempts")
+        return cls(
+            target=target,
+            state=cast("State", state) if state in get_args(State) else "",
+            image=tag("image"),
+            tag=tag("tag"),
+            source_id=tag("source"),
+            platforms=_names(tag("platforms")),
+            wanted=_names(tag("wanted")),
+            error=tag("error"),
+            attempts=int(attempts) if _NUMBER.fullmatch(attempts) else 0,
+            finished=tag("finished"),
+            smoke_test=tag("smoke_test"),
+        )
+
+    def values(self) -> dict[str, str]:
+        """Return the fields as strings, by their names without the target's; the state last."""
+        return {
+            "image": self.image,
+            "tag": self.tag,
+            "source": self.source_id,
+            "platforms": ",".join(self.platforms),
+            "error": one_line(self.error, _LONGEST_ERROR),
+            "wanted": ",".join(self.wanted),
+            "attempts": str(self.attempts),
+            "finished": self.finished,
+            "smoke_test": self.smoke_test,
+            "state": self.state,
+        }
+
+    def tags(self) -> dict[str, str]:
+        """Return the tags that say it, `publish.<target>.state` last, so that whoever sees the state sees all."""
+        return {f"publish.{self.target}.{name}": value for name, value in self.values().items()}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
+    """Set the version's tags to an outcome, those only that differ from what MLflow holds now.
+
+    It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
+    """
+    report = _log.bind(version=str(version), state=outcome.state)
+    try:
+        # `version` may be from before an earlier record of the same run.
+        now = catalog.find(version.name, version.version)
+        if now.created_ms != version.created_ms:
+            report.error("the outcome is not recorded: the version was deleted, and another has its number")
+            return
+        changed = {name: value for name, value in outcome.tags().items() if now.tags.get(name, "") != value}
+        if changed:
+            catalog.set_tags(version, changed)
+    except BuilderError as error:
+        report.error("the outcome could not be recorded", error=error.one_line())
+    except Exception:  # noqa: BLE001, see above: whatever it is, the outcome matters more
+        report.exception("the outcome could not be recorded")
+
+
+# What is the version's own fault, and will be again. All else (a service that is away, a credential that has expired, a
+# setting) says nothing of the version, and is no attempt at it.
+_OWN_FAULTS = frozenset({ExitCode.DATA, ExitCode.SOFTWARE, ExitCode.CANNOT_CREATE})
+
+
+class Record:
+    """One version's record for one target.
+
+    Args:
+        catalog: where to write.
+        version: the version, with the tags it has now.
+        target: the target's name.
+        source_id: what is being published.
+    """
+
+    def __init__(self, catalog: Catalog, version: ModelVersion, target: str, source_id: str) -> None:
+        self._catalog = catalog
+        self._version = version
+        self._source_id = source_id
+        self._before = Outcome.of(version, target)
+        self._plan: Plan | None = None
+
+    @classmethod
+    def of_plan(cls, catalog: Catalog, version: ModelVersion, plan: Plan) -> Record:
+        """Return the record of a plan that another phase has made, and whose start it has recorded."""
+        record = cls(catalog, version, plan.target, plan.source_id)
+        record._plan = plan
+        return record
+
+    def started(self, plan: Plan) -> None:
+        """Record that work has begun: one more attempt at this source, until it turns out not to be one."""
+        self._plan = plan
+        wanted = tuple(str(platform) for platform in plan.wanted)
+        again = self._again and self._before.wanted == wanted
+        self._write(
+            state="running",
+            source_id=self._source_id,
+            tag=str(plan.reference),
+            wanted=wanted,
+            error="",
+            attempts=self._before.attempts + 1 if again else 1,
+            smoke_test=self._before.smoke_test if self._again else "",
+        )
+
+    @property
+    def smoke_test(self) -> str:
+        """What is known of the image's smoke test: what the version's tags say, or what came of it since."""
+        return self._before.smoke_test
+
+    def smoke_tested(self, text: str) -> None:
+        """Keep what came of the image's smoke test; it is written with the outcome, whatever that is."""
+        self._before = self._before.model_copy(update={"smoke_test": text})
+
+    def succeeded(self, plan: Plan, pinned: Reference) -> None:
+        """Record what stands in the registry; a version whose tags say so already is left untouched."""
+        facts = {
+            "state": "published",
+            "image": str(pinned),
+            "tag": str(plan.reference),
+            "source_id": plan.source_id,
+            "platforms": tuple(sorted(str(step.platform) for step in plan.platforms)),
+            "error": "",
+            "attempts": 0,
+        }
+        if plan.action != "nothing" or self._before.model_copy(update=facts) != self._before:
+            self._write(**facts, finished=_now())
+
+    def left_alone(self, plan: Plan) -> None:
+        """Record that the tag holds an image that is not ours."""
+        facts = {
+            "state": "foreign",
+            "image": "",
+            "tag": str(plan.reference),
+            "source_id": plan.source_id,
+            "platforms": (),
+            "error": plan.reason,
+        }
+        if self._before.model_copy(update=facts) != self._before:
+            self._write(**facts, finished=_now())
+
+    def ended(self, error: BuilderError, *, tag: str, wanted: tuple[str, ...]) -> None:
+        """Record for a process that was ended while it worked on the version: that was one attempt.
+
+        It counts as one whether or not that process had recorded its start; this record was made before that.
+
+        Args:
+            error: what ended it.
+            tag: where the version was to be published; empty where nobody can tell.
+            wanted: the platforms it was to be published for; empty where nobody can tell.
+        """
+        again = self._again and self._before.wanted in {wanted, ()}
+        self._write(
+            state="failed",
+            source_id=self._source_id,
+            tag=tag or self._before.tag,
+            wanted=wanted,
+            error=error.one_line(),
+            attempts=self._before.attempts + 1 if again else 1,
+            finished=_now(),
+        )
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Record what fails inside, whatever it is, and let it through.
+
+        Raises:
+            OverBudget: in place of a MemoryError.
+        """
+        try:
+            yield
+        except BuilderError as error:
+            self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
+            raise
+        except Terminated:
+            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=False)
+            raise
+        except MemoryError as error:
+            exceeded = out_of_memory(self._version)
+            self._failed(exceeded.one_line(), own_fault=True)
+            raise exceeded from error
+        except Exception as error:
+            self._failed(f"Defect: {type(error).__name__}. The publisher's log has more.", own_fault=True)
+            raise
+
+    def _failed(self, error: str, *, own_fault: bool) -> None:
+        """Record a failure. An image of this source that stands is not called failed for what is not its fault."""
+        stands = self._plan.stands if self._plan else self._before.state == "published" and self._again
+        counted = bool(self._plan and self._plan.builds)
+        attempts = (self._before.attempts if self._again else 0) + (own_fault - counted)
+        self._write(
+            state="published" if stands and not own_fault else "failed",
+            source_id=self._source_id,
+            error=error,
+            attempts=max(attempts, 0),
+            finished=_now(),
+        )
+
+    @property
+    def _again(self) -> bool:
+        """Whether the record is of earlier work on the same source."""
+        return self._before.source_id == self._source_id
+
+    def _write(self, **facts: object) -> None:
+        self._before = self._before.model_copy(update=facts)
+        record(self._catalog, self._version, self._before)
+
+
+def _now() -> str:
+    return datetime.now(tz=UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,206 @@
+"""What people see beside logs: a plan, a sweep's table, the progress of a publish."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from builder.log import get_logger, metered
+from builder.masking import masked, one_line, shown, visible
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from builder.batch.download import DownloadResult
+    from builder.batch.sweep import Swept
+    from builder.batch.warm import Warmed
+    from builder.models.context import Progress
+    from builder.models.version import ModelVersion
+    from builder.plan import Plan
+
+
+log = get_logger("show")
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_THOUSAND = 1000
+_MOST_FILES = 20
+
+
+def size(count: float | None) -> str:
+    """Return a number of bytes for people; `?` where it is not known."""
+    if count is None:
+        return "?"
+    for unit in _UNITS:
+        if count < _THOUSAND or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _THOUSAND
+    raise AssertionError
+
+
+def plan(planned: Plan, *, engine: str, push_checked: bool, smoke_test: str) -> str:
+    """Return a plan as text.
+
+    Args:
+        planned: the plan.
+        engine: the engine that would build here.
+        push_checked: whether it was seen that the credential may push.
+        smoke_test: what would be done to see that the image answers.
+    """
+    version = planned.version
+    name = one_line(version.name, 200)
+    rows = [
+        ("model", f"{name} version {version.version}, registered {version.created:%Y-%m-%d %H:%M} UTC"),
+        ("action", f"{planned.action}: {planned.reason}"),
+        ("tag", str(planned.reference) + (", push allowed" if push_checked else "")),
+        ("there now", str(planned.observed) if planned.observed else "nothing"),
+        ("source id", planned.source_id),
+    ]
+    for step in planned.platforms:
+        base = f", base {step.base.name} at {step.base.digest}" if step.base else ""
+        how = f"keep {step.kept}" if step.kept else "assemble" if step.method == "wheels" else f"build with {engine}"
+        rows.append((str(step.platform), how + base))
+        rows += [("", one_line(note, 300)) for note in step.notes]
+        if step.layers:
+            layers = step.layers
+            missing = f"{len(layers.missing)} wheels to get ({size(layers.download)})"
+            rows.append(("", f"wheel layers: {layers.known} known, {missing}"))
+            rows += [("", f"  {name}") for name in layers.missing[:_MOST_FILES]]
+            if len(layers.missing) > _MOST_FILES:
+                rows.append(("", f"  … and {len(layers.missing) - _MOST_FILES} more; --json lists them all"))
+            rows += [("", f"warning: {line}") for line in layers.lacks[:_MOST_FILES]]
+            rows.append(("", f"model: {size(layers.model)} to send, less what is there"))
+    if planned.builds:
+        rows.append(("smoke test", smoke_test))
+    known = sum(artifact.size or 0 for artifact in planned.artifacts)
+    rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
+    width = max(len(name) for name, _ in rows)
+    rows += [("", f"{artifact.path}  {size(artifact.size)}") for artifact in planned.artifacts[:_MOST_FILES]]
+    if len(planned.artifacts) > _MOST_FILES:
+        rows.append(("", f"… and {len(planned.artifacts) - _MOST_FILES} more; --json lists them all"))
+    lines = [f"{name:<{width}}  {_cell(text)}" for name, text in rows]
+    if planned.dockerfile:
+        # Where Docker ends a line, and nowhere else: a separator of Unicode's begins no instruction.
+        instructions = planned.dockerfile.removesuffix("\n").split("\n")
+        lines += ["", "Dockerfile", *(f"  {shown(line.removesuffix(chr(13)))}" for line in instructions)]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text that others may have written, fit for one place of a screen: nothing is cut, no blank is lost."""
+    return visible(masked(text))
+
+
+def sweep(swept: Sequence[Swept]) -> None:
+    """Show a sweep's summary: a table on a terminal, one log line elsewhere."""
+    waiting = [str(result.version) for result in swept if result.state == "waiting"]
+    notes: dict[str, object] = {}
+    if waiting:
+        remedy = "What waits has failed too often: it is tried again when it is changed, or with --retry-failed."
+        notes = {"waiting": waiting, "remedy": remedy}
+    _summary("swept", [(r.version, r.state, str(r.reference or r.detail)) for r in swept], notes)
+
+
+def downloads(results: Sequence[DownloadResult]) -> None:
+    """Show a download's summary: a table on a terminal, one log line elsewhere."""
+    rows = [(r.version, r.state, r.error.one_line() if r.error else str(r.folder)) for r in results]
+    _summary("downloaded", rows)
+
+
+def warmed(results: Sequence[Warmed]) -> None:
+    """Show what became of environments: a table on a terminal, one log line for each elsewhere."""
+    if not sys.stderr.isatty():
+        for result in results:
+            log.info(result.state, of=result.name, known=result.known, made=result.made, detail=result.detail)
+        return
+    _table(
+        ("environment of", "state", "known", "made", "detail"),
+        [(each.name, each.state, str(each.known), str(each.made), each.detail) for each in results],
+        "" if results else "no version carries the target tag",
+    )
+
+
+def _summary(
+    event: str, rows: Sequence[tuple[ModelVersion, str, str]], notes: Mapping[str, object] | None = None
+) -> None:
+    """Show what became of versions: each with its state and a detail; `notes` are added to the log's line."""
+    counts = Counter(state for _, state, _ in rows)
+    if not sys.stderr.isatty():
+        log.info(event, versions=len(rows), states=dict(counts), **(notes or {}))
+        return
+    caption = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag"
+    if notes:
+        caption += f". {notes['remedy']}"
+    _table(
+        ("model", "version", "state", "detail"),
+        [(version.name, version.version, state, detail) for version, state, detail in rows],
+        caption,
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, caption=Text(caption), caption_justify="left")
+    for row in rows:
+        # Names and errors come from others: as text they cannot be taken for markup.
+        table.add_row(*(Text(_cell(cell)) for cell in row))
+    Console(stderr=True).print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Progress | None]:
+    """Show on a terminal what moves: artifacts, wheels, layers, uploads; elsewhere nothing is shown.
+
+    A line is there as long as there is something to wait for, and is drawn ten times a second at most.
+
+    Yields:
+        What is told of the artifacts; None where nothing is shown.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        meter = _Bars(bar)
+        with metered(meter):
+            yield meter.artifacts
+
+
+class _Bars:
+    """A line for each thing that moves, hidden until there is something to wait for, and once there is no more."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._lock = threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
+        self._amounts: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, what: str, done: int, more: int) -> None:
+        with self._lock:
+            before, total = self._amounts.get(what, (0, 0))
+            self._set(what, before + done, total + more)
+
+    def artifacts(self, done: int, total: int) -> None:
+        """Take note of how many bytes are here of how many; see `builder.models.context.Progress`."""
+        with self._lock:
+            self._set("artifacts", done, total)
+
+    def _set(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=None, visible=False, amount="")
+        self._amounts[what] = done, total
+        # Of some wheels no index says how large they are.
+        most = max(done, total)
+        amount = f"{done} of {most}" if what == "layers" else f"{size(done)} of {size(most)}"
+        self._bar.update(self._tasks[what], completed=done, total=most, amount=amount, visible=done < most)

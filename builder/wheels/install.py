@@ -1,0 +1,353 @@
+"""A wheel's layer: installed by pip's rules, and streamed.
+
+Memory is bounded by the chunk size, the wheel's list of files, and the processes that compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from posixpath import dirname
+
+from installer.records import Hash, RecordEntry
+from installer.utils import Scheme as InstallerScheme
+from installer.utils import construct_record_file, fix_shebang
+
+from builder.oci.descriptor import BytesBlob
+from builder.oci.layer import Corrupt, Deflated, Layer, LayerWriter, Plain
+from builder.wheels.bytecode import LARGEST_SOURCE, Compilation, Compiler, Source
+from builder.wheels.shared_libraries import MOST_NOTE, Collector, Library, WheelLibraries, to_note
+from builder.wheels.wheel import (
+    ENVIRONMENT,
+    INTERPRETER,
+    Fingerprint,
+    Place,
+    Scheme,
+    Wheel,
+    encoded,
+    named,
+    opened,
+    places,
+)
+from builder.wheels.zip import DEFLATED, Archive, BadArchive, Member, refuse
+
+
+def venv_layer(interpreter: str, python: str) -> tuple[Layer, BytesBlob]:
+    """Return the layer of an environment without packages, and its content.
+
+    It is what `python -m venv --without-pip` leaves, as far as Python reads it
+    (https://docs.python.org/3/library/site.html: pyvenv.cfg).
+
+    Args:
+        interpreter: the base's interpreter, an absolute path.
+        python: its version, `3.11`.
+    """
+    config = f"home = {dirname(interpreter)}\ninclude-system-site-packages = false\nversion = {python}\n".encode()
+    writer = LayerWriter()
+    chunks = [
+        *writer.symlink(f"{ENVIRONMENT}/bin/python", interpreter),
+        *writer.symlink(f"{ENVIRONMENT}/bin/python3", "python"),
+        *writer.symlink(f"{ENVIRONMENT}/bin/python{python}", "python"),
+        *writer.directory(f"{ENVIRONMENT}/lib/python{python}/site-packages"),
+        *writer.file(f"{ENVIRONMENT}/pyvenv.cfg", Plain(chunks=[config], size=len(config))),
+        *writer.finish(),
+    ]
+    return writer.layer, BytesBlob(b"".join(chunks))
+
+
+_INSTALLER = b"model-image-builder\n"
+_PYTHON = b"#!python"
+_LONGEST_LINE = 1 << 12
+
+
+class WheelLayer:
+    """A wheel's layer: iterate over it once or more to get its bytes, and ask for `layer` when one pass is over.
+
+    The files stand in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+
+    Args:
+        wheel: the wheel.
+        python: the model's Python: `3.11`.
+        bytecode: what compiles; None for a layer without bytecode.
+
+    Raises:
+        InvalidWheel: a file goes nowhere, or where another one goes.
+    """
+
+    def __init__(self, wheel: Wheel, *, python: str, bytecode: Compiler | None = None) -> None:
+        self._wheel = wheel
+        self._python = python
+        self._compiler = bytecode
+        self._layer: Layer | None = None
+        self._libraries: tuple[Library, ...] = ()
+        self._without_bytecode: tuple[str, ...] = ()
+        self._misrecorded: tuple[str, ...] = ()
+        self._scheme = Scheme(python, wheel.metadata)
+        with named(wheel.filename):
+            self._places = places(self._scheme, wheel.members, wheel.metadata)
+        self._scripts = {script.name: script for script in wheel.metadata.scripts}
+        self._sources: tuple[Source, ...] = ()
+        self._compiled: tuple[str, ...] = ()
+        if bytecode:
+            self._sources = tuple(
+                Source(member=place.member, path=f"/{place.path}")
+                for place in self._places
+                if place.wants_bytecode and place.member and place.member.size <= LARGEST_SOURCE
+            )
+            self._compiled = tuple(bytecode.compiled_path(source.path[1:]) for source in self._sources)
+
+    @property
+    def layer(self) -> Layer:
+        """Digests and sizes.
+
+        Raises:
+            RuntimeError: the bytes have not been read to their end.
+        """
+        if self._layer is None:
+            message = f"The layer of {self._wheel.filename} has not been read to its end."
+            raise RuntimeError(message)
+        return self._layer
+
+    @property
+    def without_bytecode(self) -> tuple[str, ...]:
+        """The sources that did not compile, known when the bytes have been read to their end."""
+        return self._without_bytecode
+
+    @property
+    def libraries(self) -> WheelLibraries:
+        """The wheel's shared libraries, known when the bytes have been read to their end.
+
+        Where they are more than a note takes, only so many of them that this shows.
+        """
+        return WheelLibraries(self._wheel.filename, self._libraries)
+
+    @property
+    def misrecorded(self) -> tuple[str, ...]:
+        """The files that are others than the wheel's RECORD says, known when the bytes have been read to their end.
+
+        pip and uv install such wheels, the official ones of torch 1.7 to 1.12 among them, whose METADATA was changed
+        after it was listed. The wheel's own hash vouches for them; the layer's RECORD has the true ones.
+        """
+        return self._misrecorded
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the layer's bytes in chunks of about 256 KiB.
+
+        What was yielded is a layer only when the iteration ends; whoever sends it must finish nothing before.
+
+        Raises:
+            InvalidWheel: a file is not what the archive says of it, or ends the compiler.
+            TryAgain: the compiler was ended from outside.
+        """
+        writer = LayerWriter()
+        yield from self.write(writer, set())
+        yield from writer.finish()
+        self._layer = replace(writer.layer, note=to_note([self.libraries]))
+
+    def write(self, writer: LayerWriter, taken: set[str], *, room: int = MOST_NOTE) -> Iterator[bytes]:
+        """Write the wheel's files into a layer that may hold other wheels too; errors as in iterating.
+
+        Args:
+            writer: writes the layer.
+            taken: the paths that are in the layer already, directories with a slash at their end; the wheel's are
+                added. What is there is left as it is, and hides what of the wheel it would hide from a layer above.
+            room: characters that the layer's note has for the wheel's libraries.
+        """
+        with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
+            archive = Archive(file)
+            if archive.members != self._wheel.members:
+                refuse("it has changed since it was opened")
+            compilation = None
+            if self._compiler and self._sources:
+                # Compiling goes on beside what follows, and is waited for at the end.
+                compilation = stack.enter_context(self._compiler.compile(file, self._sources))
+            libraries = Collector(self._places, self._python, self._wheel.path.parent, room)
+            installation = _Installation(writer, archive, self._wheel, self._scheme, libraries)
+            # Bytecode that came with the wheel would not be believed beside ours, and has its place.
+            replaced = frozenset(self._compiled)
+            for place in self._places:
+                if _hidden(place.path, taken):
+                    libraries.hide(place)
+                    continue  # pip's later one would win, in an order that nobody promises
+                if place.member is None:
+                    script = self._scripts[place.path.rpartition("/")[2]]
+                    yield from installation.own(place, script.generate(INTERPRETER, "posix")[1])
+                elif place.path not in replaced:
+                    yield from installation.file(place, place.member)
+            info = self._wheel.metadata.dist_info
+            described = not _hidden(f"{self._scheme.root}/{info}/RECORD", taken)
+            if described:
+                yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
+            if compilation:
+                yield from self._bytecode(installation, compilation, taken)
+            if described:
+                yield from installation.finish()
+            written = {*(place.path for place in self._places), *self._compiled}
+            written = {path for path in written if not _hidden(path, taken)}
+            taken.update(written, *map(_above, written))
+            self._libraries = libraries.libraries
+            self._misrecorded = tuple(installation.misrecorded)
+
+    def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
+        missing = []
+        for number, path in enumerate(self._compiled):
+            content = compilation.result(number)
+            if _hidden(path, taken):
+                continue
+            if content is None:
+                missing.append(self._sources[number].path)
+            else:
+                yield from installation.bytecode(path, content)
+        self._without_bytecode = tuple(missing)
+
+
+class _Installation:
+    """One pass: writes files into a layer, and remembers them for RECORD."""
+
+    def __init__(
+        self, writer: LayerWriter, archive: Archive, wheel: Wheel, scheme: Scheme, libraries: Collector
+    ) -> None:
+        self.writer = writer
+        self._libraries = libraries
+        self._archive = archive
+        self._metadata = wheel.metadata
+        self._scheme = scheme
+        self._entries: list[RecordEntry] = []
+        self.misrecorded: list[str] = []
+
+    def file(self, place: Place, member: Member) -> Iterator[bytes]:
+        """Write one of the wheel's files."""
+        fingerprint = Fingerprint(self._metadata.record.get(member.name))
+        if place.script and (line := _first_line(self._archive, member)) is not None:
+            yield from self._script(place, member, line, fingerprint)
+            return
+        content = (
+            Deflated(chunks=self._archive.raw(member), size=member.size, crc=member.crc)
+            if member.method == DEFLATED
+            else Plain(chunks=self._archive.content(member), size=member.size)
+        )
+        try:
+            with self._libraries.reading(place) as library:
+
+                def observe(piece: bytes) -> None:
+                    fingerprint.update(piece)
+                    if library:
+                        library(piece)
+
+                yield from self.writer.file(place.path, content, executable=place.executable, observe=observe)
+        except Corrupt as error:
+            message = f"{member.name!r} cannot be read: {error}"
+            raise BadArchive(message) from error
+        self._compare(member, fingerprint)
+        self._entries.append(RecordEntry(place.record, fingerprint.found(), member.size))
+
+    def own(self, place: Place, content: bytes) -> Iterator[bytes]:
+        """Write a small file that does not come from the wheel."""
+        yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)), executable=place.executable)
+        digest = hashlib.sha256(content).digest()
+        self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(digest)), len(content)))
+
+    def bytecode(self, path: str, content: Deflated) -> Iterator[bytes]:
+        """Write bytecode; RECORD lists it without a hash, as pip's does."""
+        yield from self.writer.file(path, content)
+        self._entries.append(RecordEntry(path.removeprefix(f"{self._scheme.root}/"), None, None))
+
+    def finish(self) -> Iterator[bytes]:
+        """Write RECORD."""
+        place = self._scheme.place("purelib", f"{self._metadata.dist_info}/RECORD")
+        entries = [*self._entries, RecordEntry(place.record, None, None)]
+        with construct_record_file((InstallerScheme("purelib"), entry) for entry in entries) as stream:
+            content = stream.read()
+        yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)))
+
+    def _script(self, place: Place, member: Member, line: bytes, fingerprint: Fingerprint) -> Iterator[bytes]:
+        """Write a script whose first line names the environment's interpreter in the place of `#!python`."""
+        with fix_shebang(io.BytesIO(line), INTERPRETER) as fixed:
+            first = fixed.read()
+        written = hashlib.sha256()
+
+        def content() -> Iterator[bytes]:
+            yield first
+            left = len(line)
+            for chunk in self._archive.content(member):
+                fingerprint.update(chunk)
+                yield chunk[left:]
+                left = max(0, left - len(chunk))
+
+        size = len(first) + member.size - len(line)
+        yield from self.writer.file(
+            place.path, Plain(chunks=content(), size=size), executable=place.executable, observe=written.update
+        )
+        self._compare(member, fingerprint)
+        self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(written.digest())), size))
+
+    def _compare(self, member: Member, fingerprint: Fingerprint) -> None:
+        if fingerprint.differs(member.size):
+            self.misrecorded.append(member.name)
+
+
+def _hidden(path: str, taken: set[str]) -> bool:
+    """Return whether a path is taken, is a directory there, or lies below a file."""
+    return bool(taken) and (
+        path in taken or f"{path}/" in taken or any(folder[:-1] in taken for folder in _above(path))
+    )
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the directories above a path, each with a slash at its end."""
+    end = path.find("/")
+    while end >= 0:
+        yield path[: end + 1]
+        end = path.find("/", end + 1)
+
+
+def _first_line(archive: Archive, member: Member) -> bytes | None:
+    """Return a script's first line with its end, if an interpreter has to be put into it."""
+    head = b""
+    for chunk in archive.content(member):
+        head += chunk
+        if not head.startswith(_PYTHON[: len(head)]):
+            return None
+        line, end, _ = head.partition(b"\n")
+        if end and len(line) >= len(_PYTHON):
+            return line + end
+        if len(head) > _LONGEST_LINE:
+            refuse(f"the first line of {member.name!r} has no end")
+    return head if head.startswith(_PYTHON) else None
+
+
+class GroupLayer:
+    """One layer of several wheels: iterate over it to get its bytes, and ask for `layer` when one pass is over.
+
+    Args:
+        wheels: in the order in which they stand in it; of two files in one place, the first is kept.
+    """
+
+    def __init__(self, wheels: Sequence[WheelLayer]) -> None:
+        self._wheels = wheels
+        self._layer: Layer | None = None
+
+    @property
+    def layer(self) -> Layer:
+        """Digests and sizes; raises RuntimeError before the bytes have been read to their end."""
+        if self._layer is None:
+            message = "The layer has not been read to its end."
+            raise RuntimeError(message)
+        return self._layer
+
+    @property
+    def without_bytecode(self) -> tuple[str, ...]:
+        """The sources that did not compile, known when the bytes have been read to their end."""
+        return tuple(path for wheel in self._wheels for path in wheel.without_bytecode)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the layer's bytes in chunks of about 256 KiB; errors as in `WheelLayer`."""
+        writer, taken, room = LayerWriter(), set[str](), MOST_NOTE
+        for wheel in self._wheels:
+            yield from wheel.write(writer, taken, room=room)
+            room -= wheel.libraries.size
+        yield from writer.finish()
+        self._layer = replace(writer.layer, note=to_note(wheel.libraries for wheel in self._wheels))

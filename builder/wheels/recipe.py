@@ -1,0 +1,556 @@
+"""From requirements to a recipe for each platform; nothing is run, and nothing pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from builder.budget import Budget
+from builder.clients import Registries
+from builder.errors import InvalidSettings, InvalidVersion, UsageError
+from builder.log import get_logger, stage
+from builder.model_folder import needs_java
+from builder.models.version import Artifact
+from builder.oci.base_image import MOST_LAYERS, BaseImage, base_image
+from builder.oci.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
+from builder.oci.files_layer import FileEntry, split
+from builder.oci.layer import Layer
+from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
+from builder.oci.registry import Registry
+from builder.oci.rootfs import BaseFacts, inspect_base
+from builder.oci.store import LayerStore, Text
+from builder.package_index.client import IndexClient
+from builder.package_index.config import Indexes
+from builder.package_index.wheel_file import LockedWheel
+from builder.parallel import side_by_side
+from builder.plan import AsDigest, AsPlatform, Base, Layers
+from builder.reference import Digest, Platform, Reference
+from builder.settings import Settings, network
+from builder.wheels.imports import check_provided
+from builder.wheels.inputs import Source
+from builder.wheels.layer_cache import Group, WheelLayers, compiler_for, grouped
+from builder.wheels.lock import Lock
+from builder.wheels.resolve import LOCK_TYPE, Resolver
+from builder.wheels.shared_libraries import from_note, lacking
+from builder.wheels.uv import MOST_MEMORY, NoWheel
+
+# Where the folders of the model and of its client are in an image.
+HOME = "/app"
+# Layers that are kept for the model's files at least, so that the environment's do not depend on the model.
+_MODEL_LAYERS = 24
+_ENVIRONMENT_LAYERS = 1
+# Wheels need five layers at least to be grouped in.
+MOST_BASE_LAYERS = MOST_LAYERS - _MODEL_LAYERS - _ENVIRONMENT_LAYERS - 5
+
+
+class PlatformRecipe(BaseModel):
+    """One platform's environment.
+
+    Attributes:
+        platform: which.
+        interpreter: the base's interpreter, an absolute path.
+        base_layers: how many layers the base has.
+        command: what a container runs, relative to the context's folder.
+        lock: the wheels.
+        libraries: names of the base's shared libraries; None where they are not known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    platform: AsPlatform
+    interpreter: str
+    base_layers: int
+    command: tuple[str, ...]
+    lock: Lock
+    libraries: tuple[str, ...] | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The wheels by the layers they stand in."""
+        return grouped(self.lock.wheels, MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - _MODEL_LAYERS)
+
+    @property
+    def model_layers(self) -> int:
+        """The most layers of the model and its client: all that are left on this platform, whatever others have."""
+        return MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - len(self.groups)
+
+
+class Recipe(BaseModel):
+    """All platforms' environments, and how a container of the image is started.
+
+    Attributes:
+        python: the model's Python, `3.11`.
+        model_folder: of the context.
+        client_folder: of the context; empty where no client is in the image.
+        indexes: package indexes that the model names beside the configured ones.
+        requirements: digest of what is installed, as the locks were made from it.
+        platforms: those that are made so.
+        context: where the context was, a `file:` URL: wheels that were logged with the model lie below it.
+        unkept: what was found out, and the registry did not take from the credential of fetch, which may only pull.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    python: str
+    model_folder: str
+    client_folder: str = ""
+    indexes: tuple[str, ...] = ()
+    requirements: AsDigest
+    platforms: tuple[PlatformRecipe, ...] = Field(default=())
+    context: str
+    unkept: tuple[Text, ...] = ()
+
+    def within(self, context: Path) -> Recipe:
+        """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""
+        here = context.absolute().as_uri()
+
+        def moved(wheel: LockedWheel) -> LockedWheel:
+            if wheel.origin != "model" or not wheel.url or not wheel.url.startswith(f"{self.context}/"):
+                return wheel
+            return wheel.model_copy(update={"url": here + wheel.url.removeprefix(self.context)})
+
+        parts = (
+            part.model_copy(
+                update={"lock": part.lock.model_copy(update={"wheels": tuple(map(moved, part.lock.wheels))})}
+            )
+            for part in self.platforms
+        )
+        return self.model_copy(update={"platforms": tuple(parts), "context": here})
+
+    def for_platform(self, platform: Platform) -> PlatformRecipe:
+        """Return one platform's part.
+
+        Raises:
+            UsageError: there is none, so that the recipe is another plan's.
+        """
+        for part in self.platforms:
+            if part.platform == platform:
+                return part
+        message = f"The workspace has no recipe for {platform}."
+        raise UsageError(message, remedy="Run 'builder fetch' again, with the same BUILDER_WORKSPACE.")
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Recipe:
+        """Return the recipe that a workspace holds.
+
+        Raises:
+            UsageError: it is none of this program's.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except (ValidationError, ValueError) as error:
+            message = "The workspace holds a recipe that this program did not write."
+            raise UsageError(message, remedy="Run 'builder fetch' again.") from error
+
+
+_log = get_logger("wheels")
+_MOST_NAMED = 5
+FACTS = "application/vnd.modelimage.base.v1+json"
+
+
+def base_with_facts(
+    registries: Registries, store: LayerStore, source: Source, platform: Platform, *, keep: bool = True
+) -> tuple[BaseImage, BaseFacts]:
+    """Return a base image and what is in it; the latter is found out once for each image and kept.
+
+    Raises:
+        InvalidVersion, InvalidSettings: as `existing_base`; or the base has too many layers.
+        BuilderError: it cannot be told.
+    """
+    reference = source.base
+    registry = registries.for_host(reference.repository.host)
+    base = existing_base(registry, source, platform)
+    # Before any layer is read: a manifest may name thousands.
+    if len(base.layers) > MOST_BASE_LAYERS:
+        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
+        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
+    return base, facts_of(registry, store, base, keep=keep)
+
+
+def facts_of(registry: Registry, store: LayerStore, base: BaseImage, *, keep: bool = True) -> BaseFacts:
+    """Return what is in a base image, which is found out once and kept.
+
+    Raises:
+        InvalidVersion: a layer cannot be read.
+        BuilderError: it cannot be told.
+    """
+    key = facts_key(base)
+    kept = store.text(key, kind=FACTS)
+    if kept is not None:
+        try:
+            return BaseFacts.from_json(kept)
+        except Malformed as error:
+            _log.warning("kept facts of a base image are none, and are found out again", tag=key, why=str(error))
+    _log.info("reading the base image", base=str(base.reference), platform=str(base.platform))
+    facts = inspect_base(registry, base)
+    if keep:
+        store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{one_name(base.reference)}.json")
+    return facts
+
+
+def existing_base(registry: Registry, source: Source, platform: Platform) -> BaseImage:
+    """Return a version's base image.
+
+    Raises:
+        InvalidVersion: there is no such image, or none for the platform.
+        InvalidSettings: there is no such image, and the version does not name it.
+        BuilderError: it cannot be told.
+    """
+    base = base_image(registry, source.base, platform)
+    if base is None:
+        message = f"There is no base image {source.base}."
+        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is."
+        if source.own_base:
+            raise InvalidVersion(message, remedy=remedy)
+        # Nothing that the version could help, and that must not count as an attempt at it.
+        raise InvalidSettings(message, remedy=remedy)
+    return base
+
+
+def facts_key(base: BaseImage) -> str:
+    """Return the tag that the facts of a base image are kept under, as a text of the kind `FACTS`."""
+    return f"base-{base.manifest.hex}"
+
+
+def one_name(reference: Reference) -> str:
+    """Return a name for the last component of a reference."""
+    return reference.repository.path.rpartition("/")[2]
+
+
+def interpreter_of(base: BaseImage, facts: BaseFacts, python: str) -> str:
+    """Return the base's interpreter of a minor version.
+
+    Raises:
+        InvalidVersion: it has none, or a C library that the wheels are not for.
+    """
+    found = facts.interpreters.get(python)
+    if found is None:
+        there = ", ".join(sorted(facts.interpreters)) or "none"
+        message = f"The base image {base.reference} has no Python {python} for {base.platform}; it has {there}."
+        raise InvalidVersion(message, remedy="Set BASE_IMAGE to an image with the model's Python.")
+    if facts.musl:
+        message = f"The base image {base.reference} is built on musl, and the wheels are for glibc."
+        raise InvalidVersion(message, remedy="Take a base image with glibc (Debian, Ubuntu, Red Hat), not Alpine.")
+    if facts.occupied:
+        message = f"The base image {base.reference} has something at /opt/model, where the environment goes."
+        raise InvalidVersion(message, remedy="Take another base image, or ship a Dockerfile.template.")
+    return found
+
+
+def check_libraries(base: str, platform: Platform, there: Collection[str] | None, notes: Iterable[str]) -> list[str]:
+    """Refuse wheels that need a library of the system which nobody has; return what is worth a warning, for people.
+
+    Args:
+        base: the base image's reference.
+        platform: the image's.
+        there: names of the base image's libraries; None where they are not known, and nothing is judged.
+        notes: on the layers of all wheels of the image.
+
+    Raises:
+        InvalidVersion: nothing of a wheel can be loaded for want of a library.
+    """
+    read = [from_note(note) for note in notes]
+    if there is None or None in read:
+        return []
+    wheels = [wheel for note in read if note for wheel in note]
+    warnings = []
+    for lack in lacking(wheels, frozenset(there), platform):
+        named = [f"{name} ({needed_by})" for name, needed_by in lack.missing.items()]
+        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+        what = f"needs {', '.join(named[:_MOST_NAMED])}{more}, which neither the base image {base} nor a wheel has for "
+        what += f"{platform}."
+        if lack.loads:
+            warnings.append(f"A part of the wheel {lack.wheel} cannot be loaded: it {what}")
+            continue
+        packages = f", such as one with Debian's {' '.join(lack.packages)}" if lack.packages else ""
+        remedy = f"Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image that has it{packages}"
+        headless = lack.wheel.startswith(("opencv_python-", "opencv_contrib_python-"))
+        remedy += ", or log the model with the package's variant for servers, -headless." if headless else "."
+        message = f"The wheel {lack.wheel} {what}"
+        raise InvalidVersion(message, remedy=remedy)
+    return warnings
+
+
+def check_loader(base: BaseImage, facts: BaseFacts, loader: str, *, client: bool) -> None:
+    """Refuse a loader that needs a program which the base does not have; warn where a client may do without.
+
+    Args:
+        base: the base image.
+        facts: what is in it.
+        loader: the module that MLflow's scoring server loads the model by.
+        client: whether the version has a client, which loads the model as it likes.
+
+    Raises:
+        InvalidVersion: MLflow's scoring server would need a Java.
+    """
+    if facts.java is not False or not needs_java(loader):
+        return
+    message = (
+        f"The model's loader {loader[:100]!r} needs Java, and the base image {base.reference} has no program java "
+    )
+    message += f"for {base.platform}."
+    if client:
+        _log.warning("the client has to do without Java", why=message)
+        return
+    remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to an image with Python and Java, install it in a "
+    remedy += "Dockerfile.template, or log the model with a flavor that needs none."
+    raise InvalidVersion(message, remedy=remedy)
+
+
+_SECONDS = 60.0
+_RESOLVERS = 4
+_LEAST_MEMORY = 512 << 20
+
+# Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
+Former = Callable[[Platform, Digest], Lock | None]
+
+
+def no_former(_platform: Platform, _requirements: Digest) -> None:
+    """Return None: no image stands whose lock could be taken."""
+    return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What the wheels method can do for a version.
+
+    Attributes:
+        recipe: of the platforms that it can make.
+        bases: the base image of each of them.
+        notes: what was added to the environment of each, and why, for people.
+        impossible: the platforms for which a package has no wheel.
+    """
+
+    recipe: Recipe
+    bases: dict[Platform, Base]
+    notes: dict[Platform, tuple[str, ...]]
+    impossible: dict[Platform, NoWheel]
+
+
+def layer_store(settings: Settings, registries: Registries) -> LayerStore:
+    """Return where wheel layers are kept."""
+    repository = settings.wheel_layer_repository
+    return LayerStore(registries.for_host(repository.host), repository)
+
+
+def planned(
+    settings: Settings,
+    registries: Registries,
+    source: Source,
+    platforms: Sequence[Platform],
+    *,
+    former: Former = no_former,
+    keep: bool = True,
+) -> Planned:
+    """Return the recipe of a version's images.
+
+    Args:
+        settings: what the environment says.
+        registries: those of the base image and of the kept locks.
+        source: what the version asks for.
+        platforms: what for.
+        former: returns the lock of the image that stands, where that was made from the same files and requirements.
+        keep: whether what is found out is kept in the registry.
+
+    Raises:
+        InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
+        BuilderError: a server is away, or refuses.
+    """
+    store = layer_store(settings, registries)
+    with IndexClient(source.indexes) as client:
+        resolver = resolver_of(settings, store, source, client, former=former)
+
+        def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
+            with stage("base"):
+                base, facts = base_with_facts(registries, store, source, platform, keep=keep)
+            found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
+            interpreter = interpreter_of(base, facts, source.python)
+            check_loader(base, facts, source.loader, client=bool(source.client_command))
+            try:
+                with stage("lock"):
+                    lock = resolver.lock(platform, facts.glibc, keep=keep)
+            except NoWheel as error:
+                return error, found, platform
+            # A client loads the model as it likes, and a base image may have a place of its own for modules.
+            if not source.client_command and "PYTHONPATH" not in base.environ:
+                check_provided(source.names.loaded, source.own_paths, lock, client, code=source.names.code)
+            part = PlatformRecipe(
+                platform=platform,
+                interpreter=interpreter,
+                base_layers=len(base.layers),
+                command=source.command(lock),
+                lock=lock,
+                libraries=facts.libraries,
+            )
+            return part, found, platform
+
+        results = [
+            result for result in side_by_side(one, platforms, threads=_RESOLVERS, every=_SECONDS) if result is not None
+        ]
+    parts = {platform: part for part, _, platform in results if isinstance(part, PlatformRecipe)}
+    recipe = Recipe(
+        python=source.python,
+        model_folder=source.model_folder,
+        client_folder=source.client_folder,
+        indexes=source.requirements.indexes,
+        requirements=source.digest,
+        platforms=tuple(parts[platform] for platform in platforms if platform in parts),
+        context=source.context.absolute().as_uri(),
+        unkept=tuple(sorted(store.refused, key=lambda text: text.key)),
+    )
+    return Planned(
+        recipe=recipe,
+        bases={platform: base for _, base, platform in results if platform in parts},
+        notes={platform: tuple(_notes(source, part.lock)) for platform, part in parts.items()},
+        impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
+    )
+
+
+def _notes(source: Source, lock: Lock) -> Iterator[str]:
+    for name in lock.added:
+        why = source.names.uses.get(name, "the model's files name it")
+        yield f"added {name} {lock.versions[name]}, which comes with the whole mlflow: {why}"
+
+
+def resolver_of(
+    settings: Settings, store: LayerStore, source: Source, client: IndexClient, *, former: Former = no_former
+) -> Resolver:  # fmt: skip
+    """Return what gives the locks of a source.
+
+    Args:
+        settings: RESOLVE_AS_OF and VERSION_MEMORY are used.
+        store: where locks are kept.
+        source: what a version asks for.
+        client: asks the source's indexes.
+        former: as for `planned`.
+    """
+    return Resolver(
+        store=store,
+        requirements=source.requirements,
+        indexes=source.indexes,
+        client=client,
+        model=source.context / source.model_folder,
+        python=source.python,
+        as_of=source.as_of if settings.resolve_as_of == "registered" else None,
+        former=lambda platform: former(platform, source.digest),
+        # Several may run at a time, so one has its share, or what an honest one needs.
+        memory=min(MOST_MEMORY, max(Budget.of(settings).memory // _RESOLVERS, _LEAST_MEMORY)),
+    )
+
+
+@contextmanager
+def wheel_layers(settings: Settings, store: LayerStore, recipe: Recipe) -> Iterator[WheelLayers]:
+    """Give what finds and makes the layers of a recipe's wheels."""
+    compiler = compiler_for(recipe.python) if settings.wheel_bytecode else None
+    indexes = Indexes.of(network(settings), allowed=settings.allowed_indexes).joined(recipe.indexes)
+    with (
+        IndexClient(indexes) as client,
+        WheelLayers(store, client, python=recipe.python, compiler=compiler) as layers,
+    ):
+        yield layers
+
+
+def check_files(recipe: Recipe, artifacts: Sequence[Artifact], limit: int | None) -> None:
+    """Refuse files that an image has no layers for, before they are downloaded.
+
+    Args:
+        recipe: what the images are made from.
+        artifacts: those of the model and of its client; one whose size nobody tells counts as empty.
+        limit: bytes that every layer has to be smaller than; None where any size will do.
+
+    Raises:
+        InvalidVersion: a file is too large, all of them are, or one cannot be in an image.
+    """
+    files = [FileEntry(path=f"{HOME[1:]}/{each.path}", source=Path(), size=each.size or 0) for each in artifacts]
+    for part in recipe.platforms:
+        split(files, most=part.model_layers, limit=limit)
+
+
+def check_wheels(part: PlatformRecipe, base: str, layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Refuse an environment whose wheels need libraries that nobody has; return what is worth a warning.
+
+    Args:
+        part: the environment.
+        base: the base image's reference.
+        layers: those of all its wheels, by the sources of their groups.
+
+    Raises:
+        InvalidVersion: nothing of a wheel can be loaded for want of a library.
+    """
+    notes = (layers[group.source].note for group in part.groups)
+    return tuple(check_libraries(base, part.platform, part.libraries, notes))
+
+
+def known_layers(
+    settings: Settings,
+    registries: Registries,
+    recipe: Recipe,
+    artifacts: Sequence[Artifact],
+    bases: Mapping[Platform, Base],
+) -> dict[Platform, Layers]:
+    """Return what the registry knows of each platform's wheel layers, and what would have to move.
+
+    Args:
+        settings: what the environment says.
+        registries: those of the layers.
+        recipe: what the images are made from.
+        artifacts: of the version.
+        bases: the base image of each platform.
+
+    Raises:
+        InvalidVersion: all layers of a platform are known, and nothing of a wheel can be loaded for want of a library.
+    """
+    folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
+    own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
+    with wheel_layers(settings, layer_store(settings, registries), recipe) as layers:
+        known = layers.known(group for part in recipe.platforms for group in part.groups)
+    missing = {
+        part.platform: [group for group in part.groups if group.source not in known] for part in recipe.platforms
+    }
+    return {
+        part.platform: Layers(
+            known=len(part.groups) - len(missing[part.platform]),
+            missing=tuple(wheel.filename for group in missing[part.platform] for wheel in group.wheels),
+            download=sum(group.size for group in missing[part.platform]),
+            model=own,
+            lacks=() if missing[part.platform] else check_wheels(part, bases[part.platform].name, known),
+        )
+        for part in recipe.platforms
+    }
+
+
+def former_lock(
+    registry: Registry, existing: Published, reference: Reference, platform: Platform, requirements: Digest
+) -> Lock | None:
+    """Return the lock that an image was made of, which is kept beside it; None where there is none that can be read.
+
+    Args:
+        registry: where the image is.
+        existing: what stands under the reference.
+        reference: the tag.
+        platform: which of its images.
+        requirements: what it has to be a lock of.
+
+    Raises:
+        BuilderError: it cannot be told; see `Registry`.
+    """
+    image = existing.platforms.get(platform)
+    found = registry.manifest(reference.repository.digest(image.digest)) if image else None
+    if found is None:
+        return None
+    try:
+        notes = strings(from_bytes(found.content).get("annotations"), "annotations")
+        digest = notes.get(LOCK_DIGEST)
+        if digest is None or notes.get(REQUIREMENTS_DIGEST) != str(requirements):
+            return None
+        if not registry.has_blob(reference.repository, digest_of(digest)):
+            return None
+        text = Descriptor(media_type=LOCK_TYPE, digest=digest_of(digest), size=0)
+        return Lock.from_text(registry.blob_bytes(reference.repository, text, MOST_JSON_BYTES))
+    except (Malformed, InvalidVersion) as error:
+        _log.warning("the lock of the standing image cannot be read", reference=str(reference), why=str(error))
+        return None

@@ -1,0 +1,721 @@
+"""Shared libraries in wheels, and which of them need a library that neither wheels nor base have."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Annotated, Literal, NamedTuple
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from builder.reference import Platform
+from builder.wheels.wheel import Place
+
+_MAGIC = b"\x7fELF"
+# A name that the loader looks for in its folders; one with a slash is a path.
+NAME = re.compile(r"[A-Za-z0-9._+-]{1,255}")
+_SHARED = 3
+_LOAD, _DYNAMIC = 1, 2
+_NEEDED, _STRINGS, _STRINGS_SIZE, _SONAME = 1, 5, 10, 14
+# The largest that were seen: 12 program headers, 50 entries, 36 libraries needed, 60 MB of names.
+_MOST_HEADERS, _MOST_ENTRIES, _MOST_NEEDED, _MOST_STRINGS = 256, 4096, 256, 128 << 20
+_CHUNK = 1 << 20
+# Names stand near the beginning or, where auditwheel has changed them, at the end. Of the libraries seen, which have up
+# to 860 MB, those of tensorflow reach furthest from there: to 93 MB.
+_HEAD, _TAIL = 96 << 20, 16 << 20
+# The header, a program header and an entry of the dynamic section, in files of 32 and of 64 bits.
+_HEADER = {1: "16xHHIIIIIHHH", 2: "16xHHIQQQIHHH"}
+_SEGMENT = {1: "IIIIIIII", 2: "IIQQQQQQ"}
+_ENTRY = {1: "iI", 2: "qQ"}
+_ORDER = {1: "<", 2: ">"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elf:
+    """A shared library.
+
+    Attributes:
+        machine: what it runs on, as the ABI numbers machines: 62 for amd64.
+        soname: its own name; empty where it has none.
+        needed: the names of the libraries that the loader looks for before it can be used, in order.
+        importable: whether it defines what Python calls to import it.
+    """
+
+    machine: int
+    soname: str
+    needed: tuple[str, ...]
+    importable: bool
+
+
+def read_elf(file: IO[bytes], module: str) -> Elf | None:
+    """Return what a shared library says; None for anything else, and for one that no loader could use.
+
+    Names that are no plain file names are left out.
+
+    Args:
+        file: the library; is read at any place.
+        module: the name that Python would import it by.
+    """
+    try:
+        return _read(file, module)
+    except (struct.error, LookupError, ValueError):
+        return None
+
+
+def parts_of(head: bytes, size: int) -> list[range]:
+    """Return the parts of a library in which `read_elf` finds what any linker wrote; none for another file.
+
+    They may overlap.
+
+    Args:
+        head: the file's beginning, with its program headers.
+        size: of the file, bytes.
+    """
+    try:
+        layout = _layout(io.BytesIO(head))
+    except (struct.error, LookupError):
+        return []
+    if layout is None:
+        return []
+    dynamic = range(layout.dynamic[0], layout.dynamic[0] + layout.dynamic[1])
+    return [range(_HEAD), dynamic, range(size - _TAIL, size)]
+
+
+class _Layout(NamedTuple):
+    """What the headers of a library say: an entry's form, and where what is loaded, and the dynamic section, stands."""
+
+    machine: int
+    entry: struct.Struct
+    loaded: list[tuple[int, int, int]]
+    dynamic: tuple[int, int]
+
+
+def _layout(file: IO[bytes]) -> _Layout | None:
+    start = _at(file, 0, 64)
+    if not start.startswith(_MAGIC):
+        return None
+    order, bits = _ORDER[start[5]], start[4]
+    header, segment, entry = (struct.Struct(order + form[bits]) for form in (_HEADER, _SEGMENT, _ENTRY))
+    kind, machine, _, _, where, _, _, _, size, count = header.unpack_from(start)
+    if kind != _SHARED or size != segment.size or count > _MOST_HEADERS:
+        return None
+    loaded, dynamic = [], (0, 0)
+    for fields in segment.iter_unpack(_at(file, where, size * count)):
+        offset, address, length = (fields[1], fields[2], fields[4]) if bits == 1 else (fields[2], fields[3], fields[5])
+        if fields[0] == _LOAD:
+            loaded.append((address, length, offset))
+        elif fields[0] == _DYNAMIC:
+            length = min(length, _MOST_ENTRIES * entry.size)
+            dynamic = offset, length - length % entry.size
+    return _Layout(machine, entry, loaded, dynamic)
+
+
+def _read(file: IO[bytes], module: str) -> Elf | None:
+    layout = _layout(file)
+    if layout is None:
+        return None
+    values: dict[int, list[int]] = {}
+    for tag, value in layout.entry.iter_unpack(_at(file, *layout.dynamic)):
+        if tag == 0:
+            break
+        values.setdefault(tag, []).append(value)
+    (begin,), (length,) = values[_STRINGS], values[_STRINGS_SIZE]
+    (table, *_) = [
+        start + begin - address for address, size, start in layout.loaded if address <= begin < address + size
+    ]
+
+    def name(place: int) -> str:
+        text = _at(file, table + place, min(256, length - place)) if place < length else b""
+        found = text.partition(b"\0")[0].decode("latin-1")
+        return found if NAME.fullmatch(found) else ""
+
+    needed = (name(place) for place in values.get(_NEEDED, [])[:_MOST_NEEDED])
+    return Elf(
+        machine=layout.machine,
+        soname=name(values[_SONAME][0]) if _SONAME in values else "",
+        needed=tuple(dict.fromkeys(filter(None, needed))),
+        importable=bool(module) and _holds(file, table, min(length, _MOST_STRINGS), f"PyInit_{module}\0".encode()),
+    )
+
+
+def _holds(file: IO[bytes], start: int, length: int, word: bytes) -> bool:
+    """Return whether a part of a file holds a word."""
+    overlap = len(word) - 1
+    return any(
+        word in _at(file, start + place, min(_CHUNK + overlap, length - place)) for place in range(0, length, _CHUNK)
+    )
+
+
+def _at(file: IO[bytes], place: int, size: int) -> bytes:
+    """Return the bytes at a place; a file that ends before gives fewer, wherever the place is said to be."""
+    file.seek(min(place, file.seek(0, io.SEEK_END)))
+    return file.read(size)
+
+
+# Comments and strings, of which nothing is left. What has no end ends with the line, or with the file. There are no
+# possessive groups: Python 3.11.2, which is Debian's, finds other text by them.
+_UNREAD = re.compile(
+    rb"#[^\n]*"
+    rb'|"""(?:[^"\\]+|\\(?:.|\Z)|"(?!""))*(?:"""|\Z)'
+    rb"|'''(?:[^'\\]+|\\(?:.|\Z)|'(?!''))*(?:'''|\Z)"
+    rb'|"(?:[^"\\\n]+|\\.)*"?'
+    rb"|'(?:[^'\\\n]+|\\.)*'?",
+    re.DOTALL,
+)
+_CONTINUED = re.compile(rb"\\\r?\n")
+_IMPORT = re.compile(rb"^([ \t]*+)((?:import|from)\b[^\n;(]*(?:\([^()]*\))?)", re.MULTILINE)
+_WORD = re.compile(rb"\w+")
+# A line's indent, and its import, or its first word and the rest.
+_LINE = re.compile(rb"^([ \t]*+)(?:((?:import|from)\b[^\n;(]*(?:\([^()]*\))?)|(\w+)([^\n]*)|[^\s])", re.MULTILINE)
+# Of a statement with single spaces.
+_FROM = re.compile(rb"from ?(\.*+) ?((?:(?!import\b)[\w.]++)?) ?import\b(.*)")
+_NAME = re.compile(rb"[^\W\d]\w*")
+_DOTTED = re.compile(rb"[^\W\d][\w.]*")
+_RAISES = re.compile(rb"\braise\b")
+_CATCHES = re.compile(rb"\s*:|.*\b(?:ImportError|ModuleNotFoundError|Exception|BaseException)\b")
+_LONGEST_NAME = 256
+# Of all modules of a wheel, each with what it imports; scipy's take 3,000.
+_MOST_IMPORTS = 1 << 17
+
+How = Literal["always", "caught", "elsewhere"]
+
+
+class Imports:
+    """What the modules of a wheel import of one another.
+
+    Args:
+        files: paths from where Python imports, `pack/__init__.py`; of modules and of extensions.
+    """
+
+    def __init__(self, files: Collection[str]) -> None:
+        self._modules = {module_of(file) for file in files}
+        packages = {module_of(file) for file in files if _is_package(file)}
+        self._roots = [
+            module
+            for module in self._modules
+            if "." not in module or (module in packages and packages.isdisjoint(_above(module)))
+        ]
+        extensions = (module_of(file).rpartition(".")[2] for file in files if not file.endswith(".py"))
+        self._extensions = frozenset(name.encode() for name in extensions)
+        self._always: dict[str, set[str]] = {}
+        self._caught: set[str] = set()
+        self._elsewhere: set[str] = set()
+        self._room = _MOST_IMPORTS
+
+    def add(self, file: str, source: bytes) -> None:
+        """Take a module's source."""
+        module = module_of(file)
+        package = module if _is_package(file) else module.rpartition(".")[0]
+        kept = {"always": self._always.setdefault(module, set()), "caught": self._caught, "elsewhere": self._elsewhere}
+        for statement, how in _statements(source, self._extensions):
+            for name in _names(b" ".join(statement.split()), package):
+                if self._room and name in self._modules and name not in kept[how]:
+                    kept[how].add(name)
+                    self._room -= 1
+
+    @property
+    def imported(self) -> set[str]:
+        """The modules that are imported whenever the wheel's packages are, or its modules outside of packages."""
+        todo = [*self._roots]
+        found = set[str]()
+        for module in todo:
+            more = self._always.get(module, set()) - found
+            found |= more
+            todo += more
+        return found
+
+    @property
+    def caught(self) -> set[str]:
+        """The modules that are imported only where it is caught if that fails."""
+        return self._caught - self._elsewhere - set().union(*self._always.values())
+
+
+def module_of(file: str) -> str:
+    """Return the name that a file is imported by: `pack.core` of `pack/core.abi3.so`, `pack` of `pack/__init__.py`."""
+    folder, slash, name = file.rpartition("/")
+    name = name.partition(".")[0]
+    return (folder if name == "__init__" else f"{folder}{slash}{name}").replace("/", ".")
+
+
+def _is_package(file: str) -> bool:
+    return file.rpartition("/")[2].partition(".")[0] == "__init__"
+
+
+@dataclass(slots=True)
+class _Try:
+    """A `try` whose end has not come: how far it is indented, whether a handler catches, and what its body imports."""
+
+    indent: int
+    part: bytes = b"try"
+    catches: bool = False
+    raises: bool = False
+    catching: bool = False
+    statements: list[bytes] = field(default_factory=list)
+
+    def begin(self, part: bytes, rest: bytes) -> None:
+        """Take the line at which its next part begins."""
+        self.part = part
+        self.catching = part == b"except" and bool(_CATCHES.match(rest))
+        self.catches |= self.catching
+
+
+def _statements(source: bytes, extensions: frozenset[bytes]) -> Iterator[tuple[bytes, How]]:
+    """Yield the statements that import something, and how: `always` is at the margin.
+
+    Others are left out, unless there is one with the name of an extension: most modules need no look at each line.
+    """
+    code = _CONTINUED.sub(b" ", _UNREAD.sub(b"", source))
+    looked_at = False
+    for match in _IMPORT.finditer(code):
+        if not match[1]:
+            yield match[2], "always"
+        elif not looked_at:
+            looked_at = not extensions.isdisjoint(_WORD.findall(match[2]))
+    if looked_at:
+        yield from _inside(code)
+
+
+def _inside(code: bytes) -> Iterator[tuple[bytes, How]]:
+    """Yield the statements that import something and are not at the margin."""
+    tries: list[_Try] = []
+    for line in _LINE.finditer(code):
+        indent, statement, word = len(line[1]), line[2], line[3]
+        part = word if word in {b"except", b"else", b"finally"} else b""
+        while tries and (indent < tries[-1].indent or (indent == tries[-1].indent and not part)):
+            yield from _ended(tries)
+        if statement:
+            if inside := _body(tries):
+                inside.statements.append(statement)
+            elif indent:
+                yield statement, "elsewhere"
+        elif word == b"try":
+            tries.append(_Try(indent))
+        elif tries and indent == tries[-1].indent:
+            tries[-1].begin(part, line[4])
+        raises = bool(tries and _RAISES.search(line[0]))
+        for each in tries:
+            each.raises |= raises and each.catching
+    while tries:
+        yield from _ended(tries)
+
+
+def _ended(tries: list[_Try]) -> Iterator[tuple[bytes, How]]:
+    """Take the innermost `try`, which is at its end; yield what it imports, or leave that to one around it."""
+    ended = tries.pop()
+    if ended.catches and not ended.raises:
+        yield from ((statement, "caught") for statement in ended.statements)
+    elif outer := _body(tries):
+        outer.statements += ended.statements
+    else:
+        yield from ((statement, "elsewhere") for statement in ended.statements)
+
+
+def _body(tries: list[_Try]) -> _Try | None:
+    """Return the innermost `try` in whose body a line is; None where it is in none."""
+    return next((each for each in reversed(tries) if each.part == b"try"), None)
+
+
+def _names(statement: bytes, package: str) -> Iterator[str]:
+    """Yield what may be a module that a statement imports, and its packages.
+
+    Of `from .core import x` in `pack` these are `pack.core`, `pack`, and `pack.core.x`.
+    """
+    if not (match := _FROM.match(statement)):
+        for part in statement.removeprefix(b"import").split(b","):
+            if found := _DOTTED.search(part):
+                yield from _with_packages(found[0].decode("latin-1"))
+        return
+    dots, name = len(match[1]), match[2].decode("latin-1")
+    if dots > package.count(".") + bool(package):
+        return
+    if dots:
+        name = ".".join(filter(None, [package.rsplit(".", dots - 1)[0], name]))
+    if len(name) > _LONGEST_NAME:
+        return
+    yield from _with_packages(name)
+    for part in match[3].split(b","):
+        if found := _NAME.search(part):
+            yield f"{name}.{found[0].decode('latin-1')}"
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    if len(name) <= _LONGEST_NAME:
+        yield name
+        yield from _above(name)
+
+
+def _above(name: str) -> Iterator[str]:
+    """Yield the packages that a module is in."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+_LIBRARY = re.compile(r"(?P<module>[^.]+)(?:\.(?P<tag>[^.]+))?\.so|[^/]+\.so\.[^/]+|[^/]+\.so")
+# Of the C library itself: a Python that runs has them.
+_OF_LIBC = re.compile(
+    r"lib(?:c|m)\.so\.6|libpthread\.so\.0|lib(?:dl|util)\.so\.[12]|librt\.so\.1|ld(?:64|-[\w.-]+)?\.so\.\d"
+)
+# Of a graphics card's driver, which the machine's container runtime puts into the container.
+_OF_DRIVER = re.compile(r"lib(?:cuda|cudadebugger|nvcuvid|nvoptix|nvidia-[a-z-]+)\.so(?:\.\d+)*")
+# e_machine of the ABI by OCI's architectures.
+_MACHINES = {"386": 3, "ppc64le": 21, "s390x": 22, "arm": 40, "amd64": 62, "arm64": 183, "riscv64": 243}
+# Content of one library that is held in memory; what is larger stands in a file.
+_IN_MEMORY = 8 << 20
+_LARGEST_SOURCE = 1 << 20
+# Of a note, which is part of a manifest; the 351 libraries of VTK take 163 kB.
+MOST_NOTE = 1 << 20
+_PACKAGES = {
+    "libEGL.so.1": "libegl1",
+    "libGL.so.1": "libgl1",
+    "libGLU.so.1": "libglu1-mesa",
+    "libICE.so.6": "libice6",
+    "libOpenGL.so.0": "libopengl0",
+    "libSM.so.6": "libsm6",
+    "libX11.so.6": "libx11-6",
+    "libXcursor.so.1": "libxcursor1",
+    "libXext.so.6": "libxext6",
+    "libXfixes.so.3": "libxfixes3",
+    "libXft.so.2": "libxft2",
+    "libXi.so.6": "libxi6",
+    "libXinerama.so.1": "libxinerama1",
+    "libXrandr.so.2": "libxrandr2",
+    "libXrender.so.1": "libxrender1",
+    "libasound.so.2": "libasound2",
+    "libatomic.so.1": "libatomic1",
+    "libdbus-1.so.3": "libdbus-1-3",
+    "libexpat.so.1": "libexpat1",
+    "libfontconfig.so.1": "libfontconfig1",
+    "libfreetype.so.6": "libfreetype6",
+    "libgcc_s.so.1": "libgcc-s1",
+    "libgdk_pixbuf-2.0.so.0": "libgdk-pixbuf-2.0-0",
+    "libgfortran.so.5": "libgfortran5",
+    "libglib-2.0.so.0": "libglib2.0-0",
+    "libgobject-2.0.so.0": "libglib2.0-0",
+    "libgomp.so.1": "libgomp1",
+    "libgthread-2.0.so.0": "libglib2.0-0",
+    "libodbc.so.2": "libodbc2",
+    "libopenblas.so.0": "libopenblas0",
+    "libpq.so.5": "libpq5",
+    "libsndfile.so.1": "libsndfile1",
+    "libstdc++.so.6": "libstdc++6",
+    "libusb-1.0.so.0": "libusb-1.0-0",
+    "libxcb.so.1": "libxcb1",
+    "libxkbcommon.so.0": "libxkbcommon0",
+    "libxml2.so.2": "libxml2",
+    "libz.so.1": "zlib1g",
+}
+
+Use = Literal["imported", "importable", "optional", "library", "bundled", "unread", "hidden"]
+_Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
+
+
+class Library(NamedTuple):
+    """A shared library in a wheel.
+
+    Attributes:
+        name: of its file.
+        soname: its own name; empty where it has none, or that of its file.
+        machine: what it runs on, as the ABI numbers machines; 0 where that cannot be read.
+        use: `imported` by the model's Python whenever the wheel's packages are; `optional` where whatever imports it
+            catches that it fails; `importable` otherwise; `bundled` with others, as auditwheel does; a `library` that
+            may be loaded by ctypes; `unread`, a file of which only the name is known, and which is believed to be what
+            that says; or `hidden` by another wheel's in the same layer.
+        needed: the libraries that it needs, but for those of the C library.
+        place: the beginning of the SHA-256 of its path, 16 hexadecimal digits: which wheels' libraries replace others.
+    """
+
+    name: _Name
+    soname: _Name | Annotated[str, Field(max_length=0)]
+    machine: int
+    use: Use
+    needed: Annotated[tuple[_Name, ...], Field(fail_fast=True)]
+    place: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+    @property
+    def size(self) -> int:
+        """Characters of a note that it takes at least."""
+        return 48 + len(self.name) + len(self.soname) + sum(len(name) + 2 for name in self.needed)
+
+
+class WheelLibraries(NamedTuple):
+    """The shared libraries of one wheel.
+
+    Attributes:
+        wheel: its file name.
+        libraries: in the order of their paths.
+    """
+
+    wheel: str
+    libraries: Annotated[tuple[Library, ...], Field(fail_fast=True)]
+
+    @property
+    def size(self) -> int:
+        """Characters of a note that they take at least."""
+        return sum(each.size for each in self.libraries)
+
+
+# What is noted of the wheels in a layer; None where they have more libraries than a note takes.
+Note = Annotated[tuple[WheelLibraries, ...], Field(fail_fast=True)] | None
+_NOTE: TypeAdapter[Note] = TypeAdapter(Note)
+
+
+def to_note(wheels: Iterable[WheelLibraries]) -> str:
+    """Return the libraries of the wheels in a layer as text."""
+    text = _NOTE.dump_json(tuple(wheels)).decode()
+    return text if len(text) <= MOST_NOTE else "null"
+
+
+def from_note(text: str) -> Note:
+    """Return what `to_note` wrote.
+
+    Raises:
+        ValueError: it did not write this.
+    """
+    if len(text) > MOST_NOTE:
+        message = f"the list of its wheels' libraries has more than {MOST_NOTE:,} characters"
+        raise ValueError(message)
+    try:
+        return _NOTE.validate_json(text)
+    except ValidationError as error:
+        message = f"the list of its wheels' libraries cannot be read: {error.errors()[0]['msg']}"
+        raise ValueError(message) from error
+
+
+class Collector:
+    """Finds the shared libraries among a wheel's files, as they are read.
+
+    Args:
+        places: where the wheel's files go.
+        python: the model's Python, `3.11`.
+        folder: for temporary files.
+        room: characters that a note has for them. Where they need more, no more is kept than what shows that.
+    """
+
+    def __init__(self, places: Iterable[Place], python: str, folder: Path, room: int = MOST_NOTE) -> None:
+        self._room = room
+        self._python = python
+        self._folder = str(folder)
+        importable = [place for place in places if place.importable]
+        extensions = [
+            place.record for place in importable if (match := _LIBRARY.fullmatch(_name(place))) and match["module"]
+        ]
+        modules = [place.record for place in importable if place.wants_bytecode] if extensions else []
+        self._imports = Imports([*extensions, *modules])
+        self._reads_sources = bool(extensions)
+        # Each with the name that Python would import it by.
+        self._found: list[tuple[Library, str]] = []
+
+    @property
+    def libraries(self) -> tuple[Library, ...]:
+        """What was found, in the order in which it was read."""
+        imported, optional = self._imports.imported, self._imports.caught
+        uses: list[tuple[Use, set[str]]] = [("imported", imported), ("optional", optional)]
+        return tuple(
+            library._replace(use=next((use for use, modules in uses if module in modules), library.use))
+            if library.use == "importable"
+            else library
+            for library, module in self._found
+        )
+
+    @contextmanager
+    def reading(self, place: Place) -> Iterator[Callable[[bytes], object] | None]:
+        """Give what takes a file's content, piece by piece, while it is read; None where it does not matter."""
+        match = _LIBRARY.fullmatch(_name(place))
+        if match and place.member and NAME.fullmatch(_name(place)):
+            if self._room < 0:
+                yield None
+                return
+            large = place.member.size > _IN_MEMORY
+            with tempfile.TemporaryFile(dir=self._folder) if large else io.BytesIO() as file:
+                yield _Kept(file, place.member.size).add
+                self._library(place, file, match["module"] or "", match["tag"] or "abi3")
+        elif self._reads_sources and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
+            pieces: list[bytes] = []
+            yield pieces.append
+            self._imports.add(place.record, b"".join(pieces))
+        else:
+            yield None
+
+    def hide(self, place: Place) -> None:
+        """Take a file that is not in the layer, as that of another wheel is in its place."""
+        if self._room >= 0 and place.member and _LIBRARY.fullmatch(_name(place)) and NAME.fullmatch(_name(place)):
+            self._without_content(place, "hidden")
+
+    def _library(self, place: Place, file: IO[bytes], module: str, tag: str) -> None:
+        elf, name = read_elf(file, module), _name(place)
+        if elf is None:
+            self._without_content(place, "unread")
+            return
+        own = tag == "abi3" or tag.startswith(f"cpython-{self._python.replace('.', '')}-")
+        use: Use = "bundled" if ".libs/" in place.path else "library"
+        if elf.importable and own and f"/lib/python{self._python}/site-packages/" in place.path:
+            use = "importable"
+        needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
+        soname = elf.soname if elf.soname != name else ""
+        found = Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed, place=_place(place))
+        self._add(found, place)
+
+    def _without_content(self, place: Place, use: Use) -> None:
+        found = Library(name=_name(place), soname="", machine=0, use=use, needed=(), place=_place(place))
+        self._add(found, place)
+
+    def _add(self, library: Library, place: Place) -> None:
+        self._found.append((library, module_of(place.record)))
+        self._room -= library.size
+
+
+class _Kept:
+    """Writes what matters of a library into a file, each byte at its place; of other files it writes nothing."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self._position = 0
+        self._parts: list[range] = []
+
+    def add(self, content: bytes) -> None:
+        """Take the next piece of the library."""
+        if not self._position:
+            self._parts = parts_of(content, self._size)
+        start, self._position = self._position, self._position + len(content)
+        for part in self._parts:
+            begin, end = max(part.start, start), min(part.stop, self._position)
+            if begin < end:
+                self._file.seek(begin)
+                self._file.write(content[begin - start : end - start])
+
+
+def _name(place: Place) -> str:
+    return place.path.rpartition("/")[2]
+
+
+def _place(place: Place) -> str:
+    return hashlib.sha256(place.path.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lack:
+    """What a wheel's libraries need and nobody has.
+
+    Attributes:
+        wheel: its file name.
+        missing: the names of the libraries, each with the one that needs it.
+        loads: whether the wheel can be used nevertheless, but for a part of it.
+    """
+
+    wheel: str
+    missing: dict[str, str]
+    loads: bool
+
+    @property
+    def packages(self) -> list[str]:
+        """Debian's packages of the missing libraries, as far as they are known."""
+        return sorted({_PACKAGES[name] for name in self.missing if name in _PACKAGES})
+
+
+def lacking(wheels: Sequence[WheelLibraries], there: Collection[str], platform: Platform) -> list[Lack]:
+    """Return the wheels that need a library which neither the base image nor a wheel has.
+
+    A wheel's library is found wherever it is: wheels name folders of others, or load libraries ahead of time. One that
+    a later wheel replaces is of no use, and its needs do not matter.
+
+    Args:
+        wheels: all of an environment, in the order of their layers.
+        there: names of the base image's libraries.
+        platform: the image's; libraries for other machines do not matter.
+    """
+    environment = _Environment(wheels, _MACHINES.get(platform.architecture), there)
+    return [lack for wheel in range(len(wheels)) if (lack := environment.lack(wheel))]
+
+
+class _Environment:
+    """The libraries of an environment, numbered, and which of them cannot be loaded."""
+
+    def __init__(self, wheels: Sequence[WheelLibraries], machine: int | None, there: Collection[str]) -> None:
+        self._names = [wheel.wheel for wheel in wheels]
+        every = [(number, each) for number, wheel in enumerate(wheels) for each in wheel.libraries]
+        last = {each.place: number for number, each in every if each.use != "hidden"}
+        replaced = [each.use == "hidden" or last[each.place] != number for number, each in every]
+        # Which of their libraries they would load is not known any more.
+        self._incomplete = {number for (number, _), is_replaced in zip(every, replaced, strict=True) if is_replaced}
+        self._all = [
+            (number, each)
+            for (number, each), is_replaced in zip(every, replaced, strict=True)
+            if not is_replaced and (each.machine == machine or each.use == "unread")
+        ]
+        self._of_wheel: list[list[int]] = [[] for _ in wheels]
+        self._providers: dict[str, list[int]] = {}
+        for number, (wheel, each) in enumerate(self._all):
+            self._of_wheel[wheel].append(number)
+            for name in {each.name, each.soname} - {""}:
+                self._providers.setdefault(name, []).append(number)
+        self._there = there
+        self._broken = self._cannot_load()
+
+    def lack(self, wheel: int) -> Lack | None:
+        """Return what a wheel's libraries lack; None for nothing."""
+        own = self._of_wheel[wheel]
+        imported, importable, optional, libraries = (
+            {number for number in own if self._all[number][1].use in uses}
+            for uses in ({"imported"}, {"imported", "importable"}, {"optional"}, {"library"})
+        )
+        # What Python imports or, in a wheel without any such, what may be loaded by ctypes.
+        loaded = importable or (set() if optional or wheel in self._incomplete else libraries)
+        every = loaded | optional
+        lost = every & self._broken
+        # Of PyQt5's 37 one is empty, and needs nothing. Of libraries for ctypes one may be all that is wanted.
+        most = len(lost) * 10 >= len(every) * 9 if importable else len(lost) == len(every)
+        fatal = imported & self._broken or (loaded & self._broken if most else set())
+        missing = self._missing(wheel, fatal or self._broken.intersection(own))
+        return Lack(wheel=self._names[wheel], missing=missing, loads=not fatal) if missing else None
+
+    def _wants(self, number: int) -> list[str]:
+        """Return what a library needs of the wheels, or of nobody."""
+        return [name for name in self._all[number][1].needed if name not in self._there]
+
+    def _cannot_load(self) -> set[int]:
+        """Return the libraries that need, directly or not, what nobody has."""
+        intact = {name: len(numbers) for name, numbers in self._providers.items()}
+        wanted: dict[str, list[int]] = {}
+        for number in range(len(self._all)):
+            for name in self._wants(number):
+                wanted.setdefault(name, []).append(number)
+        gone = [name for name in wanted if name not in intact and not _OF_DRIVER.fullmatch(name)]
+        broken: set[int] = set()
+        while gone:
+            for number in wanted.get(gone.pop(), []):
+                if number in broken:
+                    continue
+                broken.add(number)
+                library = self._all[number][1]
+                for name in {library.name, library.soname} - {""}:
+                    intact[name] -= 1
+                    if not intact[name]:
+                        gone.append(name)
+        return broken
+
+    def _missing(self, wheel: int, broken: set[int]) -> dict[str, str]:
+        """Return what libraries of a wheel lack that cannot be loaded, each with the library that needs it."""
+        todo, found = sorted(broken), dict[str, str]()
+        seen, names = set(todo), set[str]()
+        for number in todo:
+            for name in self._wants(number):
+                if name in names:
+                    continue
+                names.add(name)
+                providers = self._providers.get(name, [])
+                if providers:
+                    if self._broken.issuperset(providers):
+                        todo += [each for each in providers if each not in seen]
+                        seen.update(providers)
+                elif not _OF_DRIVER.fullmatch(name):
+                    owner, library = self._all[number]
+                    found[name] = library.name + (f" of {self._names[owner]}" if owner != wheel else "")
+        return found
