@@ -9,17 +9,18 @@ import ssl
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 
 from builder import __version__
 from builder.errors import InvalidSettings
 from builder.http import RetryPolicy, proxy_for
+from builder.log import stage
 from builder.models.catalog import MlflowCatalog
 from builder.models.version import Catalog
 from builder.oci.authn import Credential, Credentials
@@ -27,6 +28,9 @@ from builder.oci.registry import Registry
 from builder.oci.transport import Transport
 from builder.settings import CommonSettings, Settings
 from builder.smoke import SmokeTests
+
+if TYPE_CHECKING:
+    from builder.wheels.recipe import WheelsMethod
 
 _TIMEOUT = httpx.Timeout(60, connect=15)
 _LIMITS = httpx.Limits(max_connections=32, max_keepalive_connections=16, keepalive_expiry=30)
@@ -176,21 +180,36 @@ def _context(bundle: Path | None) -> ssl.SSLContext:
         raise InvalidSettings(message, remedy="It is a file of the authorities to trust, in PEM.") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Services:
-    """The clients that everything here talks through.
+    """The clients that everything here talks through, each opened once.
 
     Attributes:
         catalog: the model registry.
         registries: where images go, and what stands there.
         bases: the registries of base images, which an engine may reach another way: they are not waited for.
         smoke_tests: runs images before their tags move.
+        settings: what they were opened with.
     """
 
     catalog: Catalog
     registries: Registries
     bases: Registries
     smoke_tests: SmokeTests
+    settings: Settings = field(repr=False)
+
+    @functools.cached_property
+    def wheels(self) -> WheelsMethod:
+        """The wheels method. What it imports takes a while, and most runs have nothing to do."""
+        with stage("imports"):
+            from builder.wheels.recipe import WheelsMethod
+
+        return WheelsMethod.from_settings(self.settings, self.registries)
+
+    def close(self) -> None:
+        """Close what was opened since."""
+        if "wheels" in self.__dict__:
+            self.wheels.close()
 
 
 @contextmanager
@@ -200,4 +219,8 @@ def connected(settings: Settings) -> Iterator[Services]:
         registries = stack.enter_context(Registries.from_settings(settings))
         bases = stack.enter_context(Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=20)))
         catalog = MlflowCatalog.from_settings(settings)
-        yield Services(catalog=catalog, registries=registries, bases=bases, smoke_tests=SmokeTests(settings))
+        services = Services(
+            catalog=catalog, registries=registries, bases=bases, smoke_tests=SmokeTests(settings), settings=settings
+        )
+        stack.callback(services.close)
+        yield services

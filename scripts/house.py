@@ -34,7 +34,7 @@ ALIKE = {
     frozenset({"builder.wheels", "builder.wheels.wheel"}): "the package is named after BUILD_METHOD=wheels",
 }
 # Functions of a package that are called like a module of it: importing the module later replaces the function.
-REPLACED = {"builder.publish.fetch", "builder.publish.push"}
+REPLACED: set[str] = set()
 # What a word ends in when it is the plural, the participle or the agent of another.
 _ENDINGS = ("s", "es", "d", "ed", "r", "er", "ers", "ing")
 

@@ -54,7 +54,7 @@ def test_help_needs_click_alone():
     "ours", ["builder.publish", "builder.publish.inspect", "builder.batch.sweep", "builder.batch.download"]
 )
 def test_no_heavy_package_is_imported_before_it_is_used(ours):
-    new = modules(f"import builder.show, builder.settings, {ours}") - modules("")
+    new = modules(f"import builder.report, builder.settings, {ours}") - modules("")
     assert packages(new) & HEAVY == set()
     assert new & BUILDS == set()
 

@@ -1,4 +1,4 @@
-"""Runs pip for an interpreter that is not this one: `python -m builder.build.pip_for_target MARKERS ARGUMENTS…`.
+"""Runs pip for an interpreter that is not this one: `python -m builder.wheels.pip_for_target MARKERS ARGUMENTS…`.
 
 `pip install --platform` chooses wheels for the target, but evaluates environment markers for the interpreter it runs in
 (https://github.com/pypa/pip/issues/11664). Here they are those of the target.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from builder.clients import Registries
 from builder.errors import BuildFailed, InvalidVersion, TryAgain
-from builder.oci import layer
+from builder.oci.layer import MTIME
 from builder.oci.authn import Credentials
 from builder.oci.descriptor import OCI_LAYER, check, verified
 from builder.oci.files_layer import BUCKET, LARGE, FileEntry, FilesLayer, split
@@ -71,7 +71,7 @@ def test_a_layer_holds_the_files_and_their_folders(tmp_path):
     assert {modes.pop(name) for name in [*folders, "app/client/app.py"]} == {0o755}
     assert set(modes.values()) == {0o644}
     assert {(member.uid, member.gid, member.uname, member.mtime) for member in members.values()} == {
-        (0, 0, "", layer.MTIME)
+        (0, 0, "", MTIME)
     }
     names = list(members)
     assert all(names.index(str(Path(name).parent)) < names.index(name) for name in names if "/" in name)

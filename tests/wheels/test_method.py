@@ -21,8 +21,8 @@ import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion
 from builder.oci.manifest import _PROFILES, FOUNDRY
+from builder.publish import plan as preview
 from builder.publish import publish
-from builder.publish.inspect import preview
 from scripts.launch import clean_environ
 from tests.servers.forwarding import forwarding
 from tests.servers.small import push_base, small_files

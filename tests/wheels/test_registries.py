@@ -11,8 +11,8 @@ import pytest
 
 from builder.clients import Registries
 from builder.oci.base_image import base_image
+from builder.publish import plan as preview
 from builder.publish import publish
-from builder.publish.inspect import preview
 from builder.reference import Platform, Reference
 from tests.servers.forwarding import forwarding
 from tests.servers.registries import PASSWORD, USER

@@ -640,7 +640,7 @@ def test_another_pip_is_not_used(index, change):
         "import sys\nfrom pip._vendor.packaging import markers\nfrom pip._internal import distributions, exceptions\n"
         "from pip._internal.cli import req_command\nfrom pip._internal.distributions import sdist\n"
         "from pip._internal.operations import prepare\nfrom pip._internal.req import constructors, req_install\n"
-        f"{change}\nfrom builder.build import pip_for_target\nsys.exit(pip_for_target.main(sys.argv[1:]))"
+        f"{change}\nfrom builder.wheels import pip_for_target\nsys.exit(pip_for_target.main(sys.argv[1:]))"
     )
 
     said = []
