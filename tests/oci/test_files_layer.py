@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from builder.clients import Registries
 from builder.errors import BuildFailed, InvalidVersion, TryAgain
-from builder.oci.layer import MTIME
 from builder.oci.authn import Credentials
 from builder.oci.descriptor import OCI_LAYER, check, verified
 from builder.oci.files_layer import BUCKET, LARGE, FileEntry, FilesLayer, split
+from builder.oci.layer import END, MTIME, file_header
 from builder.reference import Digest, Repository
 
 MODEL = {
@@ -70,9 +70,7 @@ def test_a_layer_holds_the_files_and_their_folders(tmp_path):
     modes = {name: member.mode for name, member in members.items()}
     assert {modes.pop(name) for name in [*folders, "app/client/app.py"]} == {0o755}
     assert set(modes.values()) == {0o644}
-    assert {(member.uid, member.gid, member.uname, member.mtime) for member in members.values()} == {
-        (0, 0, "", MTIME)
-    }
+    assert {(member.uid, member.gid, member.uname, member.mtime) for member in members.values()} == {(0, 0, "", MTIME)}
     names = list(members)
     assert all(names.index(str(Path(name).parent)) < names.index(name) for name in names if "/" in name)
 
@@ -130,7 +128,7 @@ def test_names_that_tar_does_not_hold_plainly(tmp_path, path):
 
 @pytest.mark.parametrize("size", [(8 << 30) - 1, 8 << 30, 300 << 30])
 def test_a_file_of_eight_gibibytes_has_a_header_that_says_so(size):
-    with tarfile.open(fileobj=io.BytesIO(layer.file_header("a", size) + layer.END), mode="r|") as archive:
+    with tarfile.open(fileobj=io.BytesIO(file_header("a", size) + END), mode="r|") as archive:
         assert archive.next().size == size
 
 
