@@ -1,9 +1,9 @@
 """Layers made from files on disk: not compressed, written nowhere, made again from the files whenever they are read.
 
-A model's weights do not compress, so the archive stands in the gzip format as it is, in stored blocks: that takes what
-a checksum takes, and there are tools that read no other layers (docs/decisions/0026-stored-layers.md). What is in it is
-a function of paths, contents and which files are programs: not of times, owners, modes or the order in which a folder
-lists them.
+A model's weights do not compress, so the archive is in the gzip format without compression, in stored blocks: that
+costs no more than a checksum, and some tools read no other layers (docs/decisions/0026-stored-layers.md). A layer is a
+function of paths, contents and which files are programs: not of times, owners, modes, the order in which a folder lists
+them, or zlib.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class FilesLayer:
         if not ordered:
             message = "a layer of no files"
             raise ValueError(message)
-        writer, times = LayerWriter(), dict[str, int]()
+        writer, times = LayerWriter(compresses=False), dict[str, int]()
         for _ in _archive(writer, ordered, times):
             pass
         return cls(entries=ordered, layer=writer.layer, _times=times)
@@ -108,7 +108,7 @@ class FilesLayer:
             TryAgain: a file has another size or modification time than when it was hashed, or cannot be read any more.
                 A change that shows in neither is found by whoever checks the digest, as a push does.
         """
-        yield from _archive(LayerWriter(measures=False), self.entries, self._times)
+        yield from _archive(LayerWriter(compresses=False, measures=False), self.entries, self._times)
 
 
 def split(*folders: Iterable[FileEntry], most: int, limit: int | None = None) -> list[tuple[FileEntry, ...]]:
@@ -224,9 +224,9 @@ def _packed(files: _Group, most: int, limit: int) -> list[_Group]:
 
 
 def _sent(group: _Group) -> int:
-    """Return bytes that a group's layer never exceeds: contents in stored blocks, headers of files and of folders."""
-    return sum(
-        entry.size + (entry.size >> 13) + (1 + entry.path.count("/")) * (2048 + 2 * len(entry.path.encode()))
+    """Return bytes that a group's layer never exceeds: contents, headers of files and of folders, and the end."""
+    return 2048 + sum(
+        entry.size + (entry.size >> 13) + (1 + entry.path.count("/")) * (2100 + 2 * len(entry.path.encode()))
         for _, entry in group
     )
 

@@ -3,85 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from builder.oci.descriptor import OCI_LAYER, Descriptor
 from builder.reference import Digest
 
-# An empty block without compression behind `fixed`'s open one: all that follows stands on a byte boundary.
-ALIGN = b"\x00\x00\xff\xff"
-# The last block of a stream: fixed codes, and nothing in it.
+# The last block of a deflate stream: fixed codes, and nothing in it.
 LAST = b"\x03\x00"
 LARGEST_STORED = 0xFFFF
-
-# The fixed code of a byte below 144 is eight bits, 0x30 more than the byte, most significant bit first; turned round,
-# it is a byte again, so that text is encoded by a table.
-_SHORT = 144
-_LITERAL = bytes(int(f"{0x30 + byte:08b}"[::-1], 2) if byte < _SHORT else 0 for byte in range(256))
-_LONG = re.compile(rb"[\x90-\xff]")
-# Shorter runs cost more as repetition than as literals.
-_RUN = re.compile(rb"\x00{5,}")
-_LONGEST_MATCH = 258
-_SHORTEST_MATCH = 3
-# (first length, extra bits) of the length codes 257 to 284; 285 is 258 and nothing else.
-_LENGTHS = [(3 + n, 0) for n in range(8)] + [
-    ((4 << extra) + 3 + (n << extra), extra) for extra in range(1, 6) for n in range(4)
-]
 
 
 class Corrupt(Exception):
     """A deflate stream is not what was declared; the message says how."""
 
 
-def fixed(content: bytes) -> bytes:
-    """Return one block that is not the last, with fixed codes, and the opening of a block without compression.
+def deflated(content: bytes) -> bytes:
+    """Return content as deflate blocks that are not the last of a stream and end on a byte boundary.
 
-    What follows must be that block's length, its complement and its bytes: those of `stored`, or `ALIGN`.
-
-    Args:
-        content: bytes below 144 only, as in a tar header without a foreign name.
-
-    Raises:
-        ValueError: there is a byte that has no short code.
+    The blocks refer to nothing before them. Their bytes depend on zlib: see `zlib_identity`.
     """
-    if _LONG.search(content):
-        message = "only bytes below 144 have a short code"
-        raise ValueError(message)
-    bits, length = 0b010, 3  # not the last block; fixed codes
-    position = 0
-    for run in _RUN.finditer(content):
-        text = content[position : run.start()].translate(_LITERAL)
-        bits |= int.from_bytes(text, "little") << length
-        length += 8 * len(text)
-        position = run.end()
-        zeros, size = _zeros(position - run.start())
-        bits |= zeros << length
-        length += size
-    text = content[position:].translate(_LITERAL)
-    bits |= int.from_bytes(text, "little") << length
-    # Seven bits end the block, and three open the next: not the last, no compression. All of them are zeros.
-    length += 8 * len(text) + 7 + 3
-    return bits.to_bytes((length + 7) // 8, "little")
+    # A window and tables for a few headers: with zlib's own defaults, most of the time would go into clearing memory.
+    compressor = zlib.compressobj(6, zlib.DEFLATED, -10, 4)
+    return compressor.compress(content) + compressor.flush(zlib.Z_SYNC_FLUSH)
 
 
-def encodable(content: bytes) -> bool:
-    """Return whether `fixed` takes the content."""
-    return not _LONG.search(content)
+@cache
+def zlib_identity() -> str:
+    """Return a word of eight hexadecimal digits for what this process's zlib makes of headers.
+
+    Versions and builds of zlib (zlib-ng, Intel's, those of s390x) differ in what they write.
+    """
+    names = (hashlib.sha256(b"%d" % number).hexdigest() for number in range(64))
+    headers = [file_header(f"opt/model/{name[: 2 + number]}", 97 * number) for number, name in enumerate(names)]
+    state = hashlib.sha256()
+    for sample in (*headers, b"".join(headers)):
+        state.update(deflated(sample))
+    return state.hexdigest()[:8]
 
 
 def stored(content: bytes | memoryview) -> bytes:
-    """Return the length, its complement and the bytes of a block without compression, whose opening stands before it.
+    """Return a deflate block without compression, which is not the last of a stream.
 
     Args:
         content: at most 65,535 bytes.
     """
     size = len(content)
-    return b"".join((size.to_bytes(2, "little"), (size ^ LARGEST_STORED).to_bytes(2, "little"), content))
+    return b"".join((b"\x00", size.to_bytes(2, "little"), (size ^ LARGEST_STORED).to_bytes(2, "little"), content))
 
 
 class Inflater:
@@ -145,36 +116,6 @@ class Inflater:
         if self._sum != self._crc:
             message = "its CRC-32 is another one than declared"
             raise Corrupt(message)
-
-
-@lru_cache(maxsize=4096)
-def _zeros(count: int) -> tuple[int, int]:
-    """Return the bits of so many zero bytes, and how many bits there are: a literal, and repetitions of it."""
-    bits, length = _LITERAL[0], 8
-    count -= 1
-    while count:
-        take = min(count, _LONGEST_MATCH)
-        if 0 < count - take < _SHORTEST_MATCH:
-            take -= _SHORTEST_MATCH
-        match, size = _match(take)
-        bits |= match << length
-        length += size
-        count -= take
-    return bits, length
-
-
-def _match(length: int) -> tuple[int, int]:
-    """Return the bits of a repetition of the byte before it, and how many bits there are."""
-    if length == _LONGEST_MATCH:
-        code, extra, rest = 285, 0, 0
-    else:
-        code, (first, extra) = max((257 + n, entry) for n, entry in enumerate(_LENGTHS) if entry[0] <= length)
-        rest = length - first
-    # Codes from 256 to 279 have seven bits, those from 280 on have eight, beginning at 11000000.
-    text = f"{code - 256:07b}" if code < 280 else f"{0xC0 + code - 280:08b}"  # noqa: PLR2004  # as RFC 1951, 3.2.6
-    bits = int(text[::-1], 2) | rest << len(text)
-    # Distance 1 is code 0, five zero bits.
-    return bits, len(text) + extra + 5
 
 
 BLOCK = 512
@@ -302,8 +243,8 @@ def _block(*, prefix: bytes = b"", name: bytes, kind: bytes, mode: int, size: in
 MEDIA_TYPE = f"{OCI_LAYER}+gzip"
 # What is yielded, and what is inflated, at a time.
 CHUNK = 1 << 18
-# The most bytes of headers in one block: the encoder's work grows with their square.
-_HEADERS = 1 << 13
+# The most bytes of headers that wait for a file.
+_MOST_HEADERS = 1 << 15
 # No name, no time, no flags; "unknown" operating system, as other layers have it (RFC 1952, 2.3).
 _MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 
@@ -371,10 +312,12 @@ class LayerWriter:
     with mode 0755: without an entry of its own, its mode would be a matter of who unpacks the layer.
 
     Args:
+        compresses: whether the headers are compressed, so that the layer depends on this process's zlib.
         measures: whether the digests are wanted; without them, `layer` is never there.
     """
 
-    def __init__(self, *, measures: bool = True) -> None:
+    def __init__(self, *, compresses: bool = True, measures: bool = True) -> None:
+        self._compresses = compresses
         self._measures = measures
         self._out: list[bytes] = []
         self._waiting = 0
@@ -439,7 +382,7 @@ class LayerWriter:
         """Write the end; from then on `layer` is there."""
         self._headers += END
         self._write_headers()
-        self._put(ALIGN + LAST)
+        self._put(LAST)
         self._close()
         if self._out:
             yield self._flush()
@@ -464,7 +407,6 @@ class LayerWriter:
 
     def _deflated(self, content: Deflated, observe: Observer | None) -> Iterator[bytes]:
         self._write_headers()
-        self._put(ALIGN)
         inflater = Inflater(content.size, content.crc, CHUNK)
         for chunk in content.chunks:
             for piece in inflater.feed(chunk):
@@ -478,50 +420,46 @@ class LayerWriter:
 
     def _plain(self, content: Plain, observe: Observer | None) -> Iterator[bytes]:
         self._write_headers()
-        # Blocks are cut at the same places however the content comes, and an empty one aligns what follows.
-        held, got, opening = b"", 0, b""
+        # Blocks are cut at the same places, however the content comes.
+        rest, got = b"", 0
         for chunk in content.chunks:
             got += len(chunk)
             if observe:
                 observe(chunk)
-            waiting, start = memoryview(held + chunk if held else chunk), 0
+            waiting, start = memoryview(rest + chunk if rest else chunk), 0
             while len(waiting) - start >= LARGEST_STORED:
-                end = start + LARGEST_STORED
-                self._store(opening, waiting[start:end])
-                start, opening = end, b"\x00"
+                self._store(waiting[start : start + LARGEST_STORED])
+                start += LARGEST_STORED
                 yield from self._drain()
-            held = bytes(waiting[start:])
-            yield from self._drain()
+            rest = bytes(waiting[start:])
         if got != content.size:
             message = f"it holds {got} bytes, and {content.size} are declared"
             raise Corrupt(message)
-        if held or not opening:
-            self._store(opening, held)
+        if rest:
+            self._store(rest)
+        yield from self._drain()
 
-    def _store(self, opening: bytes, block: bytes | memoryview) -> None:
+    def _store(self, block: bytes | memoryview) -> None:
         self._account(block)
-        self._put(opening + stored(block))
+        self._put(stored(block))
 
     def _write_headers(self) -> None:
-        """Write the headers that wait, and the opening of a block that holds its bytes as they are."""
+        """Write the headers that wait; what follows begins on a byte boundary."""
         if not self._open:
             self._open = True
             self._put(_MEMBER)
-        self._account(self._headers)
-        for start in range(0, len(self._headers), _HEADERS):
-            headers = self._headers[start : start + _HEADERS]
-            if start:
-                self._put(ALIGN)
-            # A name in another script has no short codes.
-            short = encodable(headers)
-            self._put(fixed(headers) if short else b"\x00" + stored(headers) + b"\x00")
-        self._headers = b""
+        headers, self._headers = self._headers, b""
+        if self._compresses:
+            self._account(headers)
+            self._put(deflated(headers))
+        else:
+            for start in range(0, len(headers), LARGEST_STORED):
+                self._store(headers[start : start + LARGEST_STORED])
 
     def _flush_headers(self) -> Iterator[bytes]:
         """Write headers that no file follows, when many of them wait."""
-        if len(self._headers) >= _HEADERS:
+        if len(self._headers) >= _MOST_HEADERS:
             self._write_headers()
-            self._put(ALIGN)
         yield from self._drain()
 
     def _close(self) -> None:
