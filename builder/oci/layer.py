@@ -18,7 +18,7 @@ LARGEST_STORED = 0xFFFF
 
 
 class Corrupt(Exception):
-    """A deflate stream is not what was declared; the message says how."""
+    """A deflate stream differs from what was declared of it; the message says how."""
 
 
 def deflated(content: bytes) -> bytes:
@@ -56,7 +56,7 @@ def stored(content: bytes | memoryview) -> bytes:
 
 
 class Inflater:
-    """Reads a raw deflate stream piece by piece, and believes nothing that was said about it.
+    """Reads a raw deflate stream piece by piece, and checks its declared size and checksum.
 
     Args:
         size: bytes that it must give.
@@ -73,7 +73,7 @@ class Inflater:
         self._sum = 0
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
-        """Take more of the stream, and yield what it holds.
+        """Take more of the stream, and yield its content.
 
         Raises:
             Corrupt: it is not a deflate stream, gives more than was declared, or goes on behind its end.
@@ -83,16 +83,16 @@ class Inflater:
             if self._inflate.eof:
                 message = "bytes follow the end of its deflate stream"
                 raise Corrupt(message)
-            # One byte more than declared is enough to know the lie.
-            room = min(self._chunk, self._size - self._got + 1)
+            # One byte more than declared is enough to see that it is too long.
+            most = min(self._chunk, self._size - self._got + 1)
             try:
-                content = self._inflate.decompress(compressed, room)
+                content = self._inflate.decompress(compressed, most)
             except zlib.error as error:
                 message = f"its deflate stream is broken ({error})"
                 raise Corrupt(message) from error
             compressed = self._inflate.unconsumed_tail or self._inflate.unused_data
             # A repetition may have more to give although every byte of it was taken.
-            full = len(content) == room and not self._inflate.eof
+            full = len(content) == most and not self._inflate.eof
             self._got += len(content)
             if self._got > self._size:
                 message = f"it holds more than the {self._size} bytes declared"
@@ -102,7 +102,7 @@ class Inflater:
                 yield content
 
     def end(self) -> None:
-        """Say that the stream has been given whole.
+        """Check the stream at its end.
 
         Raises:
             Corrupt: it is cut off, or its size or checksum is another one.
@@ -114,12 +114,12 @@ class Inflater:
             message = f"it holds {self._got} bytes, and {self._size} are declared"
             raise Corrupt(message)
         if self._sum != self._crc:
-            message = "its CRC-32 is another one than declared"
+            message = "its CRC-32 is not the declared one"
             raise Corrupt(message)
 
 
 BLOCK = 512
-# 1980-01-02T00:00:00Z: zip files know no time before 1980, and so it is none in any time zone.
+# 1980-01-02T00:00:00Z, which is not before 1980 in any time zone: zip files know no earlier time.
 MTIME = 315_619_200
 END = bytes(2 * BLOCK)
 FILE_MODE = 0o644
@@ -133,7 +133,7 @@ _NUMBER = b"0000000\x00"
 
 
 def file_header(path: str, size: int, *, executable: bool = False) -> bytes:
-    """Return what stands before a file's content: one block, or three where its name or size needs a pax header.
+    """Return the header of a file: one block, or three where its name or size needs a pax header.
 
     Args:
         path: relative, with forward slashes.
@@ -157,13 +157,13 @@ def symlink_header(path: str, target: str) -> bytes:
 
     Args:
         path: relative, with forward slashes.
-        target: what it leads to, as it stands in the link.
+        target: of the link.
     """
     return _entry(path, b"2", mode=0o777, target=target)
 
 
 def padding(size: int) -> bytes:
-    """Return what stands behind a content of `size` bytes, up to the next block."""
+    """Return the zeros between a content of `size` bytes and the next block."""
     return bytes(-size % BLOCK)
 
 
@@ -184,7 +184,7 @@ def _entry(path: str, kind: bytes, *, mode: int, size: int = 0, target: str = ""
         before = (
             _block(name=b"PaxHeader", kind=b"x", mode=FILE_MODE, size=len(records)) + records + padding(len(records))
         )
-    # Whoever reads the pax header ignores the size here, and nobody else can read a file of that size.
+    # Readers of the pax header ignore the size here, and others cannot read a file of that size.
     shown = size if size < _LONGEST_SIZE else 0
     return before + _block(prefix=prefix, name=name, kind=kind, mode=mode, size=shown, link=link)
 
@@ -241,7 +241,7 @@ def _block(*, prefix: bytes = b"", name: bytes, kind: bytes, mode: int, size: in
 
 
 MEDIA_TYPE = f"{OCI_LAYER}+gzip"
-# What is yielded, and what is inflated, at a time.
+# Bytes that are yielded, or inflated, at a time.
 CHUNK = 1 << 18
 # The most bytes of headers that wait for a file.
 _MOST_HEADERS = 1 << 15
@@ -253,15 +253,15 @@ Observer = Callable[[bytes], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What is known of a layer when it has been written.
+    """A layer that was written.
 
     Attributes:
         digest: of the blob, compressed or not.
         size: of the blob, bytes.
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
-        media_type: what the blob is.
-        note: what its maker says of it beside; no part of its bytes.
+        media_type: of the blob.
+        note: a remark of its maker; no part of its bytes.
     """
 
     digest: Digest
@@ -273,7 +273,7 @@ class Layer:
 
     @property
     def descriptor(self) -> Descriptor:
-        """What names the layer in a manifest."""
+        """The layer's entry in a manifest."""
         return Descriptor(media_type=self.media_type, digest=self.digest, size=self.size)
 
 
@@ -306,10 +306,10 @@ class Plain:
 
 
 class LayerWriter:
-    """Writes a layer: each method yields what there is of it, in chunks of about 256 KiB, to be sent in that order.
+    """Writes a layer: each method yields the next part of it, in chunks of about 256 KiB, to be sent in that order.
 
-    The order of the entries is the caller's. A directory that was not written stands before the first entry below it,
-    with mode 0755: without an entry of its own, its mode would be a matter of who unpacks the layer.
+    The order of the entries is the caller's. A directory that was not written gets an entry before the first one below
+    it, with mode 0755: without one, its mode would depend on the program that unpacks the layer.
 
     Args:
         compresses: whether the headers are compressed, so that the layer depends on this process's zlib.
@@ -334,7 +334,7 @@ class LayerWriter:
 
     @property
     def layer(self) -> Layer:
-        """What was written.
+        """The layer that was written.
 
         Raises:
             RuntimeError: it has no end yet.
@@ -345,7 +345,7 @@ class LayerWriter:
         return self._layer
 
     def directory(self, path: str) -> Iterator[bytes]:
-        """Write a directory, and those above it, unless they stand there already.
+        """Write a directory, and those above it, unless they are there already.
 
         Args:
             path: relative, without a slash at its end.

@@ -1,4 +1,4 @@
-"""What a base image has in it that decides which packages fit: interpreters, C library, shared libraries, Java.
+"""The facts of a base image that decide which packages fit: interpreters, C library, shared libraries, Java.
 
 Layers are read as they stream by. Only names are kept, in memory: no file is written, and no link is followed on disk.
 """
@@ -27,12 +27,12 @@ from builder.oci.registry import Registry
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# What is inflated at a time; the rest is copied where a gzip member ends, so it is kept small.
+# Bytes that are inflated at a time; the rest is copied where a gzip member ends, so it is kept small.
 _INPUT, _OUTPUT = 1 << 14, 1 << 20
 _GZIP = 31
 # Go's limit for one extended header that precedes an entry; here for all of them together.
 _MOST_EXTRA = 1 << 20
-# Gzip members, headers and pax records in an image: what costs time and need not hold a byte. The largest images have
+# Gzip members, headers and pax records in an image: each costs time and need not hold a byte. The largest images have
 # about a million entries, each with a pax header of a few records.
 _MOST_READS = 8_000_000
 _PAX, _GLOBAL, _LONG_NAME, _LONG_LINK = (
@@ -50,7 +50,7 @@ _LONGEST_LENGTH = 20
 
 
 class Budget:
-    """What reading all layers of an image may cost."""
+    """The work that all layers of an image may take together."""
 
     def __init__(self, steps: int = _MOST_READS) -> None:
         self._left = steps
@@ -194,7 +194,7 @@ class Archive:
         return header
 
     def _extended(self, kind: bytes, content: bytes) -> dict[str, str]:
-        """Return what an extended header says of the next entry; a global one says nothing that counts, as in Go."""
+        """Return what an extended header says of the next entry; a global one is ignored, as in Go."""
         if kind == _PAX:
             return _records(content, self._budget)
         return {} if kind == _GLOBAL else {"path" if kind == _LONG_NAME else "linkpath": _text(content)}
@@ -211,7 +211,7 @@ class Archive:
 
 
 def _parsed(header: bytes) -> TarInfo:
-    """Return what a header says."""
+    """Return the entry of a header."""
     try:
         entry = TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -270,9 +270,9 @@ def _text(field: bytes) -> str:
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
-# What Linux allows: bytes of a path and of a name, and links on the way to a file.
+# The limits of Linux: bytes of a path and of a name, and links on the way to a file.
 _LONGEST_PATH, _LONGEST_NAME, _MOST_LINKS = 4096, 255, 40
-# About what an entry takes in memory beside its names, and what an image may take.
+# The memory of an entry beside its names, roughly, and of an image.
 _ENTRY_BYTES, _MOST_BYTES = 300, 256 << 20
 # Steps from name to name in all paths together.
 _MOST_STEPS = 50_000_000
@@ -309,7 +309,7 @@ class Folder:
     Attributes:
         layer: the number of the last layer that has it, or something in it.
         opaque: the number of the last layer that hides what those below have in it; -1 for none.
-        children: what is in it.
+        children: by their names.
     """
 
     layer: int
@@ -496,13 +496,13 @@ def _parts(path: str) -> list[str]:
 
 
 _ZSTD = f"{OCI_LAYER}+zstd"
-# What a base's layers may hold, not compressed: all together, and each beside a hundred times what it is compressed.
+# The most bytes in a base's layers, not compressed: in all, and in each beyond a hundred times its compressed size.
 _MOST_CONTENT, _MOST_EACH, _MOST_RATIO = 32 << 30, 256 << 20, 100
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PYTHON = re.compile(r"python([0-9]{1,2}\.[0-9]{1,3})")
 _FULL = re.compile(r"([0-9]{1,2}\.[0-9]{1,3})(?:\.[0-9]+)?(?:[a-z]+[0-9]+)?")
-# What may stand in a file of Python's own settings, and in a link.
+# Paths that are safe in a file of Python's own settings, and in a link.
 _SAFE = r"(?:/[A-Za-z0-9._+@~-]{1,255})+"
 _OTHERS = re.compile(r"pypy|graalpy")
 _LIBC = re.compile(r"(?:.*/)?libc(?:\.so\.6|-2\.\d+\.so)")
@@ -510,7 +510,7 @@ _RELEASE = re.compile(rb"release version ([0-9]{1,3}\.[0-9]{1,3})")
 _MOST_LIBC = 16 << 20
 _LIBRARIES = ("/lib64", "/lib", "/usr/lib64", "/usr/lib")
 _LIBRARY = r"[A-Za-z0-9._+-]*\.so[A-Za-z0-9._+-]*"
-# What ldconfig reads: a folder a line. Other lines (a comment, `include`, `hwcap`) are skipped.
+# Files that ldconfig reads: a folder a line. Other lines (a comment, `include`, `hwcap`) are skipped.
 _LOADER = re.compile(r"(?:\./|/)?etc/ld\.so\.conf(?:\.d/[^/]+\.conf)?")
 _MOST_LOADER = 1 << 14
 _MOST_FOLDERS = 1000

@@ -184,8 +184,8 @@ def test_media_types_of_layers_become_ocis(push: Push, told: str, meant: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"diff_ids": 2}, "has 1 layers, and its config tells of 2"),
-        ({"diff_ids": 0}, "has 1 layers, and its config tells of 0"),
+        ({"diff_ids": 2}, "has 1 layers, and its config lists 2"),
+        ({"diff_ids": 0}, "has 1 layers, and its config lists 0"),
         ({"env": [1]}, "Env is not a list of strings"),
         ({"env": "PATH=/bin"}, "Env is not a list"),
         ({"config": {"config": []}, "env": ()}, None),
@@ -204,7 +204,7 @@ def test_what_cannot_be_joined_is_no_base(push: Push, options: dict[str, Any], m
 
 def test_a_layer_of_an_unknown_kind_is_refused(push: Push) -> None:
     pushed = push((f"{OCI_LAYER}+gzip+encrypted", b"x"))
-    with pytest.raises(InvalidVersion, match=r"unknown kind .*encrypted"):
+    with pytest.raises(InvalidVersion, match=r"unknown media type .*encrypted"):
         pushed.image()
 
 
