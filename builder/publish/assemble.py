@@ -19,7 +19,7 @@ from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Blob, BytesBlob, Des
 from builder.oci.files_layer import FileEntry, FilesLayer, split
 from builder.oci.layer import Layer
 from builder.oci.layout import MOST_BYTES, LayoutImage, finished_image, open_layout
-from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image, check, profile_for
+from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image, check_target, target_rules
 from builder.oci.registry import Registry, RemoteBlob, Stoppable, move_tag, push_image
 from builder.oci.store import LayerStore, attach
 from builder.parallel import in_background
@@ -62,7 +62,7 @@ def push_images(services: Services, plan: Plan, recipe: Recipe, context: Path) -
     parts = [recipe.for_platform(step.platform) for step in steps]
     target = _Target(services.registries, plan.reference.repository, services.wheels.store)
     bases = [_base(services.wheels, step) for step in steps]
-    shares = _shares(context, recipe, parts, profile_for(plan.target).most_layer_bytes)
+    shares = _shares(context, recipe, parts, target_rules(plan.target).most_layer_bytes)
     # Platforms have all or most of them in common.
     each = list(dict.fromkeys(files for share in shares for files in share))
     tasks: list[Callable[[], list[Addition]]] = [
@@ -350,8 +350,8 @@ def _finished(
 
 def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
     """Refuse images that break the target's rules, and a plan of which no image could keep them."""
-    check(
-        profile_for(plan.target),
+    check_target(
+        target_rules(plan.target),
         reference=plan.reference,
         platforms=[step.platform for step in plan.platforms],
         images=[(image.platform, from_bytes(image.config), image.layers) for image in images],

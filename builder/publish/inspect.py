@@ -13,7 +13,7 @@ from builder.log import get_logger
 from builder.models.context import Described, listing_digest
 from builder.models.version import Artifact, Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.oci.base_image import published as read_published
-from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published, check, profile_for
+from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published, check_target, target_rules
 from builder.plan import Plan, decide
 from builder.reference import Reference
 from builder.settings import Settings
@@ -76,8 +76,8 @@ def survey(
     )
     if decision.action in {"publish", "extend"}:
         # What can be told before anything is made; push looks at the images, too.
-        check(
-            profile_for(settings.target),
+        check_target(
+            target_rules(settings.target),
             reference=reference,
             platforms=[step.platform for step in decision.platforms],
             images=(),

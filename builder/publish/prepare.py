@@ -16,8 +16,8 @@ from builder.masking import one_line
 from builder.model_folder import MLMODEL, check_served, loader_of, needs_java, read_description, repaired
 from builder.models.context import find_model_folder, listing_digest, names_modules
 from builder.models.version import Artifact, Inputs, ModelVersion, template_variables
-from builder.oci.base_image import base_image, resolve_base
-from builder.oci.manifest import ARTIFACTS_DIGEST, Published, profile_for
+from builder.oci.base_image import base_image, find_image
+from builder.oci.manifest import ARTIFACTS_DIGEST, Published, target_rules
 from builder.plan import Base, Build, Plan, Step
 from builder.publish.inspect import Prepared
 from builder.reference import Platform, Reference
@@ -159,7 +159,7 @@ def _with_environments(
         _methods_log.warning(
             "an engine builds this platform", platform=str(platform), engine=engine.name, why=error.what
         )
-    check_files(found.recipe, needed, profile_for(plan.target).most_layer_bytes)
+    check_files(found.recipe, needed, target_rules(plan.target).most_layer_bytes)
     for note in sorted({note for notes in found.notes.values() for note in notes}):
         _methods_log.info(note)
     later = tuple(f"{path} is read when it is downloaded: what it names may add packages" for path in unread)
@@ -240,7 +240,7 @@ def _base(services: Services, name: str | None, platform: Platform) -> Base | No
         return None
     try:
         reference = Reference.parse(name)
-        found = resolve_base(services.bases.for_host(reference.repository.host), reference, platform)
+        found = find_image(services.bases.for_host(reference.repository.host), reference, platform)
     except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
         # The engine may still reach it, with a credential of its own.
         _methods_log.warning("the base image could not be looked up", base=name, error=error.one_line())

@@ -46,7 +46,7 @@ def venv_layer(interpreter: str, python: str) -> tuple[Layer, BytesBlob]:
         python: its version, `3.11`.
     """
     config = f"home = {dirname(interpreter)}\ninclude-system-site-packages = false\nversion = {python}\n".encode()
-    writer = LayerWriter()
+    writer = LayerWriter(compresses=False)
     chunks = [
         *writer.symlink(f"{ENVIRONMENT}/bin/python", interpreter),
         *writer.symlink(f"{ENVIRONMENT}/bin/python3", "python"),

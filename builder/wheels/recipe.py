@@ -24,7 +24,7 @@ from builder.oci.layer import Layer
 from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.oci.registry import Registry
 from builder.oci.rootfs import BaseFacts, inspect_base
-from builder.oci.store import LayerStore, Text
+from builder.oci.store import LayerStore, SmallArtifact
 from builder.package_index.client import IndexClient
 from builder.package_index.config import Indexes
 from builder.package_index.wheel_file import LockedWheel
@@ -104,7 +104,7 @@ class Recipe(BaseModel):
     requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
     context: str
-    unkept: tuple[Text, ...] = ()
+    unkept: tuple[SmallArtifact, ...] = ()
 
     def within(self, context: Path) -> Recipe:
         """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""

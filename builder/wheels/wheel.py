@@ -22,6 +22,7 @@ from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
 from builder.errors import InvalidVersion
+from builder.oci.layer import zlib_identity
 from builder.wheels.bytecode import Compiler, CompilerDied
 from builder.wheels.zip import LONGEST_NAME, MOST_MEMBERS, Archive, BadArchive, Member, check_path, refuse
 
@@ -305,7 +306,7 @@ def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str
 
 # Part of the key of every layer: a change of what a layer holds, of a byte of how, or of what is noted of it, is a new
 # layout.
-LAYOUT = 2
+LAYOUT = 3
 
 
 class InvalidWheel(InvalidVersion):
@@ -374,7 +375,7 @@ def layer_key(wheel_hash: str, *, python: str, bytecode: Compiler | None = None)
         python: the model's Python: `3.11`.
         bytecode: the compiler of the bytecode in it; None for a layer without.
     """
-    return f"{wheel_hash}-l{LAYOUT}-{bytecode.identity if bytecode else f'py{python}'}"
+    return f"{wheel_hash}-l{LAYOUT}-z{zlib_identity()}-{bytecode.identity if bytecode else f'py{python}'}"
 
 
 @contextlib.contextmanager

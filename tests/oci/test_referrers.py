@@ -110,4 +110,4 @@ def test_a_registry_that_takes_no_artifacts_costs_a_warning(server, repository, 
     with forwarding(server.host, rule) as proxy, Registries() as registries:
         there = Repository(proxy.host, repository.path)
         assert attach(registries.for_host(proxy.host), there, subject, b"x", kind=KIND, title="pylock.toml") is None
-    assert "does not keep a referrer" in caplog.text
+    assert "does not accept a referrer" in caplog.text

@@ -19,7 +19,7 @@ from builder.clients import Registries
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
 from builder.http import RetryPolicy, retry_after
 from builder.oci.authn import Credential, Credentials
-from builder.oci.base_image import published, resolve_base
+from builder.oci.base_image import find_image, published
 from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import index
@@ -270,7 +270,7 @@ def test_a_base_that_is_no_image_is_said_so(fake, registry, repository) -> None:
     content = json.dumps({"schemaVersion": 2, "config": chart, "layers": []}).encode()
     fake.answers = [Reply(200, {"Content-Type": OCI_MANIFEST}, content), Reply(200, content=BLOB.content)]
     with pytest.raises(InvalidVersion, match="is not an image"):
-        resolve_base(registry, repository.tag("v1"), Platform("linux", "amd64"))
+        find_image(registry, repository.tag("v1"), Platform("linux", "amd64"))
 
 
 def test_an_index_without_its_image_is_no_base(fake, registry, repository) -> None:
@@ -278,7 +278,7 @@ def test_an_index_without_its_image_is_no_base(fake, registry, repository) -> No
     content = index([Descriptor.of(b"{}", OCI_MANIFEST, platform)], annotations={})
     fake.answers = [Reply(200, {"Content-Type": OCI_INDEX}, content), Reply.error(404, "MANIFEST_UNKNOWN")]
     with pytest.raises(ServiceUnavailable, match="without its image for linux/amd64"):
-        resolve_base(registry, repository.tag("v1"), platform)
+        find_image(registry, repository.tag("v1"), platform)
 
 
 @pytest.mark.parametrize(("wanted", "found"), [("v7", True), ("v6", True), ("v5", False)])
@@ -287,7 +287,7 @@ def test_an_older_arm_runs_on_a_newer_one(fake, registry, repository, wanted: st
     manifest = json.dumps({"schemaVersion": 2, "config": Descriptor.of(config, OCI_CONFIG).to_json()}).encode()
     fake.answers = [Reply(200, {"Content-Type": OCI_MANIFEST}, manifest), Reply(200, content=config)]
     with contextlib.nullcontext() if found else pytest.raises(InvalidVersion, match="it has linux/arm/v6"):
-        assert resolve_base(registry, repository.tag("v1"), Platform("linux", "arm", wanted))
+        assert find_image(registry, repository.tag("v1"), Platform("linux", "arm", wanted))
 
 
 # -- blobs that are streamed

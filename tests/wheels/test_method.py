@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion
-from builder.oci.manifest import _PROFILES, FOUNDRY
+from builder.oci.manifest import _TARGETS, FOUNDRY
 from builder.publish import plan as preview
 from builder.publish import publish
 from scripts.launch import clean_environ
@@ -421,7 +421,7 @@ def test_a_shard_that_changes_is_sent_alone(small, small_settings, registry, mlf
 
 def test_a_file_that_no_layer_may_hold_is_refused_before_it_is_downloaded(small, small_settings, monkeypatch):
     rules = dataclasses.replace(FOUNDRY, most_layer_bytes=700_000)
-    monkeypatch.setitem(_PROFILES, "pltr_foundry", rules)
+    monkeypatch.setitem(_TARGETS, "pltr_foundry", rules)
     monkeypatch.setattr("builder.publish.write_context", lambda *_, **__: pytest.fail("it is downloaded"))
     model = small(files={"mymodel/large.bin": os.urandom(700_000)})
     with pytest.raises(InvalidVersion, match=r"'app/mymodel/large.bin' of 700000 bytes .* 700000 bytes.*shards"):
