@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import httpx
+import httpx2
 
 from builder import __version__
 from builder.errors import InvalidSettings
@@ -28,8 +28,8 @@ from builder.oci.transport import Transport
 from builder.settings import CommonSettings, Settings
 from builder.smoke import SmokeTests
 
-_TIMEOUT = httpx.Timeout(60, connect=15)
-_LIMITS = httpx.Limits(max_connections=32, max_keepalive_connections=16, keepalive_expiry=30)
+_TIMEOUT = httpx2.Timeout(60, connect=15)
+_LIMITS = httpx2.Limits(max_connections=32, max_keepalive_connections=16, keepalive_expiry=30)
 
 
 class Registries:
@@ -60,10 +60,10 @@ class Registries:
         self._policy = policy or RetryPolicy()
         self._lock = threading.Lock()
         self._registries: dict[str, Registry] = {}
-        for name in ("httpx", "httpcore"):
+        for name in ("httpx2", "httpcore2"):
             # They log whole URLs, and that of a redirect may be signed.
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = httpx.Client(
+        self._client = httpx2.Client(
             transport=_Routes(_context(ca_bundle), dict(proxies or {})),
             trust_env=False,
             follow_redirects=False,
@@ -126,19 +126,19 @@ class Registries:
         self.close()
 
 
-class _Routes(httpx.BaseTransport):
+class _Routes(httpx2.BaseTransport):
     """Sends each request directly, or through the proxy that the settings name for its host."""
 
     def __init__(self, context: ssl.SSLContext, proxies: Mapping[str, str]) -> None:
         self._proxies = proxies
-        self._direct = httpx.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS)
-        self._through: dict[str, httpx.HTTPTransport] = {}
+        self._direct = httpx2.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS)
+        self._through: dict[str, httpx2.HTTPTransport] = {}
         for name in ("HTTP_PROXY", "HTTPS_PROXY"):
             address = proxies.get(name, "")
             if address and address not in self._through:
                 self._through[address] = _through(name, address, context)
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
         port = url.port or (443 if url.scheme == "https" else 80)
         proxy = proxy_for(url.scheme, url.host, port, self._proxies)
@@ -149,21 +149,21 @@ class _Routes(httpx.BaseTransport):
             transport.close()
 
 
-def _through(name: str, address: str, context: ssl.SSLContext) -> httpx.HTTPTransport:
+def _through(name: str, address: str, context: ssl.SSLContext) -> httpx2.HTTPTransport:
     try:
         proxy = _proxy(address, context)
-    except (ValueError, httpx.InvalidURL):
+    except (ValueError, httpx2.InvalidURL):
         # The address may hold a password, so neither it nor the cause is shown.
         message = f"{name} is not the address of a proxy that can be used."
         raise InvalidSettings(message, remedy="It is a URL such as http://proxy.example.com:3128.") from None
-    return httpx.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS, proxy=proxy)
+    return httpx2.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS, proxy=proxy)
 
 
-def _proxy(address: str, context: ssl.SSLContext) -> httpx.Proxy:
-    url = httpx.URL(address if "://" in address else f"http://{address}")
+def _proxy(address: str, context: ssl.SSLContext) -> httpx2.Proxy:
+    url = httpx2.URL(address if "://" in address else f"http://{address}")
     if url.scheme not in {"http", "https"} or not re.fullmatch(r"[A-Za-z0-9._:-]+", url.host):
         raise ValueError
-    return httpx.Proxy(url, ssl_context=context if url.scheme == "https" else None)
+    return httpx2.Proxy(url, ssl_context=context if url.scheme == "https" else None)
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlencode
 
-import httpx
+import httpx2
 
 from builder.errors import InvalidSettings, PermissionRefused, ServiceUnavailable
 from builder.http import DOCKER_HUB, DOCKER_HUB_KEY, canonical
@@ -237,7 +237,7 @@ _MARGIN = 10.0
 _LONGEST = 3600.0
 
 # Sends a request to a token server, with retries, and never follows a redirect.
-Send = Callable[[httpx.Request], Answer]
+Send = Callable[[httpx2.Request], Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,7 @@ class Authorizer:
         host: str,
         *,
         credential: Callable[[], Credential | None],
-        may_ask: Callable[[httpx.URL], bool],
+        may_ask: Callable[[httpx2.URL], bool],
         send: Send,
     ) -> None:
         self._host = host
@@ -364,7 +364,7 @@ class Authorizer:
         # A token server says 400 for a refresh token that is no longer good (RFC 6749, section 5.2).
         if answer.status in {400, 401, 403}:
             raise self._refused(server, answer)
-        if answer.status != httpx.codes.OK:
+        if answer.status != httpx2.codes.OK:
             raise refusal(server, answer)
         try:
             content = from_bytes(answer.content)
@@ -382,7 +382,7 @@ class Authorizer:
         seconds = float(min(lifetime, _LONGEST)) if isinstance(lifetime, int | float) and lifetime > 0 else _LIFETIME
         return _Token(value, asked + max(seconds - _MARGIN, seconds / 2))
 
-    def _request(self, challenge: Challenge, scopes: list[str]) -> httpx.Request:
+    def _request(self, challenge: Challenge, scopes: list[str]) -> httpx2.Request:
         realm = self._realm(challenge)
         parameters = [(name, challenge.parameters[name]) for name in ("service",) if name in challenge.parameters]
         credential = self._credential
@@ -394,16 +394,16 @@ class Authorizer:
                 "scope": " ".join(scopes),
                 "refresh_token": credential.identity_token,
             }
-            return httpx.Request("POST", realm, data=form)
+            return httpx2.Request("POST", realm, data=form)
         headers = {"Authorization": credential.basic} if credential else {}
         query = urlencode([*parameters, *(("scope", each) for each in scopes)])
         joined = "&".join(part for part in (realm.query.decode(), query) if part)
-        return httpx.Request("GET", realm.copy_with(query=joined.encode()), headers=headers)
+        return httpx2.Request("GET", realm.copy_with(query=joined.encode()), headers=headers)
 
-    def _realm(self, challenge: Challenge) -> httpx.URL:
+    def _realm(self, challenge: Challenge) -> httpx2.URL:
         try:
-            realm = httpx.URL(challenge.parameters.get("realm", ""))
-        except httpx.InvalidURL as error:
+            realm = httpx2.URL(challenge.parameters.get("realm", ""))
+        except httpx2.InvalidURL as error:
             message = f"Registry {self._host} names a token server by an address that is none."
             raise ServiceUnavailable(message, remedy="Ask whoever runs it.") from error
         if not self._may_ask(realm):

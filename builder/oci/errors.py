@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
-import httpx
+import httpx2
 
 from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable
 from builder.masking import masked, one_line
@@ -33,9 +33,9 @@ class Answer:
     """
 
     status: int
-    headers: httpx.Headers = field(repr=False)
+    headers: httpx2.Headers = field(repr=False)
     content: bytes = field(repr=False)
-    url: httpx.URL = field(repr=False)
+    url: httpx2.URL = field(repr=False)
     method: str
 
     @property

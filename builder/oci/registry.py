@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 
-import httpx
+import httpx2
 
 from builder.errors import BuilderError, BuildFailed, PermissionRefused, TryAgain
 from builder.log import get_logger, moved
@@ -249,13 +249,13 @@ class Registry:
 
         self._transport.retried(f"Opening an upload to {repository}", check)
 
-    def _started(self, repository: Repository, until: float) -> httpx.URL:
+    def _started(self, repository: Repository, until: float) -> httpx2.URL:
         """Return the URL of a new upload."""
         path, scopes = self._path(repository, "blobs/uploads/"), _push(repository)
         answer = self._transport.send("POST", path, until=until, scopes=scopes, body=BytesBlob(b""))
         return self._upload(repository, answer)
 
-    def _begin(self, repository: Repository, until: float, digest: Digest, source: Repository) -> httpx.URL | None:
+    def _begin(self, repository: Repository, until: float, digest: Digest, source: Repository) -> httpx2.URL | None:
         """Return None where the registry mounted a blob, and else the URL of the upload that it opened instead."""
         path = self._path(repository, f"blobs/uploads/?mount={digest}&from={source.path}")
         scopes = _push(repository) | _pull(source)
@@ -270,7 +270,7 @@ class Registry:
             return self._started(repository, until)
         return self._upload(repository, answer)
 
-    def _upload(self, repository: Repository, answer: Answer) -> httpx.URL:
+    def _upload(self, repository: Repository, answer: Answer) -> httpx2.URL:
         what = f"Opening an upload to {repository}"
         if answer.status != HTTPStatus.ACCEPTED or answer.is_page:
             raise self._refusal(what, answer, repository)
@@ -278,7 +278,7 @@ class Registry:
             raise unexpected(what, "without the place to upload to")
         return self._transport.location(answer)
 
-    def _put(self, what: str, repository: Repository, blob: Blob, upload: httpx.URL, until: float) -> None:
+    def _put(self, what: str, repository: Repository, blob: Blob, upload: httpx2.URL, until: float) -> None:
         # Joined by hand: the registry's own query may be signed, and must stay as it is.
         joined = f"{upload}{'&' if upload.query else '?'}digest=sha256%3A{blob.digest.hex}"
         answer = self._transport.send("PUT", joined, until=until, scopes=_push(repository), headers=_BINARY, body=blob)
@@ -287,7 +287,7 @@ class Registry:
             raise self._refusal(what, answer)
         _check_digest(what, answer, blob.digest)
 
-    def _cancel(self, repository: Repository, upload: httpx.URL, until: float) -> None:
+    def _cancel(self, repository: Repository, upload: httpx2.URL, until: float) -> None:
         """Tell the registry that an upload will not be finished; it forgets it sooner or later anyway."""
         try:
             self._transport.send("DELETE", upload, until=until, scopes=_push(repository))

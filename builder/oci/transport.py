@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
 
-import httpx
+import httpx2
 
 from builder.errors import BuilderError, InvalidSettings, ServiceUnavailable, cause_of
 from builder.http import Retry, RetryPolicy, api_host, is_loopback, is_named, passes, retried
@@ -33,7 +33,7 @@ class Body:
         until: when it has to be over, as of `time.monotonic`.
     """
 
-    def __init__(self, response: httpx.Response, until: float) -> None:
+    def __init__(self, response: httpx2.Response, until: float) -> None:
         self._response, self._until = response, until
 
     def __iter__(self) -> Iterator[bytes]:
@@ -54,10 +54,10 @@ class Body:
         self._response.close()
 
 
-class _Timed(httpx.SyncByteStream):
+class _Timed(httpx2.SyncByteStream):
     """A request's body that ends when the time is over."""
 
-    def __init__(self, stream: httpx.SyncByteStream, name: str, until: float) -> None:
+    def __init__(self, stream: httpx2.SyncByteStream, name: str, until: float) -> None:
         self._stream, self._name, self._until = stream, name, until
 
     def __iter__(self) -> Iterator[bytes]:
@@ -66,7 +66,7 @@ class _Timed(httpx.SyncByteStream):
             yield chunk
 
 
-def sent(client: httpx.Client, request: httpx.Request, until: float) -> httpx.Response:
+def sent(client: httpx2.Client, request: httpx2.Request, until: float) -> httpx2.Response:
     """Return the response to a request, its body not read yet.
 
     Args:
@@ -79,13 +79,13 @@ def sent(client: httpx.Client, request: httpx.Request, until: float) -> httpx.Re
         BuilderError: TLS cannot be made.
     """
     name = _host(request)
-    if not isinstance(request.stream, httpx.ByteStream) and isinstance(request.stream, httpx.SyncByteStream):
+    if not isinstance(request.stream, httpx2.ByteStream) and isinstance(request.stream, httpx2.SyncByteStream):
         request.stream = _Timed(request.stream, name, until)
     with _ours(name):
         return client.send(request, stream=True)
 
 
-def _host(request: httpx.Request) -> str:
+def _host(request: httpx2.Request) -> str:
     return request.url.netloc.decode("ascii", "replace")
 
 
@@ -94,13 +94,13 @@ def _ours(name: str, *, answered: bool = False) -> Iterator[None]:
     """Turn what fails on the way to or from the host `name`, before or after its answer began, into errors of ours."""
     try:
         yield
-    except httpx.TransportError as error:
+    except httpx2.TransportError as error:
         raise failure(name, error, answered=answered) from error
-    except (httpx.InvalidURL, httpx.DecodingError) as error:
+    except (httpx2.InvalidURL, httpx2.DecodingError) as error:
         raise unexpected(request_to(name), "in a form that HTTP does not have") from error
 
 
-def whole_answer(response: httpx.Response, until: float, limit: int) -> Answer:
+def whole_answer(response: httpx2.Response, until: float, limit: int) -> Answer:
     """Return a response with its body.
 
     Args:
@@ -121,7 +121,7 @@ def whole_answer(response: httpx.Response, until: float, limit: int) -> Answer:
     return answer
 
 
-def answer_of(response: httpx.Response, content: bytes) -> Answer:
+def answer_of(response: httpx2.Response, content: bytes) -> Answer:
     """Return a response whose body is `content`, as far as it was read."""
     return Answer(
         status=response.status_code,
@@ -132,7 +132,7 @@ def answer_of(response: httpx.Response, content: bytes) -> Answer:
     )
 
 
-def _bounded(response: httpx.Response, name: str, until: float, limit: int) -> Iterator[bytes]:
+def _bounded(response: httpx2.Response, name: str, until: float, limit: int) -> Iterator[bytes]:
     size = 0
     for chunk in response.iter_bytes():
         size += len(chunk)
@@ -153,7 +153,7 @@ def _in_time(name: str, until: float) -> None:
         raise ServiceUnavailable(message, remedy="See to the network, or try again later.")
 
 
-def failure(name: str, error: httpx.TransportError, *, answered: bool = False) -> Exception:
+def failure(name: str, error: httpx2.TransportError, *, answered: bool = False) -> Exception:
     """Return what a request that had no answer raises, or, where it had, one that broke off."""
     certificate = cause_of(error, ssl.SSLCertVerificationError)
     if certificate:
@@ -171,7 +171,7 @@ def failure(name: str, error: httpx.TransportError, *, answered: bool = False) -
             f"Registry {name} cannot be reached: {said}.",
             remedy="See that its name is right, that it runs, and that the network and proxy settings lead to it.",
         ),
-        unanswered=not answered and isinstance(error, httpx.ReadTimeout),
+        unanswered=not answered and isinstance(error, httpx2.ReadTimeout),
     )
 
 
@@ -264,7 +264,7 @@ _MOST_STEPS = 8
 _READ = frozenset({"GET", "HEAD"})
 _CONTENT = frozenset({HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT})
 # A registry may take its time over a large blob before it answers.
-_UPLOAD_TIMEOUT = httpx.Timeout(60, connect=15, read=300)
+_UPLOAD_TIMEOUT = httpx2.Timeout(60, connect=15, read=300)
 
 Result = TypeVar("Result")
 Origin = tuple[str, str, int | None]
@@ -285,7 +285,7 @@ class Transport:
         self,
         host: str,
         *,
-        client: httpx.Client,
+        client: httpx2.Client,
         credentials: Credentials,
         insecure: frozenset[str] = frozenset(),
         policy: RetryPolicy,
@@ -295,7 +295,7 @@ class Transport:
         self._insecure = insecure
         self._policy = policy
         self._lock = threading.Lock()
-        self._base: httpx.URL | None = None
+        self._base: httpx2.URL | None = None
         self._authorizer = Authorizer(
             host,
             credential=lambda: credentials.for_host(host),
@@ -329,7 +329,7 @@ class Transport:
     def send(
         self,
         method: str,
-        where: str | httpx.URL,
+        where: str | httpx2.URL,
         *,
         until: float,
         scopes: frozenset[str] = frozenset(),
@@ -355,7 +355,7 @@ class Transport:
             BuilderError: it failed for good: a certificate, a token server, an answer that is too large.
         """
 
-        def exchange(url: httpx.URL, authorization: str | None) -> Answer:
+        def exchange(url: httpx2.URL, authorization: str | None) -> Answer:
             return self._exchange(self._request(method, url, headers, authorization, body), until, limit)
 
         return self._answered(method, where, scopes, exchange)
@@ -375,7 +375,7 @@ class Transport:
         """
         body: Body | None = None
 
-        def exchange(url: httpx.URL, authorization: str | None) -> Answer:
+        def exchange(url: httpx2.URL, authorization: str | None) -> Answer:
             nonlocal body
             request = self._request("GET", url, headers, authorization, None)
             response = sent(self._client, request, until)
@@ -389,9 +389,9 @@ class Transport:
     def _answered(
         self,
         method: str,
-        where: str | httpx.URL,
+        where: str | httpx2.URL,
         scopes: frozenset[str],
-        exchange: Callable[[httpx.URL, str | None], Answer],
+        exchange: Callable[[httpx2.URL, str | None], Answer],
     ) -> Answer:
         """Return the last answer that `exchange`, given a URL and an authorization, has on the way there."""
         base = self._origin()
@@ -416,7 +416,7 @@ class Transport:
                 return answer
         raise unexpected(request_to(self.host), "with too many redirects")
 
-    def location(self, answer: Answer) -> httpx.URL:
+    def location(self, answer: Answer) -> httpx2.URL:
         """Return the URL that an answer's Location header names: perhaps relative, perhaps at another host.
 
         Raises:
@@ -424,10 +424,10 @@ class Transport:
         """
         return self._joined(answer.url, answer.headers.get("Location", ""))
 
-    def _joined(self, base: httpx.URL, where: str | httpx.URL) -> httpx.URL:
+    def _joined(self, base: httpx2.URL, where: str | httpx2.URL) -> httpx2.URL:
         try:
             url = base.join(where) if where else None
-        except (httpx.InvalidURL, ValueError):
+        except (httpx2.InvalidURL, ValueError):
             url = None
         if url is None or not self._allowed(url):
             name = url.host if url else "an address that is none"
@@ -439,7 +439,7 @@ class Transport:
             )
         return url
 
-    def _allowed(self, url: httpx.URL) -> bool:
+    def _allowed(self, url: httpx2.URL) -> bool:
         """Return whether a registry may lead to `url`: HTTPS, or, from plain HTTP, plain HTTP to a host that may."""
         if not url.host or url.userinfo:
             return False
@@ -452,11 +452,11 @@ class Transport:
     def _request(
         self,
         method: str,
-        url: httpx.URL,
+        url: httpx2.URL,
         headers: Mapping[str, str] | None,
         authorization: str | None,
         body: Blob | None,
-    ) -> httpx.Request:
+    ) -> httpx2.Request:
         fields = {"Accept-Encoding": "identity", **(headers or {})}
         if authorization:
             fields["Authorization"] = authorization
@@ -466,10 +466,10 @@ class Transport:
         content = body.content if isinstance(body, BytesBlob) else verified(body)
         return self._client.build_request(method, url, headers=fields, content=content, timeout=_UPLOAD_TIMEOUT)
 
-    def _exchange(self, request: httpx.Request, until: float, limit: int) -> Answer:
+    def _exchange(self, request: httpx2.Request, until: float, limit: int) -> Answer:
         return whole_answer(sent(self._client, request, until), until, limit)
 
-    def _origin(self) -> httpx.URL:
+    def _origin(self) -> httpx2.URL:
         """Return the registry's base URL; whether this machine's own speak TLS is found out once."""
         with self._lock:
             if self._base is None:
@@ -481,8 +481,8 @@ class Transport:
                 else:
                     scheme = "https"
                 try:
-                    self._base = httpx.URL(f"{scheme}://{host}/")
-                except httpx.InvalidURL as error:
+                    self._base = httpx2.URL(f"{scheme}://{host}/")
+                except httpx2.InvalidURL as error:
                     message = f"{host!r} is not a registry's host."
                     raise InvalidSettings(message, remedy="A host is a name and perhaps a port.") from error
             return self._base
@@ -494,14 +494,14 @@ class Transport:
                 # What servers answer to plain HTTP at a TLS port.
                 if response.status_code != HTTPStatus.BAD_REQUEST:
                     return "http"
-        except (httpx.RemoteProtocolError, httpx.ReadError):
+        except (httpx2.RemoteProtocolError, httpx2.ReadError):
             pass
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise failure(host, error) from error
         try:
             with self._client.stream("GET", f"https://{host}/v2/"):
                 return "https"
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             return "https" if cause_of(error, ssl.SSLCertVerificationError) else "http"
 
 
@@ -511,5 +511,5 @@ def _followed(method: str, answer: Answer) -> bool:
     return method in _READ or answer.status in _KEEPING
 
 
-def _origin(url: httpx.URL) -> Origin:
+def _origin(url: httpx2.URL) -> Origin:
     return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-import httpx
+import httpx2
 from packaging.utils import canonicalize_name, parse_sdist_filename
 from packaging.version import Version
 
@@ -174,8 +174,8 @@ def of_project(files: tuple[IndexFile, ...], project: str) -> tuple[IndexFile, .
 
 
 ABSENT = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
-_TIMEOUT = httpx.Timeout(60, connect=15)
-_LIMITS = httpx.Limits(max_connections=24, max_keepalive_connections=24, keepalive_expiry=30)
+_TIMEOUT = httpx2.Timeout(60, connect=15)
+_LIMITS = httpx2.Limits(max_connections=24, max_keepalive_connections=24, keepalive_expiry=30)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_STEPS = 6
 _REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
@@ -191,10 +191,10 @@ class Session:
 
     def __init__(self, indexes: Indexes) -> None:
         self._indexes = indexes
-        for name in ("httpx", "httpcore"):
+        for name in ("httpx2", "httpcore2"):
             # They log whole URLs, and that of a redirect may be signed.
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = httpx.Client(
+        self._client = httpx2.Client(
             transport=_Routes(indexes),
             trust_env=False,
             follow_redirects=False,
@@ -207,7 +207,7 @@ class Session:
         self._client.close()
 
     @contextmanager
-    def answer(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+    def answer(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         """Yield the answer to a GET after redirects; the credential goes to its own origin and nowhere else.
 
         Where the first address is not at an origin of the settings, a redirect to another origin gets none at all: its
@@ -221,13 +221,13 @@ class Session:
         for _ in range(_MOST_STEPS):
             self._indexes.check(url)
             credential = self._indexes.credential(url) if own or origin_of(url) == begun else None
-            auth = httpx.BasicAuth(*credential) if credential else None
+            auth = httpx2.BasicAuth(*credential) if credential else None
             try:
                 request = self._client.build_request("GET", url, headers=dict(headers))
                 response = self._client.send(request, stream=True, auth=auth)
-            except httpx.TransportError as error:
-                raise _failure(url, error, unanswered=isinstance(error, httpx.ReadTimeout)) from error
-            except (httpx.InvalidURL, ValueError) as error:
+            except httpx2.TransportError as error:
+                raise _failure(url, error, unanswered=isinstance(error, httpx2.ReadTimeout)) from error
+            except (httpx2.InvalidURL, ValueError) as error:
                 raise strange(url, "with an address that is none") from error
             try:
                 if response.status_code not in _REDIRECTS or "Location" not in response.headers:
@@ -261,25 +261,25 @@ class Later(Retry):
         return self._seconds
 
 
-class _Routes(httpx.BaseTransport):
+class _Routes(httpx2.BaseTransport):
     """Sends each request directly, or through the proxy that the settings name for its host."""
 
     def __init__(self, indexes: Indexes) -> None:
         self._indexes = indexes
         self._lock = threading.Lock()
-        self._transports: dict[tuple[str, bool], httpx.HTTPTransport] = {}
+        self._transports: dict[tuple[str, bool], httpx2.HTTPTransport] = {}
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
         port = url.port or (443 if url.scheme == "https" else 80)
         proxy = proxy_for(url.scheme, url.host, port, self._indexes.proxies)
         return self._through(proxy, self._indexes.trusts(url.netloc.decode("ascii", "replace"))).handle_request(request)
 
-    def _through(self, proxy: str, trusted: bool) -> httpx.HTTPTransport:
+    def _through(self, proxy: str, trusted: bool) -> httpx2.HTTPTransport:
         with self._lock:
             if (proxy, trusted) not in self._transports:
                 context = _context(self._indexes.ca_bundle, trusted)
-                self._transports[proxy, trusted] = httpx.HTTPTransport(
+                self._transports[proxy, trusted] = httpx2.HTTPTransport(
                     verify=context, trust_env=False, limits=_LIMITS, proxy=_proxy(proxy) if proxy else None
                 )
             return self._transports[proxy, trusted]
@@ -289,10 +289,10 @@ class _Routes(httpx.BaseTransport):
             transport.close()
 
 
-def _proxy(address: str) -> httpx.Proxy:
+def _proxy(address: str) -> httpx2.Proxy:
     try:
-        return httpx.Proxy(address if "://" in address else f"http://{address}")
-    except (ValueError, httpx.InvalidURL):
+        return httpx2.Proxy(address if "://" in address else f"http://{address}")
+    except (ValueError, httpx2.InvalidURL):
         # The address may hold a password, so neither it nor the cause is shown.
         message = "HTTP_PROXY or HTTPS_PROXY is not the address of a proxy that can be used."
         raise InvalidSettings(message, remedy="It is a URL such as http://proxy.example.com:3128.") from None
@@ -310,7 +310,7 @@ def _context(bundle: Path | None, trusted: bool) -> ssl.SSLContext:
     return context
 
 
-def chunks(url: str, answer: httpx.Response, *, decoded: bool = False) -> Iterator[bytes]:
+def chunks(url: str, answer: httpx2.Response, *, decoded: bool = False) -> Iterator[bytes]:
     """Yield an answer's body, as it came or unpacked.
 
     Raises:
@@ -319,13 +319,13 @@ def chunks(url: str, answer: httpx.Response, *, decoded: bool = False) -> Iterat
     """
     try:
         yield from answer.iter_bytes(_CHUNK) if decoded else answer.iter_raw(_CHUNK)
-    except httpx.TransportError as error:
+    except httpx2.TransportError as error:
         raise _failure(url, error) from error
-    except httpx.DecodingError as error:
+    except httpx2.DecodingError as error:
         raise strange(url, "with a body that does not unpack") from error
 
 
-def check(url: str, answer: httpx.Response, what: str) -> None:
+def check(url: str, answer: httpx2.Response, what: str) -> None:
     """Raise what a status means that is not success.
 
     Args:
@@ -349,7 +349,7 @@ def check(url: str, answer: httpx.Response, what: str) -> None:
         raise strange(url, f"with HTTP {status} for {what}")
 
 
-def _failure(url: str, error: httpx.TransportError, *, unanswered: bool = False) -> Exception:
+def _failure(url: str, error: httpx2.TransportError, *, unanswered: bool = False) -> Exception:
     certificate = cause_of(error, ssl.SSLCertVerificationError)
     if certificate:
         why = one_line(certificate.verify_message, 200)
@@ -626,7 +626,7 @@ def _on_disk(filename: str) -> Iterator[None]:
         raise TryAgain(message, remedy="Free space in the temporary folder, or name a larger one in TMPDIR.") from error
 
 
-def _continues(answer: httpx.Response, begun: int) -> bool:
+def _continues(answer: httpx2.Response, begun: int) -> bool:
     return str(answer.headers.get("Content-Range", "")).replace(" ", "").startswith(f"bytes{begun}-")
 
 
