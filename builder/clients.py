@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import re
-import ssl
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import httpx2
-
-from builder import __version__
-from builder.errors import InvalidSettings
-from builder.http import RetryPolicy, proxy_for
+from builder.http import Client, RetryPolicy
 from builder.models.catalog import MlflowCatalog
 from builder.models.version import Catalog
 from builder.oci.authn import Credential, Credentials
 from builder.oci.registry import Registry
-from builder.oci.transport import Transport
+from builder.oci.transport import REGISTRY, Transport
 from builder.settings import CommonSettings, Settings
 from builder.smoke import SmokeTests
-
-_TIMEOUT = httpx2.Timeout(60, connect=15)
-_LIMITS = httpx2.Limits(max_connections=32, max_keepalive_connections=16, keepalive_expiry=30)
 
 
 class Registries:
     """Gives the client of a registry; a context manager that closes their connections. For several threads.
 
     Args:
-        credentials: asked when a registry asks.
+        credentials: asked at a registry's first challenge.
         ca_bundle: file of the authorities to trust, in PEM; None for the system's.
         proxies: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, those that are set.
         insecure: hosts reached over plain HTTP, beside this machine's own.
-        policy: how long a registry is waited for.
+        policy: how often and how long a request is tried.
 
     Raises:
-        InvalidSettings: the bundle is none, or a proxy's address.
+        InvalidSettings: the bundle or the address of a proxy cannot be used.
     """
 
     def __init__(
@@ -60,17 +48,7 @@ class Registries:
         self._policy = policy or RetryPolicy()
         self._lock = threading.Lock()
         self._registries: dict[str, Registry] = {}
-        for name in ("httpx2", "httpcore2"):
-            # They log whole URLs, and that of a redirect may be signed.
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = httpx2.Client(
-            transport=_Routes(_context(ca_bundle), dict(proxies or {})),
-            trust_env=False,
-            follow_redirects=False,
-            timeout=_TIMEOUT,
-            headers={"User-Agent": f"model-image-builder/{__version__}"},
-        )
-        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._client = Client(REGISTRY, ca_bundle=ca_bundle, proxies=proxies)
 
     @classmethod
     def from_settings(
@@ -81,7 +59,7 @@ class Registries:
         Args:
             settings: those of a phase; only `Settings` name a registry credential.
             docker_config: folder of a Docker config.json, in place of DOCKER_CONFIG.
-            policy: how long a registry is waited for.
+            policy: how often and how long a request is tried.
         """
         explicit, credential = "", None
         if isinstance(settings, Settings):
@@ -126,63 +104,13 @@ class Registries:
         self.close()
 
 
-class _Routes(httpx2.BaseTransport):
-    """Sends each request directly, or through the proxy that the settings name for its host."""
-
-    def __init__(self, context: ssl.SSLContext, proxies: Mapping[str, str]) -> None:
-        self._proxies = proxies
-        self._direct = httpx2.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS)
-        self._through: dict[str, httpx2.HTTPTransport] = {}
-        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-            address = proxies.get(name, "")
-            if address and address not in self._through:
-                self._through[address] = _through(name, address, context)
-
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        url = request.url
-        port = url.port or (443 if url.scheme == "https" else 80)
-        proxy = proxy_for(url.scheme, url.host, port, self._proxies)
-        return self._through.get(proxy, self._direct).handle_request(request)
-
-    def close(self) -> None:
-        for transport in (self._direct, *self._through.values()):
-            transport.close()
-
-
-def _through(name: str, address: str, context: ssl.SSLContext) -> httpx2.HTTPTransport:
-    try:
-        proxy = _proxy(address, context)
-    except (ValueError, httpx2.InvalidURL):
-        # The address may hold a password, so neither it nor the cause is shown.
-        message = f"{name} is not the address of a proxy that can be used."
-        raise InvalidSettings(message, remedy="It is a URL such as http://proxy.example.com:3128.") from None
-    return httpx2.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS, proxy=proxy)
-
-
-def _proxy(address: str, context: ssl.SSLContext) -> httpx2.Proxy:
-    url = httpx2.URL(address if "://" in address else f"http://{address}")
-    if url.scheme not in {"http", "https"} or not re.fullmatch(r"[A-Za-z0-9._:-]+", url.host):
-        raise ValueError
-    return httpx2.Proxy(url, ssl_context=context if url.scheme == "https" else None)
-
-
-@functools.lru_cache(maxsize=4)
-def _context(bundle: Path | None) -> ssl.SSLContext:
-    """Return what connections trust; to read the authorities takes 30 ms, so it is done once."""
-    try:
-        return ssl.create_default_context(cafile=str(bundle) if bundle else None)
-    except (OSError, ssl.SSLError) as error:
-        message = f"SSL_CERT_FILE is {str(bundle)!r}, which holds no certificates that can be read."
-        raise InvalidSettings(message, remedy="It is a file of the authorities to trust, in PEM.") from error
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """The clients that everything here talks through.
 
     Attributes:
         catalog: the model registry.
-        registries: where images go, and what stands there.
+        registries: where images go, and what is there.
         bases: the registries of base images, which an engine may reach another way: they are not waited for.
         smoke_tests: runs images before their tags move.
     """

@@ -57,8 +57,7 @@ def silent():
 def soon(monkeypatch):
     """Let requests wait for tenths of a second, as often as they do else."""
     waits = httpx2.Timeout(0.3, connect=15)
-    monkeypatch.setattr("builder.clients._TIMEOUT", waits)
-    monkeypatch.setattr("builder.package_index.client._TIMEOUT", waits)
+    monkeypatch.setattr("builder.http._TIMEOUT", waits)
     monkeypatch.setattr("builder.wheels.uv.HTTP_SECONDS", 1)
     monkeypatch.setattr("builder.wheels.uv.HTTP_RETRIES", 0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")

@@ -13,12 +13,10 @@ import httpx2
 
 from builder.errors import BuilderError, BuildFailed, PermissionRefused, TryAgain
 from builder.log import get_logger, moved
-from builder.oci.authn import scope
 from builder.oci.descriptor import INDEXES, MANIFESTS, Around, Blob, BytesBlob, Counted, Descriptor, Malformed, verified
-from builder.oci.errors import Answer, refusal, unexpected
 from builder.oci.layout import LayoutImage
 from builder.oci.manifest import Image, media_type_of
-from builder.oci.transport import Download, Transport
+from builder.oci.transport import Answer, Transport, scope, unexpected
 from builder.parallel import in_background
 from builder.reference import Digest, Reference, Repository
 
@@ -115,15 +113,15 @@ class Registry:
             descriptor: names it.
         """
         what = _reading(repository, descriptor)
-        download = Download(
-            what=what,
-            transport=self._transport,
-            path=self._path(repository, f"blobs/{descriptor.digest}"),
-            scopes=_pull(repository),
-            refusal=lambda answer: self._refusal(what, answer),
-            digest=descriptor.digest,
-            size=descriptor.size,
-        )
+        path, scopes = self._path(repository, f"blobs/{descriptor.digest}"), _pull(repository)
+
+        def refusal(answer: Answer) -> BuilderError:
+            return self._refusal(what, answer)
+
+        def stream() -> Iterator[bytes]:
+            return self._transport.stream(what, path, scopes=scopes, size=descriptor.size, refusal=refusal)
+
+        download = _Download(descriptor.digest, descriptor.size, stream)
         try:
             yield from verified(download)
         except BuildFailed as error:
@@ -295,13 +293,28 @@ class Registry:
             _log.debug("an upload was not cancelled", repository=str(repository), why=type(error).__name__)
 
     def _refusal(self, what: str, answer: Answer, repository: Repository | None = None) -> BuilderError:
-        return refusal(what, answer, repository=str(repository or ""), credential=self._transport.has_credential)
+        return answer.error(what, repository=str(repository or ""), credential=self._transport.has_credential)
 
     def _path(self, repository: Repository, rest: str) -> str:
         if repository.host != self.host:
             message = f"{repository} is not at {self.host}"
             raise ValueError(message)
         return f"/v2/{repository.path}/{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Download:
+    """A `Blob` as a registry sends it, not checked yet.
+
+    Attributes:
+        digest: that the blob should have.
+        size: that it should have, bytes.
+        stream: yields its bytes from the beginning.
+    """
+
+    digest: Digest
+    size: int
+    stream: Callable[[], Iterator[bytes]] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
