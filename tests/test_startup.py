@@ -24,7 +24,6 @@ BUILDS = {
     "builder.wheels.requirements",
     "builder.wheels.install",
 }
-# `import httpx` brings rich and pygments, for a command of its own; see docs/decisions/0024-start-up.md.
 
 
 def modules(code: str, environ: dict[str, str] | None = None) -> set[str]:

@@ -22,7 +22,6 @@ from builder.oci.descriptor import (
     refuse,
     sequence,
 )
-from builder.oci.errors import unexpected
 from builder.oci.layer import Layer
 from builder.oci.manifest import (
     Image,
@@ -38,6 +37,7 @@ from builder.oci.manifest import (
     timestamp,
 )
 from builder.oci.registry import FetchedManifest, Registry
+from builder.oci.transport import unexpected
 from builder.reference import Digest, Platform, Reference, Repository
 
 _ARM = re.compile(r"v([0-9]{1,3})")

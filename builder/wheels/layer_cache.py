@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-import httpx
+import httpx2
 
 from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
 from builder.log import get_logger, moved, stage
@@ -262,7 +262,7 @@ class WheelLayers:
                 pass
         except ServiceUnavailable as error:
             # Read and wrong, or ended too early each time. Else the registry is away, which no layer could help.
-            if not cause_of(error, BuildFailed, httpx.RemoteProtocolError):
+            if not cause_of(error, BuildFailed, httpx2.RemoteProtocolError):
                 raise
             detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
             return Verdict(state="different", detail=detail)

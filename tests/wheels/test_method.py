@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion
@@ -58,12 +58,12 @@ def content(storage):
 
 def tags_below(registry, namespace):
     """Return the references of all tags below a namespace that name images; locks and facts are artifacts."""
-    repositories = httpx.get(f"{registry.url}/v2/_catalog?n=1000").json()["repositories"]
+    repositories = httpx2.get(f"{registry.url}/v2/_catalog?n=1000").json()["repositories"]
     return [
         f"{registry.host}/{repository}:{tag}"
         for repository in repositories
         if repository.startswith(f"{namespace}/")
-        for tag in httpx.get(f"{registry.url}/v2/{repository}/tags/list").json().get("tags") or ()
+        for tag in httpx2.get(f"{registry.url}/v2/{repository}/tags/list").json().get("tags") or ()
         if not tag.startswith(("lock-", "base-", "sha256-"))
     ]
 
@@ -153,8 +153,8 @@ def _platform_manifest(registry, base):
     path = base.partition("/")[2]
     name, _, tag = path.rpartition(":")
     accept = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"}
-    index = httpx.get(f"{registry.url}/v2/{name}/manifests/{tag}", headers=accept).json()
-    return httpx.get(f"{registry.url}/v2/{name}/manifests/{index['manifests'][0]['digest']}", headers=accept).json()
+    index = httpx2.get(f"{registry.url}/v2/{name}/manifests/{tag}", headers=accept).json()
+    return httpx2.get(f"{registry.url}/v2/{name}/manifests/{index['manifests'][0]['digest']}", headers=accept).json()
 
 
 # -- processes that end in the middle, or are two
