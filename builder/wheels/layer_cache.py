@@ -8,7 +8,7 @@ import platform
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -26,10 +26,9 @@ from builder.package_index.client import IndexClient
 from builder.package_index.wheel_file import LockedWheel
 from builder.parallel import side_by_side
 from builder.reference import Repository
-from builder.wheels.bytecode import Compiler
-from builder.wheels.install import GroupLayer, WheelLayer
+from builder.wheels.install import Compiler, GroupLayer, WheelLayer, layer_key
 from builder.wheels.shared_libraries import from_note
-from builder.wheels.wheel import InvalidWheel, layer_key, open_wheel
+from builder.wheels.wheel import InvalidWheel, open_wheel
 
 # Few, so that most wheels keep a layer of their own; more than one, so that a change does not make all of it again.
 _SHARED = 4
@@ -226,9 +225,8 @@ class WheelLayers:
             _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
             moved("wheels", more=size)
             moved("layers", more=len(missing))
-        compiler = self._one_each(len(missing))
         with stage("wheel layers"):
-            made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
+            made = dict(_together(lambda group: self._made(group, repository), missing, threads=_MAKING))
         return {**layers, **made}
 
     def verified(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Verdict]]:
@@ -240,17 +238,16 @@ class WheelLayers:
             BuilderError: an index or the registry cannot be had.
         """
         unique = _unique(groups)
-        compiler = self._one_each(len(unique))
-        for source, verdict in _together(lambda group: self._verdict(group, compiler), unique, threads=_MAKING):
+        for source, verdict in _together(self._verdict, unique, threads=_MAKING):
             yield unique[source], verdict
 
-    def _verdict(self, group: Group, compiler: Compiler | None) -> Verdict:
+    def _verdict(self, group: Group) -> Verdict:
         registry, repository = self._store.registry, self._store.repository
         kept = self._store.layer(self.key(group), source=group.source)
         if kept is None or not registry.has_blob(repository, kept.digest):
             return Verdict(state="missing")
         try:
-            with self._layer(group, compiler) as (right, _):
+            with self._layer(group) as (right, _):
                 pass
         except (BuildFailed, InvalidWheel) as error:
             # An index that is away is no verdict; one that has never heard of the wheel is.
@@ -267,10 +264,6 @@ class WheelLayers:
             detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
             return Verdict(state="different", detail=detail)
         return Verdict(state="same")
-
-    def _one_each(self, count: int) -> Compiler | None:
-        """Return the compiler, with one process for each of so many wheels that are compiled at a time."""
-        return replace(self._compiler, workers=1) if self._compiler and count > 1 else self._compiler
 
     def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
         """Return a layer that the registry has, placed in the repository; None where it has to be made."""
@@ -314,8 +307,8 @@ class WheelLayers:
         self._count(sent=sent)
         return True
 
-    def _made(self, group: Group, repository: Repository | None, compiler: Compiler | None) -> Layer:
-        with self._layer(group, compiler) as (layer, blob):
+    def _made(self, group: Group, repository: Repository | None) -> Layer:
+        with self._layer(group) as (layer, blob):
             with stage("push"):
                 self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
                 self._count(sent=layer.size, made=1)
@@ -324,7 +317,7 @@ class WheelLayers:
             return layer
 
     @contextlib.contextmanager
-    def _layer(self, group: Group, compiler: Compiler | None) -> Iterator[tuple[Layer, Blob]]:
+    def _layer(self, group: Group) -> Iterator[tuple[Layer, Blob]]:
         """Give a group's layer, made from its wheels."""
         with (
             self._room.taken(group.size),
@@ -340,7 +333,7 @@ class WheelLayers:
                     self._client.download(wheel, path, progress=partial(moved, "wheels"))
                 self._count(received=path.stat().st_size)
                 opened = open_wheel(path, filename=wheel.filename)
-                wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
+                wheels.append(WheelLayer(opened, python=self._python, bytecode=self._compiler))
             made = GroupLayer(wheels)
             target = folder / "layer.tar.gz"
             try:

@@ -22,7 +22,6 @@ from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
 from builder.errors import InvalidVersion
-from builder.wheels.bytecode import Compiler, CompilerDied
 from builder.wheels.zip import LONGEST_NAME, MOST_MEMBERS, Archive, BadArchive, Member, check_path, refuse
 
 MOST_WHEEL, MOST_METADATA, MOST_ENTRY_POINTS, MOST_RECORD = 64 << 10, 8 << 20, 1 << 20, 16 << 20
@@ -303,11 +302,6 @@ def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str
     return listed
 
 
-# Part of the key of every layer: a change of what a layer holds, of a byte of how, or of what is noted of it, is a new
-# layout.
-LAYOUT = 2
-
-
 class InvalidWheel(InvalidVersion):
     """A wheel cannot be installed: it is hostile, broken, or of a kind that is not known."""
 
@@ -364,19 +358,6 @@ def open_wheel(path: Path, *, filename: str = "") -> Wheel:
         )
 
 
-def layer_key(wheel_hash: str, *, python: str, bytecode: Compiler | None = None) -> str:
-    """Return what names a wheel's layer, joined of all that it is a function of.
-
-    It is a word of letters, digits, '.', '_' and '-', at most 128 of them, and so a tag.
-
-    Args:
-        wheel_hash: SHA-256 of the wheel, 64 hexadecimal digits.
-        python: the model's Python: `3.11`.
-        bytecode: the compiler of the bytecode in it; None for a layer without.
-    """
-    return f"{wheel_hash}-l{LAYOUT}-{bytecode.identity if bytecode else f'py{python}'}"
-
-
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
     """Give a descriptor of a wheel's file."""
@@ -396,9 +377,6 @@ def named(filename: str) -> Iterator[None]:
     except BadArchive as error:
         message = f"The wheel {filename} cannot be used: {error}."
         raise InvalidWheel(message, remedy=remedy) from error
-    except CompilerDied as error:
-        message = f"The wheel {filename} cannot be compiled: {error.what}"
-        raise InvalidWheel(message, remedy="Pin another version of it, or publish without bytecode.") from error
 
 
 ENVIRONMENT = "opt/model"

@@ -18,8 +18,8 @@ import pytest
 
 from builder.errors import ExitCode
 from builder.reference import Reference
-from builder.wheels.install import WheelLayer
-from builder.wheels.wheel import InvalidWheel, layer_key, open_wheel
+from builder.wheels.install import WheelLayer, layer_key
+from builder.wheels.wheel import InvalidWheel, open_wheel
 from tests.wheels.made import (
     INFO,
     METADATA,
@@ -527,6 +527,6 @@ def test_independent_readers_take_the_layer(tmp_path):
 
 def test_the_module_is_quick_to_import():
     """Importing the wheel's modules must not bring the network or the model registry along."""
-    code = "import sys, builder.build.wheel_layer; print(sorted({'httpx', 'mlflow', 'jinja2'} & set(sys.modules)))"
+    code = "import sys, builder.wheels.install; print(sorted({'httpx', 'mlflow', 'jinja2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
