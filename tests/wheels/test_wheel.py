@@ -179,17 +179,21 @@ HOSTILE = {
     "stored, it says": ({"files": FILES, "patch": _lies}, "two sizes differ"),
     "one name in the header": (
         {"files": FILES, "patch": lambda data: put(data, local(data, BOTH[0]) + 30, "B", ord("x"))},
-        "another thing of itself",
+        "local header of .* disagrees",
     ),
     "one CRC in the header": (
         {"files": FILES, "patch": lambda data: put(data, local(data, BOTH[0]) + 14, "I", 7)},
-        "another thing of itself",
+        "local header of .* disagrees",
     ),
     "one method in the header": (
         {"files": FILES, "patch": lambda data: put(data, local(data, BOTH[0]) + 8, "H", 0)},
-        "another thing of itself",
+        "local header of .* disagrees",
     ),
     "overlap": ({"files": {BOTH[0]: MODULE, BOTH[1]: MODULE}, "patch": _overlap}, "overlaps"),
+    "overlap before a descriptor": (
+        {"files": FILES, "streamed": True, "patch": lambda data: put(data, central(data, BOTH[0]) + 20, "I", 200)},
+        "not followed",
+    ),
     "another name in a field": ({"files": FILES, "patch": _extra}, "another name"),
     "twice the same": (
         {"files": {"demo/a.py": b"1", "demo/b.py": b"2"}, "patch": _rename(b"demo/b.py", b"demo/a.py")},
@@ -219,7 +223,11 @@ HOSTILE = {
     ),
     "more entries": (
         {"files": FILES, "patch": lambda data: put(data, len(data) - 22 + 8, "HH", 5, 5)},
-        "cut off",
+        "other members",
+    ),
+    "a last entry that goes on behind the directory": (
+        {"files": FILES, "patch": lambda data: put(data, central(data, f"{INFO}/RECORD") + 32, "H", 1)},
+        "directory is cut off",
     ),
     "directory of lies": (
         {"files": FILES, "patch": lambda data: put(data, len(data) - 22 + 12, "I", 1 << 30)},
