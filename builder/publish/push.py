@@ -219,7 +219,7 @@ def _wheel_layers(
     groups = [group for part in parts for group in part.groups]
     with wheel_layers(settings, target.store, recipe) as layers:
         placed = layers.placed(groups, target.repository)
-        _log.info("wheel layers are there", **asdict(layers.traffic))
+        _log.info("wheel layers are there", **asdict(layers.transfers))
     return placed
 
 

@@ -50,7 +50,7 @@ from builder.wheels.zip import DEFLATED, Archive, BadArchive, Member, refuse
 def venv_layer(interpreter: str, python: str) -> tuple[Layer, BytesBlob]:
     """Return the layer of an environment without packages, and its content.
 
-    It is what `python -m venv --without-pip` leaves, as far as Python reads it
+    It has those files of `python -m venv --without-pip` that Python reads
     (https://docs.python.org/3/library/site.html: pyvenv.cfg).
 
     Args:
@@ -293,17 +293,17 @@ _LONGEST_LINE = 1 << 12
 
 
 class WheelLayer:
-    """A wheel's layer: iterate over it once or more to get its bytes, and ask for `layer` when one pass is over.
+    """A wheel's layer. Iterate over it, once or more, for its bytes; `layer` is known after one pass.
 
-    The files stand in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+    It has the files in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
 
     Args:
         wheel: the wheel.
         python: the model's Python: `3.11`.
-        bytecode: what compiles; None for a layer without bytecode.
+        bytecode: the compiler; None for a layer without bytecode.
 
     Raises:
-        InvalidWheel: a file goes nowhere, or where another one goes.
+        InvalidWheel: a file has no destination, or that of another.
     """
 
     def __init__(self, wheel: Wheel, *, python: str, bytecode: Compiler | None = None) -> None:
@@ -342,33 +342,30 @@ class WheelLayer:
 
     @property
     def without_bytecode(self) -> tuple[str, ...]:
-        """The sources that did not compile, known when the bytes have been read to their end."""
+        """The sources that did not compile, known after one pass."""
         return self._without_bytecode
 
     @property
     def libraries(self) -> WheelLibraries:
-        """The wheel's shared libraries, known when the bytes have been read to their end.
-
-        Where they are more than a note takes, only so many of them that this shows.
-        """
+        """The wheel's shared libraries, known after one pass; where a note cannot hold them, not all of them."""
         return WheelLibraries(self._wheel.filename, self._libraries)
 
     @property
     def misrecorded(self) -> tuple[str, ...]:
-        """The files that are others than the wheel's RECORD says, known when the bytes have been read to their end.
+        """The files that differ from the wheel's RECORD, known after one pass.
 
-        pip and uv install such wheels, the official ones of torch 1.7 to 1.12 among them, whose METADATA was changed
-        after it was listed. The wheel's own hash vouches for them; the layer's RECORD has the true ones.
+        pip and uv install such wheels, such as the official ones of torch 1.7 to 1.12, which have a METADATA that was
+        changed after it was listed. The wheel's own hash vouches for the files; the layer's RECORD has their hashes.
         """
         return self._misrecorded
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the layer's bytes in chunks of about 256 KiB.
 
-        What was yielded is a layer only when the iteration ends; whoever sends it must finish nothing before.
+        The bytes are a layer only when the iteration ends: an upload must not be finished before.
 
         Raises:
-            InvalidWheel: a file is not what the archive says of it, or ends the compiler.
+            InvalidWheel: a file differs from its declaration, or ends the compiler.
             TryAgain: the compiler was ended from outside.
         """
         writer = LayerWriter()
@@ -381,8 +378,8 @@ class WheelLayer:
 
         Args:
             writer: writes the layer.
-            taken: the paths that are in the layer already, directories with a slash at their end; the wheel's are
-                added. What is there is left as it is, and hides what of the wheel it would hide from a layer above.
+            taken: the paths in the layer, directories with a slash at their end; the wheel's are added. A file of the
+                wheel is left out where a layer above would hide it.
             room: characters that the layer's note has for the wheel's libraries.
         """
         with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
@@ -395,12 +392,12 @@ class WheelLayer:
                 compilation = stack.enter_context(self._compiler.compile(self._wheel.filename, file, self._sources))
             libraries = Collector(self._places, self._python, self._wheel.path.parent, room)
             installation = _Installation(writer, archive, self._wheel, self._scheme, libraries)
-            # Bytecode that came with the wheel would not be believed beside ours, and has its place.
+            # The wheel's own bytecode of this Python, in whose place ours goes.
             replaced = frozenset(self._compiled)
             for place in self._places:
                 if _hidden(place.path, taken):
                     libraries.hide(place)
-                    continue  # pip's later one would win, in an order that nobody promises
+                    continue  # with pip the last one stays, in an order that nobody promises
                 if place.member is None:
                     script = self._scripts[place.path.rpartition("/")[2]]
                     yield from installation.own(place, script.generate(INTERPRETER, "posix")[1])
@@ -433,7 +430,7 @@ class WheelLayer:
 
 
 class _Installation:
-    """One pass: writes files into a layer, and remembers them for RECORD."""
+    """One pass: writes files into a layer, and collects their entries for RECORD."""
 
     def __init__(
         self, writer: LayerWriter, archive: Archive, wheel: Wheel, scheme: Scheme, libraries: Collector
@@ -473,7 +470,7 @@ class _Installation:
         self._entries.append(RecordEntry(place.record, fingerprint.found(), member.size))
 
     def own(self, place: Place, content: bytes) -> Iterator[bytes]:
-        """Write a small file that does not come from the wheel."""
+        """Write a small file that is not in the wheel."""
         yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)), executable=place.executable)
         digest = hashlib.sha256(content).digest()
         self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(digest)), len(content)))
@@ -492,7 +489,7 @@ class _Installation:
         yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)))
 
     def _script(self, place: Place, member: Member, line: bytes, fingerprint: Fingerprint) -> Iterator[bytes]:
-        """Write a script whose first line names the environment's interpreter in the place of `#!python`."""
+        """Write a script, with the environment's interpreter in the place of `#!python`."""
         with fix_shebang(io.BytesIO(line), INTERPRETER) as fixed:
             first = fixed.read()
         written = hashlib.sha256()
@@ -533,7 +530,7 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _first_line(archive: Archive, member: Member) -> bytes | None:
-    """Return a script's first line with its end, if an interpreter has to be put into it."""
+    """Return a script's first line with its end, if it is `#!python`."""
     head = b""
     for chunk in archive.content(member):
         head += chunk
@@ -548,10 +545,10 @@ def _first_line(archive: Archive, member: Member) -> bytes | None:
 
 
 class GroupLayer:
-    """One layer of several wheels: iterate over it to get its bytes, and ask for `layer` when one pass is over.
+    """One layer of several wheels. Iterate over it for its bytes; `layer` is known after one pass.
 
     Args:
-        wheels: in the order in which they stand in it; of two files in one place, the first is kept.
+        wheels: in their order in the layer; of two files in one place, the first is kept.
     """
 
     def __init__(self, wheels: Sequence[WheelLayer]) -> None:
@@ -560,7 +557,7 @@ class GroupLayer:
 
     @property
     def layer(self) -> Layer:
-        """Digests and sizes; raises RuntimeError before the bytes have been read to their end."""
+        """Digests and sizes; raises RuntimeError before the end of one pass."""
         if self._layer is None:
             message = "The layer has not been read to its end."
             raise RuntimeError(message)
@@ -568,7 +565,7 @@ class GroupLayer:
 
     @property
     def without_bytecode(self) -> tuple[str, ...]:
-        """The sources that did not compile, known when the bytes have been read to their end."""
+        """The sources that did not compile, known after one pass."""
         return tuple(path for wheel in self._wheels for path in wheel.without_bytecode)
 
     def __iter__(self) -> Iterator[bytes]:

@@ -115,7 +115,7 @@ def _raw_name(entry: ZipInfo) -> bytes:
 
 
 def _zip64(extra: bytes, what: str) -> list[int]:
-    """Return the 64-bit numbers of a member's extra fields."""
+    """Return the 64-bit numbers in a member's extra fields."""
     numbers: list[int] = []
     position = 0
     while position < len(extra):
@@ -158,13 +158,13 @@ def _checked_name(entry: ZipInfo) -> str:
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that is not a plain relative one, or that means something else in an image's layer.
+    """Refuse a path that is not a plain relative one, or that has a special meaning in an image's layer.
 
     Letters' case and Unicode's two ways to write an accent make different names, as on every Linux file system.
 
     Raises:
         BadArchive: it is absolute, has '.', '..', a backslash, a control character or an empty part, is too long or too
-            deep, or has a part that begins with `.wh.`, which in a layer deletes a file of the layers below it.
+            deep, or has a part that begins with `.wh.`, which deletes a file of the layers below.
     """
     parts = path.split("/")
     if _NEVER.search(path):
@@ -213,7 +213,7 @@ class Member:
         size: of the content, bytes, as declared.
         compressed: bytes in the archive.
         offset: of those bytes in the archive.
-        executable: whether its mode says so, as pip reads it.
+        executable: whether its mode has an execute bit, as for pip.
     """
 
     name: str
@@ -226,13 +226,13 @@ class Member:
 
 
 class Archive:
-    """An open archive, whose directory was read and found consistent.
+    """An open archive with a consistent directory.
 
     Args:
         file: descriptor of a regular file; the caller closes it.
 
     Raises:
-        BadArchive: it is no zip archive, or one that can be read in more than one way, or a bomb.
+        BadArchive: it is no zip archive, can be read in more than one way, or is a bomb.
     """
 
     def __init__(self, file: int) -> None:
@@ -242,7 +242,7 @@ class Archive:
         self.members = tuple(self._members(entries, directory))
 
     def raw(self, member: Member) -> Iterator[bytes]:
-        """Yield a member's bytes as they stand in the archive."""
+        """Yield a member's bytes in the archive, compressed or not."""
         end = member.offset + member.compressed
         for position in range(member.offset, end, _CHUNK):
             yield read_at(self._file, position, min(_CHUNK, end - position))
@@ -251,7 +251,7 @@ class Archive:
         """Yield a member's content.
 
         Raises:
-            BadArchive: it is not what was declared.
+            BadArchive: it differs from its declaration.
         """
         try:
             if member.method == DEFLATED:
@@ -268,13 +268,13 @@ class Archive:
             crc = zlib.crc32(chunk, crc)
             yield chunk
         if crc != member.crc:
-            refuse(f"{member.name!r} cannot be read: its CRC-32 is another one than declared")
+            refuse(f"{member.name!r} cannot be read: its CRC-32 is not the declared one")
 
     def read(self, member: Member, limit: int) -> bytes:
         """Return a member's content of at most `limit` bytes.
 
         Raises:
-            BadArchive: it is larger, or not what was declared.
+            BadArchive: it is larger, or differs from its declaration.
         """
         if member.size > limit:
             refuse(f"{member.name!r} has {member.size:,} bytes; {limit:,} are the most for such a file")

@@ -270,8 +270,8 @@ HOSTILE = {
     "another version": ({"name": "demo-1.1-py3-none-any.whl"}, "another distribution or version"),
     "no wheel's name": ({"name": "demo.whl"}, "file's name"),
     "foreign data": ({"files": {"numpy-1.0.data/purelib/a.py": b""}}, "another distribution"),
-    "unknown key": ({"files": {"demo-1.0.data/evil/a": b""}}, "goes nowhere"),
-    "key alone": ({"files": {"demo-1.0.data/data": b""}}, "goes nowhere"),
+    "unknown key": ({"files": {"demo-1.0.data/evil/a": b""}}, "has no destination"),
+    "key alone": ({"files": {"demo-1.0.data/data": b""}}, "has no destination"),
     "same place": (
         {"files": {"demo/a.py": b"1", "demo-1.0.data/platlib/demo/a.py": b"2"}},
         "two of its files",
@@ -298,7 +298,7 @@ HOSTILE = {
     "entry point without function": (_scripts("[console_scripts]\nrun = demo\n"), "entry points cannot be read"),
     "entry point twice": (
         _scripts("[console_scripts]\nrun = demo:main\n[gui_scripts]\nrun = demo:main\n"),
-        "there twice",
+        "occurs twice",
     ),
     "entry points of no grammar": (_scripts("run = demo:main\n"), "entry points cannot be read"),
 }
