@@ -30,7 +30,7 @@ from builder.errors import BuilderError, TryAgain
 from builder.oci.descriptor import BytesBlob
 from builder.oci.layer import Corrupt, Deflated, Layer, LayerWriter, Plain
 from builder.wheels import bytecode as program
-from builder.wheels.shared_libraries import MOST_NOTE, Collector, Library, WheelLibraries, to_note
+from builder.wheels.shared_libraries import MOST_NOTE, Collector, WheelLibraries, to_note
 from builder.wheels.wheel import (
     ENVIRONMENT,
     INTERPRETER,
@@ -293,12 +293,10 @@ _LONGEST_LINE = 1 << 12
 
 
 class WheelLayer:
-    """A wheel's layer. Iterate over it, once or more, for its bytes; `layer` is known after one pass.
-
-    It has the files in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+    """The layer of one wheel or several. Iterate over it, once or more, for its bytes; `layer` is known after one pass.
 
     Args:
-        wheel: the wheel.
+        wheels: in their order in the layer; of two files in one place, the first is kept.
         python: the model's Python: `3.11`.
         bytecode: the compiler; None for a layer without bytecode.
 
@@ -306,27 +304,9 @@ class WheelLayer:
         InvalidWheel: a file has no destination, or that of another.
     """
 
-    def __init__(self, wheel: Wheel, *, python: str, bytecode: Compiler | None = None) -> None:
-        self._wheel = wheel
-        self._python = python
-        self._compiler = bytecode
+    def __init__(self, *wheels: Wheel, python: str, bytecode: Compiler | None = None) -> None:
+        self._contents = [_Content(wheel, python, bytecode) for wheel in wheels]
         self._layer: Layer | None = None
-        self._libraries: tuple[Library, ...] = ()
-        self._without_bytecode: tuple[str, ...] = ()
-        self._misrecorded: tuple[str, ...] = ()
-        self._scheme = Scheme(python, wheel.metadata)
-        with named(wheel.filename):
-            self._places = places(self._scheme, wheel.members, wheel.metadata)
-        self._scripts = {script.name: script for script in wheel.metadata.scripts}
-        self._sources: tuple[Place, ...] = ()
-        self._compiled: tuple[str, ...] = ()
-        if bytecode:
-            self._sources = tuple(
-                place
-                for place in self._places
-                if place.wants_bytecode and place.member and place.member.size <= LARGEST_SOURCE
-            )
-            self._compiled = tuple(bytecode.compiled_path(source.path) for source in self._sources)
 
     @property
     def layer(self) -> Layer:
@@ -336,28 +316,28 @@ class WheelLayer:
             RuntimeError: the bytes have not been read to their end.
         """
         if self._layer is None:
-            message = f"The layer of {self._wheel.filename} has not been read to its end."
+            message = "The layer has not been read to its end."
             raise RuntimeError(message)
         return self._layer
 
     @property
     def without_bytecode(self) -> tuple[str, ...]:
         """The sources that did not compile, known after one pass."""
-        return self._without_bytecode
+        return tuple(path for content in self._contents for path in content.without_bytecode)
 
     @property
-    def libraries(self) -> WheelLibraries:
-        """The wheel's shared libraries, known after one pass; where a note cannot hold them, not all of them."""
-        return WheelLibraries(self._wheel.filename, self._libraries)
+    def libraries(self) -> tuple[WheelLibraries, ...]:
+        """Each wheel's shared libraries, known after one pass; where a note cannot hold them, not all of them."""
+        return tuple(content.libraries for content in self._contents)
 
     @property
-    def misrecorded(self) -> tuple[str, ...]:
-        """The files that differ from the wheel's RECORD, known after one pass.
+    def misrecorded(self) -> dict[str, tuple[str, ...]]:
+        """The files that differ from their wheel's RECORD, by the wheel's file name; known after one pass.
 
         pip and uv install such wheels, such as the official ones of torch 1.7 to 1.12, which have a METADATA that was
         changed after it was listed. The wheel's own hash vouches for the files; the layer's RECORD has their hashes.
         """
-        return self._misrecorded
+        return {content.wheel.filename: content.misrecorded for content in self._contents if content.misrecorded}
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the layer's bytes in chunks of about 256 KiB.
@@ -368,13 +348,48 @@ class WheelLayer:
             InvalidWheel: a file differs from its declaration, or ends the compiler.
             TryAgain: the compiler was ended from outside.
         """
-        writer = LayerWriter()
-        yield from self.write(writer, set())
+        writer, taken, room = LayerWriter(), set[str](), MOST_NOTE
+        for content in self._contents:
+            yield from content.write(writer, taken, room)
+            room -= content.libraries.size
         yield from writer.finish()
-        self._layer = replace(writer.layer, note=to_note([self.libraries]))
+        self._layer = replace(writer.layer, note=to_note(self.libraries))
 
-    def write(self, writer: LayerWriter, taken: set[str], *, room: int = MOST_NOTE) -> Iterator[bytes]:
-        """Write the wheel's files into a layer that may hold other wheels too; errors as in iterating.
+
+class _Content:
+    """The content of one wheel's part of a layer.
+
+    It has the files in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+
+    Args:
+        wheel: the wheel.
+        python: the model's Python.
+        compiler: the compiler; None for a layer without bytecode.
+    """
+
+    def __init__(self, wheel: Wheel, python: str, compiler: Compiler | None) -> None:
+        self.wheel = wheel
+        self.libraries = WheelLibraries(wheel.filename, ())
+        self.without_bytecode: tuple[str, ...] = ()
+        self.misrecorded: tuple[str, ...] = ()
+        self._python = python
+        self._compiler = compiler
+        self._scheme = Scheme(python, wheel.metadata)
+        with named(wheel.filename):
+            self._places = places(self._scheme, wheel.members, wheel.metadata)
+        self._scripts = {script.name: script for script in wheel.metadata.scripts}
+        self._sources: tuple[Place, ...] = ()
+        self._compiled: tuple[str, ...] = ()
+        if compiler:
+            self._sources = tuple(
+                place
+                for place in self._places
+                if place.wants_bytecode and place.member and place.member.size <= LARGEST_SOURCE
+            )
+            self._compiled = tuple(compiler.compiled_path(source.path) for source in self._sources)
+
+    def write(self, writer: LayerWriter, taken: set[str], room: int) -> Iterator[bytes]:
+        """Write the wheel's files into a layer; errors as in `WheelLayer`.
 
         Args:
             writer: writes the layer.
@@ -382,16 +397,16 @@ class WheelLayer:
                 wheel is left out where a layer above would hide it.
             room: characters that the layer's note has for the wheel's libraries.
         """
-        with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
+        with named(self.wheel.filename), opened(self.wheel.path) as file, contextlib.ExitStack() as stack:
             archive = Archive(file)
-            if archive.members != self._wheel.members:
+            if archive.members != self.wheel.members:
                 refuse("it has changed since it was opened")
             compilation = None
             if self._compiler and self._sources:
                 # Compiling goes on beside what follows, and is waited for at the end.
-                compilation = stack.enter_context(self._compiler.compile(self._wheel.filename, file, self._sources))
-            libraries = Collector(self._places, self._python, self._wheel.path.parent, room)
-            installation = _Installation(writer, archive, self._wheel, self._scheme, libraries)
+                compilation = stack.enter_context(self._compiler.compile(self.wheel.filename, file, self._sources))
+            libraries = Collector(self._places, self._python, self.wheel.path.parent, room)
+            installation = _Installation(writer, archive, self.wheel, self._scheme, libraries)
             # The wheel's own bytecode of this Python, in whose place ours goes.
             replaced = frozenset(self._compiled)
             for place in self._places:
@@ -403,7 +418,7 @@ class WheelLayer:
                     yield from installation.own(place, script.generate(INTERPRETER, "posix")[1])
                 elif place.path not in replaced:
                     yield from installation.file(place, place.member)
-            info = self._wheel.metadata.dist_info
+            info = self.wheel.metadata.dist_info
             described = not _hidden(f"{self._scheme.root}/{info}/RECORD", taken)
             if described:
                 yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
@@ -414,8 +429,8 @@ class WheelLayer:
             written = {*(place.path for place in self._places), *self._compiled}
             written = {path for path in written if not _hidden(path, taken)}
             taken.update(written, *map(_above, written))
-            self._libraries = libraries.libraries
-            self._misrecorded = tuple(installation.misrecorded)
+            self.libraries = WheelLibraries(self.wheel.filename, libraries.libraries)
+            self.misrecorded = tuple(installation.misrecorded)
 
     def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
         missing = []
@@ -426,7 +441,7 @@ class WheelLayer:
                 missing.append(f"/{source.path}")
             else:
                 yield from installation.bytecode(path, content)
-        self._without_bytecode = tuple(missing)
+        self.without_bytecode = tuple(missing)
 
 
 class _Installation:
@@ -542,37 +557,3 @@ def _first_line(archive: Archive, member: Member) -> bytes | None:
         if len(head) > _LONGEST_LINE:
             refuse(f"the first line of {member.name!r} has no end")
     return head if head.startswith(_PYTHON) else None
-
-
-class GroupLayer:
-    """One layer of several wheels. Iterate over it for its bytes; `layer` is known after one pass.
-
-    Args:
-        wheels: in their order in the layer; of two files in one place, the first is kept.
-    """
-
-    def __init__(self, wheels: Sequence[WheelLayer]) -> None:
-        self._wheels = wheels
-        self._layer: Layer | None = None
-
-    @property
-    def layer(self) -> Layer:
-        """Digests and sizes; raises RuntimeError before the end of one pass."""
-        if self._layer is None:
-            message = "The layer has not been read to its end."
-            raise RuntimeError(message)
-        return self._layer
-
-    @property
-    def without_bytecode(self) -> tuple[str, ...]:
-        """The sources that did not compile, known after one pass."""
-        return tuple(path for wheel in self._wheels for path in wheel.without_bytecode)
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield the layer's bytes in chunks of about 256 KiB; errors as in `WheelLayer`."""
-        writer, taken, room = LayerWriter(), set[str](), MOST_NOTE
-        for wheel in self._wheels:
-            yield from wheel.write(writer, taken, room=room)
-            room -= wheel.libraries.size
-        yield from writer.finish()
-        self._layer = replace(writer.layer, note=to_note(wheel.libraries for wheel in self._wheels))

@@ -7,7 +7,7 @@ import hashlib
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from builder.package_index.client import IndexClient
 from builder.package_index.wheel_file import LockedWheel
 from builder.parallel import side_by_side
 from builder.reference import Repository
-from builder.wheels.install import Compiler, GroupLayer, WheelLayer, layer_key
+from builder.wheels.install import Compiler, WheelLayer, layer_key
 from builder.wheels.shared_libraries import from_note
 from builder.wheels.wheel import InvalidWheel, open_wheel
 
@@ -328,9 +328,8 @@ class WheelLayers:
                 with stage("download"):
                     self._client.download(wheel, path, progress=partial(moved, "wheels"))
                 self._count(received=path.stat().st_size)
-                opened = open_wheel(path, filename=wheel.filename)
-                wheels.append(WheelLayer(opened, python=self._python, bytecode=self._compiler))
-            made = GroupLayer(wheels)
+                wheels.append(open_wheel(path, filename=wheel.filename))
+            made = WheelLayer(*wheels, python=self._python, bytecode=self._compiler)
             target = folder / "layer.tar.gz"
             try:
                 with stage("making"), target.open("xb", buffering=0) as file:
@@ -345,9 +344,9 @@ class WheelLayers:
                 path.unlink()
             if made.without_bytecode:
                 _log.info("no bytecode", wheels=group.title[:200], files=len(made.without_bytecode))
-            for wheel, layer in zip(reversed(group.wheels), wheels, strict=True):
-                if layer.misrecorded:
-                    _warn_of_record(wheel.filename, layer.misrecorded)
+            for filename, files in made.misrecorded.items():
+                named = one_line(", ".join(files[:_MOST_NAMED]), 500)
+                _log.warning("files differ from the wheel's RECORD", wheel=filename, count=len(files), files=named)
             yield made.layer, FileBlob(path=target, digest=made.layer.digest, size=made.layer.size)
 
     def _count(self, *, sent: int = 0, received: int = 0, made: int = 0) -> None:
@@ -355,11 +354,6 @@ class WheelLayers:
             self.transfers.sent += sent
             self.transfers.received += received
             self.transfers.made += made
-
-
-def _warn_of_record(filename: str, files: Sequence[str]) -> None:
-    named = one_line(", ".join(files[:_MOST_NAMED]), 500)
-    _log.warning("files differ from the wheel's RECORD", wheel=filename, count=len(files), files=named)
 
 
 def compiler_for(python: str) -> Compiler | None:

@@ -23,6 +23,7 @@ from builder.wheels.wheel import InvalidWheel, open_wheel
 from tests.wheels.made import (
     INFO,
     METADATA,
+    NAME,
     PYTHON,
     SITE,
     WHEEL,
@@ -382,7 +383,7 @@ def test_what_the_wheels_record_misstates_is_right_in_the_layers(tmp_path, rows,
     """As the official wheels of torch 1.7 to 1.12, whose METADATA was changed after RECORD was written."""
     files = {**FILES, "demo/b.py": b"", "demo-1.0.data/scripts/hello": HELLO}
     layer, data = built(make(tmp_path, files, rows=lambda listed: listed.update(rows)))
-    assert layer.misrecorded == (named,)
+    assert layer.misrecorded == {NAME: (named,)}
     found = unpacked(data)
     assert found[f"{SITE}/{BOTH[0]}"] == (0o644, MODULE)
     for name, hashed, size in csv.reader(io.StringIO(found[f"{SITE}/{INFO}/RECORD"][1].decode())):
@@ -393,7 +394,7 @@ def test_what_the_wheels_record_misstates_is_right_in_the_layers(tmp_path, rows,
 
 def test_a_true_record_is_not_called_misstated(tmp_path):
     layer, _ = built(make(tmp_path, {**FILES, "demo-1.0.data/scripts/hello": HELLO}))
-    assert layer.misrecorded == ()
+    assert layer.misrecorded == {}
 
 
 def test_a_layer_holds_what_the_installer_writes(tmp_path):
