@@ -222,10 +222,12 @@ class Compilation:
             InvalidWheel: a source took too much time, or crashed the process.
             TryAgain: the process was ended from outside, or had no room for its output.
         """
-        # Not `wait`, which does not say how much time the process took.
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        self.budget.spend(usage.ru_utime + usage.ru_stime)
+        # Not `wait`, which does not say how much time the process took. There is no child where `kill_descendants` was
+        # first.
+        with contextlib.suppress(ChildProcessError):
+            _, status, usage = os.wait4(self.process.pid, 0)
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self.budget.spend(usage.ru_utime + usage.ru_stime)
         self.output.seek(0)
         for path in self.paths:
             head = self.output.read(program.FRAME.size)
@@ -250,7 +252,7 @@ class Compilation:
             remedy = "Free space there, or name a larger one in TMPDIR."
         elif status == -signal.SIGALRM:
             message = f"Compiling {path} of {self.wheel} has not ended after {program.PATIENCE} s."
-        elif status in {-signal.SIGKILL, -signal.SIGTERM}:
+        elif status in {None, -signal.SIGKILL, -signal.SIGTERM}:
             # SIGKILL is the system's answer to too little memory, and says nothing of the source.
             message = f"Compiling {self.wheel} was ended from outside, perhaps for want of memory."
         else:

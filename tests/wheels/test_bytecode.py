@@ -199,7 +199,8 @@ def test_a_source_that_is_too_large_has_no_bytecode(tmp_path, monkeypatch):
     assert _compiled("demo/a.py") not in unpacked(data)
 
 
-def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch, reaped):
     """The system kills what takes too much memory; that says nothing of the wheel."""
     started = []
     real = subprocess.Popen
@@ -208,6 +209,8 @@ def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch):
         process = real(*args, **kwargs)
         started.append(process)
         os.kill(process.pid, signal.SIGKILL)
+        if reaped:  # as by `kill_descendants`
+            os.waitpid(process.pid, 0)
         return process
 
     monkeypatch.setattr(module.subprocess, "Popen", watched)
