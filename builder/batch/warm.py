@@ -327,12 +327,12 @@ class _Warming:
         planned = self._services.wheels.environments(source, platforms)
         with self._services.wheels.layers(planned.recipe) as layers:
             placed = layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
-            traffic = layers.traffic
+            transfers = layers.transfers
         for part in planned.recipe.platforms:
             for warning in recipes.check_wheels(part, planned.bases[part.platform].name, placed):
                 log.warning("a library is not there", of=name, platform=str(part.platform), why=warning)
         without = _without(planned.impossible)
-        return Warmed(name=name, state="warm", known=traffic.known, made=traffic.made, detail=without)
+        return Warmed(name=name, state="warm", known=transfers.known, made=transfers.made, detail=without)
 
 
 def _told(name: str, verified: Verified) -> Warmed:

@@ -207,7 +207,7 @@ def _wheel_layers(
     groups = [group for part in parts for group in part.groups]
     with wheels.layers(recipe) as layers:
         placed = layers.placed(groups, target.repository)
-        _log.info("wheel layers are there", **asdict(layers.traffic))
+        _log.info("wheel layers are there", **asdict(layers.transfers))
     return placed
 
 

@@ -34,7 +34,7 @@ from builder.oci.rootfs import Archive, Budget, inflated
 from builder.publish.inspect import reference_of
 from builder.reference import BasePattern, Platform, Reference, Repository
 from builder.settings import Settings
-from builder.wheels.install import GroupLayer, WheelLayer
+from builder.wheels.install import WheelLayer
 from builder.wheels.wheel import InvalidWheel, open_wheel
 from tests.oci.layouts import CONFIG, Layout, make_layout
 from tests.wheels.made import INFO, METADATA, NAME, PYTHON, WHEEL, digest, entry, make
@@ -458,10 +458,10 @@ def test_a_file_and_a_directory_of_two_wheels_are_the_same_in_one_layer_and_in_t
         with zipfile.ZipFile(path, "w") as archive:
             for member, content in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}.items():
                 archive.writestr(entry(member), content)
-        return WheelLayer(open_wheel(path, filename=path.name), python=PYTHON)
+        return open_wheel(path, filename=path.name)
 
-    def unpacked(layer):
-        content = gzip.decompress(b"".join(layer))
+    def unpacked(*wheels):
+        content = gzip.decompress(b"".join(WheelLayer(*wheels, python=PYTHON)))
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             members = archive.getmembers()
             assert len({member.name for member in members}) == len(members)
@@ -475,7 +475,7 @@ def test_a_file_and_a_directory_of_two_wheels_are_the_same_in_one_layer_and_in_t
         for path, is_folder in lower.items()
         if not any(upper.get(str(parent)) is False for parent in Path(path).parents)
     }
-    together = unpacked(GroupLayer([wheel("upper", above), wheel("lower", below)]))
+    together = unpacked(wheel("upper", above), wheel("lower", below))
     assert together == {**lower, **upper}
 
 
