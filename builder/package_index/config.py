@@ -9,8 +9,10 @@ import json
 import netrc
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -147,7 +149,7 @@ STRATEGIES = frozenset({FIRST_INDEX, "unsafe-first-match", "unsafe-best-match"})
 _NAMED = re.compile(r"^[A-Za-z0-9._-]+=(?=[a-z]+://)")
 _SCHEME = re.compile(r"https?://", re.IGNORECASE)
 # The characters of an index's address that no file which names it could take for its own.
-_WRITABLE = re.compile(r"(?:[A-Za-z0-9._~+,=:@!*()/?&\[\]-]|%[0-9A-Fa-f]{2})+")
+WRITABLE = re.compile(r"(?:[A-Za-z0-9._~+,=:@!*()/?&\[\]-]|%[0-9A-Fa-f]{2})+")
 # A host, perhaps with its port.
 _TRUSTED = re.compile(r"[A-Za-z0-9._*\[\]:-]+")
 
@@ -213,7 +215,7 @@ class IndexUrl:
             url = linked("", plain.geturl()) if _SCHEME.match(text) and text.isascii() else None
         except ValueError:
             url = None
-        if url is None or not _WRITABLE.fullmatch(url) or not text.isprintable() or " " in text:
+        if url is None or not WRITABLE.fullmatch(url) or not text.isprintable() or " " in text:
             message = f"{variable} names something that is not the address of a package index."
             remedy = "It is an https address such as https://pypi.example.com/simple, with %20 for a blank."
             raise InvalidSettings(message, remedy=remedy)
@@ -420,8 +422,15 @@ def _trusted(text: str) -> Sequence[str]:
     return text.split()
 
 
+@lru_cache(maxsize=1)
 def built_in_index() -> IndexUrl:
-    """Return the index that pip and uv ask where nothing else is named; pip says which."""
-    from pip._internal.models.index import PyPI
+    """Return the index that uv takes where nothing else is named; its help says which."""
+    from uv import find_uv_bin
 
-    return IndexUrl(PyPI.simple_url)
+    command = [find_uv_bin(), "pip", "compile", "--help"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, env={}).stdout
+    found = re.search(r"by default: <(https://[^>\s]+)>", said)
+    if found is None:
+        message = "uv does not say which package index it takes by default."
+        raise InvalidSettings(message, remedy="Name the index: PIP_INDEX_URL or UV_DEFAULT_INDEX.")
+    return IndexUrl(found[1])

@@ -13,29 +13,41 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.tags import Tag
+from packaging.version import Version
 
 from builder.errors import BuildFailed, InvalidVersion
 from builder.log import get_logger
 from builder.oci.store import LayerStore
-from builder.package_index.client import IndexClient
+from builder.package_index.client import IndexClient, IndexFile
 from builder.package_index.config import Indexes
 from builder.package_index.wheel_file import LockedWheel, minor_version, parse_wheel_name, rank_of, wheel_tags
 from builder.parallel import side_by_side
 from builder.process import run
 from builder.reference import Platform
-from builder.wheels import lock_pip, uv
 from builder.wheels.inputs import for_release, locked_release, whole_of, with_used
 from builder.wheels.lock import Lock, lock_key, lock_keys, moments
 from builder.wheels.pip_syntax import Required
 from builder.wheels.requirements import Requirements, conda_refused
-from builder.wheels.uv import MOST_MEMORY, NoWheel, Question, Tool, Unsatisfiable, names_an_address, private_folder
+from builder.wheels.uv import (
+    MOST_MEMORY,
+    MissingTimes,
+    NoWheel,
+    Question,
+    Unfit,
+    Unsatisfiable,
+    Uv,
+    names_an_address,
+    private_folder,
+)
 from builder.wheels.wheel import open_wheel
 
 if TYPE_CHECKING:
     from builder.process import Runner
 
 
-_MOST_ROUNDS = 4
+# Each is for an index without times, or for one package more that has too few wheels.
+_MOST_ROUNDS = 20
 _OTHER_SYSTEMS = ("win", "macosx_")
 _NO_SOURCE = (".exe", ".msi", ".egg")
 
@@ -92,22 +104,23 @@ def lock(
     question = Question(
         requirements=requirements, model=model, platform=platform, python=python, glibc=glibc, as_of=as_of
     )
-    tool = Tool(indexes=joined, runner=runner, cache=cache, timeout=timeout, memory=memory)
+    uv = Uv(indexes=joined, runner=runner, cache=cache, timeout=timeout, memory=memory)
     with private_folder() as folder:
         if client is not None and joined is indexes:
-            return _Locking(question, tool, client, folder).lock()
+            return _Locking(question, uv, client, folder).lock()
         with IndexClient(joined) as own:
-            return _Locking(question, tool, own, folder).lock()
+            return _Locking(question, uv, own, folder).lock()
 
 
 class _Locking:
     """One lock in the making."""
 
-    def __init__(self, question: Question, tool: Tool, client: IndexClient, folder: Path) -> None:
-        self._question, self._tool, self._client = question, tool, client
+    def __init__(self, question: Question, uv: Uv, client: IndexClient, folder: Path) -> None:
+        self._question, self._uv, self._client = question, uv, client
         self._folder = folder
         self._places: dict[str, Path] = {}
         self._timeless: frozenset[str] = frozenset()
+        self._unfit: dict[str, frozenset[Version]] = {}
 
     def lock(self) -> Lock:
         """Return the lock of the requirements, or of what they name as `otherwise`."""
@@ -215,10 +228,7 @@ class _Locking:
         ranks = wheel_tags(found.platform, found.python, found.glibc)
         wanted = SpecifierSet(one.specifier)
         return any(
-            file.filename.endswith(".whl")
-            and file.release is not None
-            and wanted.contains(file.release[1], prereleases=True)
-            and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
+            _fits(file, ranks) and file.release is not None and wanted.contains(file.release[1], prereleases=True)
             for file in self._client.files(one.name)
         )
 
@@ -234,12 +244,7 @@ class _Locking:
 
     def _checked(self, question: Question) -> Lock:
         question = replace(question, places={one.url: self._place(one.url) for one in question.required if one.url})
-        if not question.required:
-            wheels: tuple[LockedWheel, ...] = ()
-        elif uv.knows(question.platform, question.glibc):
-            wheels = self._by_uv(question)
-        else:
-            wheels = self._by_pip(question)
+        wheels = self._by_uv(question) if question.required else ()
         _check_origins(wheels, question.requirements, self._client)
         _check_tags(wheels, question)
         _check_hashes(wheels, question.requirements)
@@ -273,17 +278,35 @@ class _Locking:
         return self._places[url]
 
     def _by_uv(self, question: Question) -> tuple[LockedWheel, ...]:
-        """Return uv's wheels; indexes that turn out to give no upload times are exempted on the way."""
+        """Return uv's wheels; what it has to be asked without comes to light on the way.
+
+        That is the time, of an index that gives no upload times, and versions that have wheels for another C library or
+        interpreter alone, of which a universal resolution knows nothing.
+        """
         for _ in range(_MOST_ROUNDS):
             try:
-                return uv.resolve(replace(question, timeless=self._timeless), self._tool)
-            except uv.MissingTimes as missing:
+                return self._uv.resolve(replace(question, timeless=self._timeless, unfit=self._unfit))
+            except MissingTimes as missing:
                 found = self._without_times(missing.projects)
                 if found <= self._timeless:
                     break
                 self._timeless |= found
+            except Unfit as chosen:
+                for name, version in chosen.versions.items():
+                    self._unfit[name] = self._without_wheel(name, question) | {version}
+        else:
+            raise NoWheel(min(self._unfit), question.platform, "too many versions have none")
         message = "An index gives upload times for some of its files only, and not for all that are needed."
-        raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or mend the index.")
+        raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or repair the index.")
+
+    def _without_wheel(self, name: str, question: Question) -> frozenset[Version]:
+        """Return the versions of a package that no wheel for the platform exists of."""
+        ranks = wheel_tags(question.platform, question.python, question.glibc)
+        files = [(file, file.release[1]) for file in self._client.files(name) if file.release]
+        fitting = {version for file, version in files if _fits(file, ranks)}
+        # `!=1.0` excludes 1.0+cpu, too.
+        public = {Version(version.public) for version in fitting}
+        return frozenset(version for _, version in files if version not in fitting | public)
 
     def _without_times(self, projects: Iterable[str]) -> frozenset[str]:
         """Return the addresses of the indexes that list files of these projects without times."""
@@ -294,14 +317,14 @@ class _Locking:
             if any(file.uploaded is None for file in self._client.page(index, project) or ())
         )
 
-    def _by_pip(self, question: Question) -> tuple[LockedWheel, ...]:
-        """Return pip's wheels; pip takes all indexes as of a time, or none."""
-        try:
-            wheels = lock_pip.resolve(question, self._tool, self._client)
-        except lock_pip.NoTimes:
-            return lock_pip.resolve(replace(question, as_of=None), self._tool, self._client)
-        # pip refuses an index without times, so that each of these has one.
-        return tuple(wheel.model_copy(update={"uploaded": question.as_of}) for wheel in wheels)
+
+def _fits(file: IndexFile, ranks: dict[Tag, int]) -> bool:
+    """Return whether a file of an index is a wheel with one of some tags."""
+    return (
+        file.filename.endswith(".whl")
+        and file.release is not None
+        and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
+    )
 
 
 def _check_required(wheel: Path) -> None:
