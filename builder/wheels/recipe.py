@@ -436,7 +436,7 @@ def resolver_of(
         model=source.context / source.model_folder,
         python=source.python,
         as_of=source.as_of if settings.resolve_as_of == "registered" else None,
-        former=lambda platform: former(platform, source.digest),
+        previous=lambda platform: former(platform, source.digest),
         # Several may run at a time, so one has its share, or what an honest one needs.
         memory=min(MOST_MEMORY, max(Budget.of(settings).memory // _RESOLVERS, _LEAST_MEMORY)),
     )

@@ -1,32 +1,31 @@
-"""Lock an environment: from the registry's store of locks, or by a resolver whose answer is checked."""
+"""Lock an environment: from the registry's store of locks, or by uv, whose answer is checked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.tags import Tag
 from packaging.version import Version
 
 from builder.errors import BuildFailed, InvalidVersion
 from builder.log import get_logger
 from builder.oci.store import LayerStore
-from builder.package_index.client import IndexClient, IndexFile
+from builder.package_index.client import IndexClient
 from builder.package_index.config import Indexes
 from builder.package_index.wheel_file import LockedWheel, minor_version, parse_wheel_name, rank_of, wheel_tags
 from builder.parallel import side_by_side
 from builder.process import run
 from builder.reference import Platform
 from builder.wheels.inputs import for_release, locked_release, whole_of, with_used
-from builder.wheels.lock import Lock, lock_key, lock_keys, moments
+from builder.wheels.lock import Lock, lock_keys, moments
 from builder.wheels.pip_syntax import Required
 from builder.wheels.requirements import Requirements, conda_refused
 from builder.wheels.uv import (
@@ -46,6 +45,11 @@ if TYPE_CHECKING:
     from builder.process import Runner
 
 
+_log = get_logger("lock")
+
+LOCK_TYPE = "application/vnd.modelimage.lock.v1+toml"
+LOCK_FILE = "pylock.toml"
+_SECONDS = 60.0
 # Each is for an index without times, or for one package more that has too few wheels.
 _MOST_ROUNDS = 20
 _OTHER_SYSTEMS = ("win", "macosx_")
@@ -82,9 +86,9 @@ def lock(
         as_of: packages uploaded later do not exist; None for all that there are.
         glibc: the base image's C library, major and minor; None for one that every base has.
         client: asks the same indexes; None for one of this call's own.
-        cache: folder in which resolvers keep what they learn; None for none.
-        timeout: seconds for each run of a resolver.
-        memory: bytes for each run of a resolver.
+        cache: folder in which uv keeps metadata; None for none.
+        timeout: seconds for each run of uv.
+        memory: bytes for each run of uv.
         runner: runs programs.
 
     Raises:
@@ -132,14 +136,16 @@ class _Locking:
             raise
 
     def _only_for(self, package: str) -> list[str]:
-        """Return the platform tags of a package's files, where all that may be asked for are other systems' wheels."""
+        """Return the platform tags of the files that would fulfil the requirements on a package.
+
+        Empty where one of them may be built or installed on Linux.
+        """
         wanted = [SpecifierSet(one.specifier) for one in self._question.requirements.named(package)]
         platforms: set[str] = set()
         for file in self._client.files(package):
             release = file.release
-            if file.filename.endswith(_NO_SOURCE) or (
-                release and not all(one.contains(release[1], prereleases=True) for one in wanted)
-            ):
+            unwanted = release and not all(one.contains(release[1], prereleases=True) for one in wanted)
+            if unwanted or file.filename.endswith(_NO_SOURCE):
                 continue
             if release is None or not file.filename.endswith(".whl"):
                 return []  # source, or what may be
@@ -176,11 +182,8 @@ class _Locking:
             return self._with_used(found, question)
         more = served or question.requirements
         more = more.with_changes(required=(*more.required, *lacking))
-        _log.info(
-            "resolving once more",
-            mlflow=str(locked_release(found.versions)),
-            conda=[one.text() for one in lacking],
-        )
+        conda = [one.text() for one in lacking]
+        _log.info("resolving once more", mlflow=str(locked_release(found.versions)), conda=conda)
         question = replace(question, requirements=more)
         return self._with_used(self._as_of(question), question)
 
@@ -218,18 +221,15 @@ class _Locking:
         Raises:
             InvalidVersion: there is no wheel of a package; each is named.
         """
-        there = found.versions
-        lacking = [one for one in question.requirements.conda if one.name not in there]
-        if none := [one.text() for one in lacking if not self._has_wheel(one, found)]:
-            raise conda_refused(none)
+        lacking = [one for one in question.requirements.conda if one.name not in found.versions]
+        if missing := [one.text() for one in lacking if not self._has_wheel(one, question)]:
+            raise conda_refused(missing)
         return lacking
 
-    def _has_wheel(self, one: Required, found: Lock) -> bool:
-        ranks = wheel_tags(found.platform, found.python, found.glibc)
+    def _has_wheel(self, one: Required, question: Question) -> bool:
         wanted = SpecifierSet(one.specifier)
         return any(
-            _fits(file, ranks) and file.release is not None and wanted.contains(file.release[1], prereleases=True)
-            for file in self._client.files(one.name)
+            wanted.contains(version, prereleases=True) for version, fits in self._versions(one.name, question) if fits
         )
 
     def _as_of(self, question: Question) -> Lock:
@@ -263,9 +263,9 @@ class _Locking:
         return lock
 
     def _place(self, url: str) -> Path:
-        """Return the wheel of an address, fetched with our own client and looked at; a resolver gets its path.
+        """Return the wheel of an address, fetched with our own client and checked; uv gets its path.
 
-        A resolver would go on to whatever the wheel requires by an address before anybody has seen it.
+        uv would go on to whatever the wheel requires by an address before that is checked.
         """
         if url not in self._places:
             filename = unquote(urlsplit(url).path.rpartition("/")[2])
@@ -278,10 +278,10 @@ class _Locking:
         return self._places[url]
 
     def _by_uv(self, question: Question) -> tuple[LockedWheel, ...]:
-        """Return uv's wheels; what it has to be asked without comes to light on the way.
+        """Return uv's wheels; it is run once more without what turns out to be in the way.
 
-        That is the time, of an index that gives no upload times, and versions that have wheels for another C library or
-        interpreter alone, of which a universal resolution knows nothing.
+        That is `as_of`, for an index that gives no upload times, and versions whose wheels are all for another C
+        library or interpreter, of which a universal resolution knows nothing.
         """
         for _ in range(_MOST_ROUNDS):
             try:
@@ -295,18 +295,27 @@ class _Locking:
                 for name, version in chosen.versions.items():
                     self._unfit[name] = self._without_wheel(name, question) | {version}
         else:
-            raise NoWheel(min(self._unfit), question.platform, "too many versions have none")
+            raise NoWheel(
+                min(self._unfit), question.platform, f"after {_MOST_ROUNDS} resolutions there is still another"
+            )
         message = "An index gives upload times for some of its files only, and not for all that are needed."
         raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or repair the index.")
 
     def _without_wheel(self, name: str, question: Question) -> frozenset[Version]:
         """Return the versions of a package that no wheel for the platform exists of."""
-        ranks = wheel_tags(question.platform, question.python, question.glibc)
-        files = [(file, file.release[1]) for file in self._client.files(name) if file.release]
-        fitting = {version for file, version in files if _fits(file, ranks)}
+        versions = list(self._versions(name, question))
+        fitting = {version for version, fits in versions if fits}
         # `!=1.0` excludes 1.0+cpu, too.
         public = {Version(version.public) for version in fitting}
-        return frozenset(version for _, version in files if version not in fitting | public)
+        return frozenset(version for version, _ in versions if version not in fitting | public)
+
+    def _versions(self, name: str, question: Question) -> Iterator[tuple[Version, bool]]:
+        """Yield the version of each file of a package, and whether the file is a wheel for the platform."""
+        ranks = wheel_tags(question.platform, question.python, question.glibc)
+        for file in self._client.files(name):
+            if file.release:
+                wheel = file.filename.endswith(".whl")
+                yield file.release[1], wheel and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
 
     def _without_times(self, projects: Iterable[str]) -> frozenset[str]:
         """Return the addresses of the indexes that list files of these projects without times."""
@@ -318,21 +327,11 @@ class _Locking:
         )
 
 
-def _fits(file: IndexFile, ranks: dict[Tag, int]) -> bool:
-    """Return whether a file of an index is a wheel with one of some tags."""
-    return (
-        file.filename.endswith(".whl")
-        and file.release is not None
-        and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
-    )
-
-
 def _check_required(wheel: Path) -> None:
     """Raise InvalidVersion where a wheel of the model, or of an address, requires what is at an address.
 
-    A resolver would go to any address, a file of this machine and a repository among them, and pip would even run the
-    source that is there. A line that is no requirement of PEP 508 is refused where it looks like an address: resolvers
-    read some lines that nobody else does.
+    uv would go to any address, a file of this machine and a repository among them. A line that is no requirement of
+    PEP 508 is refused where it looks like an address: uv reads some lines that nobody else does.
     """
     for line in open_wheel(wheel).metadata.requires:
         try:
@@ -365,7 +364,7 @@ def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, cl
 
 
 def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
-    """Raise NoWheel for a wheel that does not fit: resolvers take an address's or a path's as it is."""
+    """Raise NoWheel for a wheel that does not fit: uv takes an address's or a path's as it is."""
     tags = wheel_tags(question.platform, question.python, question.glibc)
     for wheel in wheels:
         if rank_of(parse_wheel_name(wheel.filename)[3], tags) is None:
@@ -375,7 +374,7 @@ def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
 
 
 def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> None:
-    """Raise InvalidVersion for a wheel whose hash is none of those that its requirement names; no resolver does."""
+    """Raise InvalidVersion for a wheel of another hash than its requirement names: uv does not compare them."""
     for wheel in wheels:
         hashes = {digest for one in requirements.named(wheel.name) for digest in one.hashes}
         local = {one.sha256 for one in requirements.local if one.filename == wheel.filename}
@@ -388,18 +387,9 @@ def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> 
             raise InvalidVersion(message, remedy=remedy)
 
 
-_log = get_logger("lock")
-
-LOCK_TYPE = "application/vnd.modelimage.lock.v1+toml"
-LOCK_FILE = "pylock.toml"
-_SECONDS = 60.0
-
-Name = TypeVar("Name", str, tuple[str, ...])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolver:
-    """Gives the lock of requirements on a platform: one that is kept, or one that is resolved now and kept.
+    """The locks of requirements by platform: one that is kept, or one that is resolved now and kept.
 
     Attributes:
         store: where locks are kept.
@@ -409,8 +399,8 @@ class Resolver:
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11`.
         as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
-        former: returns the lock of the image that stands, where that was made from the same files; None for none.
-        memory: bytes that each run of a resolver may take.
+        previous: returns the lock of the tag's image, where that was made from the same files; None for none.
+        memory: bytes that each run of uv may take.
     """
 
     store: LayerStore
@@ -420,7 +410,7 @@ class Resolver:
     model: Path
     python: str
     as_of: datetime | None
-    former: Callable[[Platform], Lock | None] = lambda _: None
+    previous: Callable[[Platform], Lock | None] = lambda _: None
     memory: int = MOST_MEMORY
 
     def lock(self, platform: Platform, glibc: tuple[int, int] | None, *, keep: bool = True) -> Lock:
@@ -434,9 +424,8 @@ class Resolver:
         Raises:
             BuilderError: as `builder.wheels.resolve.lock`, and what a registry's client raises.
         """
-        kept = self.kept(platform, glibc) or self._former(platform, glibc)
-        if kept is not None:
-            return kept.located(self.requirements, self.model)
+        if found := self.kept(platform, glibc) or self._of_previous_image(platform, glibc):
+            return found.located(self.requirements, self.model)
         made = self._resolved(platform, glibc, self.as_of)
         if keep and made.as_of is not None:
             tag = self.tag(platform, glibc, made.as_of)
@@ -466,53 +455,45 @@ class Resolver:
         return self._resolved(kept.platform, kept.glibc, kept.as_of)
 
     def tag(self, platform: Platform, glibc: tuple[int, int] | None, as_of: datetime) -> str:
-        """Return the tag that a lock of that moment is kept under."""
-        return _tag(self._named(lock_key, platform, glibc, as_of))
+        """Return the tag that a lock is kept under; `as_of` is the lock's own."""
+        return self._tags(platform, glibc)[as_of]
 
-    def _named(
-        self, names: Callable[..., Name], platform: Platform, glibc: tuple[int, int] | None, as_of: datetime | None
-    ) -> Name:  # fmt: skip
-        return names(
+    def _tags(self, platform: Platform, glibc: tuple[int, int] | None) -> dict[datetime, str]:
+        """Return the tags that a lock may be kept under, each by its moment, in the order in which they count."""
+        keys = lock_keys(
             self.requirements,
             platform=platform,
             python=self.python,
             glibc=glibc,
             indexes=self.indexes.identity,
-            as_of=as_of,
+            as_of=self.as_of,
         )
+        return {moment: f"lock-{key}" for moment, key in zip(moments(self.as_of), keys, strict=False) if moment}
 
     def kept(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
-        """Return the lock that is kept for the day or, where there is none, for the moment; asked for at once."""
-        keys = self._named(lock_keys, platform, glibc, self.as_of)
-        texts = {}
-        for found in side_by_side(self._text, keys, threads=len(keys), every=_SECONDS):
-            if found and found[1] is not None:
-                texts[found[0]] = found[1]
-        for key, moment in zip(keys, moments(self.as_of), strict=False):
-            if key in texts:
-                try:
-                    read = Lock.from_text(texts[key])
-                except InvalidVersion as error:
-                    _log.warning("a kept lock is none, and is made again", why=error.what)
-                    continue
-                if (read.platform, read.python, read.glibc, read.as_of) == (platform, self.python, glibc, moment):
-                    return read
-                _log.warning("a kept lock is another one's, and is made again", tag=_tag(key))
+        """Return the lock that is kept for the day or else the one for the moment; both are fetched at once."""
+        tags = self._tags(platform, glibc)
+        texts = dict(filter(None, side_by_side(self._text, list(tags.values()), threads=len(tags), every=_SECONDS)))
+        for moment, tag in tags.items():
+            if (text := texts[tag]) is None:
+                continue
+            try:
+                found = Lock.from_text(text)
+            except InvalidVersion as error:
+                _log.warning("a cached lock is invalid, and is made again", tag=tag, why=error.what)
+                continue
+            if (found.platform, found.python, found.glibc, found.as_of) == (platform, self.python, glibc, moment):
+                return found
+            _log.warning("a cached lock is for another environment, and is made again", tag=tag)
         return None
 
-    def _former(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
-        """Return the lock that the standing image was made of, if it is one for this base image and time."""
-        if self.as_of is None:
-            return None
-        found = self.former(platform)
+    def _of_previous_image(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
+        """Return the lock that the tag's image was made of, if it is one for this base image and time."""
+        found = self.previous(platform) if self.as_of is not None else None
         if found is None or (found.platform, found.python) != (platform, self.python) or found.as_of is None:
             return None
         fits = found.glibc == glibc or (found.glibc is not None and glibc is not None and found.glibc <= glibc)
         return found if fits else None
 
-    def _text(self, key: str) -> tuple[str, bytes | None]:
-        return key, self.store.text(_tag(key), kind=LOCK_TYPE)
-
-
-def _tag(key: str) -> str:
-    return f"lock-{key}"
+    def _text(self, tag: str) -> tuple[str, bytes | None]:
+        return tag, self.store.text(tag, kind=LOCK_TYPE)

@@ -482,16 +482,6 @@ _NO_WHEEL = re.compile(
 # In a universal resolution uv names a platform by its markers.
 _OF_MARKERS = re.compile(r"`[^`]{1,1000}`-compatible wheels")
 _NO_MEMORY = re.compile(r"^memory allocation of [0-9]+ bytes failed", re.MULTILINE)
-_CERTIFICATE = re.compile(
-    r"invalid peer certificate|certificate[ _]verify[ _]failed|No CA certificates were loaded", re.IGNORECASE
-)
-_REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden)|valid authentication credentials")
-_AWAY = re.compile(
-    r"error sending request|connection (?:refused|reset|timed out)|dns error|timed out|status server error|"
-    r"\b(?:429|50[0-9])\b.{0,100}(?:error|unavailable|gateway|too many)|temporary failure in name resolution|"
-    r"Request failed after",
-    re.IGNORECASE,
-)
 _STATUS = re.compile(
     r"(?:HTTP status (?:client|server) error \(|HTTP error |\b)([45][0-9]{2}) "
     r"(?:while getting|Unauthorized|Forbidden|Not Found|Too Many Requests|Bad Gateway|Internal Server Error|"
@@ -499,16 +489,25 @@ _STATUS = re.compile(
 )
 _WHEEL = re.compile(r"(?:^|[\s/`'])([A-Za-z0-9_.+!-]{1,250}\.whl)\b")
 _READING = re.compile(r"`([a-z0-9-]{1,200})==([^`\s]{1,100})`|Wheel '([a-z0-9-]{1,200})' located at")
-_FULL = re.compile(r"no space left on device|disk quota exceeded|os error 28", re.IGNORECASE)
-_REASONS = (
-    (_FULL, "the disk is full"),
-    (_CERTIFICATE, "a certificate is not trusted"),
-    (re.compile(r"dns error|name resolution", re.IGNORECASE), "a host's name is not known"),
-    (re.compile(r"connection refused", re.IGNORECASE), "a connection was refused"),
-    (re.compile(r"timed? ?out", re.IGNORECASE), "an answer took too long"),
-    (re.compile(r"error sending request", re.IGNORECASE), "a request was not answered"),
-)
 _CREDENTIAL = "Put the credential into the index's address (PIP_INDEX_URL, UV_INDEX, pip.conf) or into netrc."
+_UNAVAILABLE = r"\b(?:429|50[0-9])\b.{0,100}(?:error|unavailable|gateway|too many)"
+_RETRY = "Try again when the package index answers; see the proxy settings."
+_REFUSED = re.compile(r"\b40[13] (?:Unauthorized|Forbidden)|valid authentication credentials")
+_SPACE = "Free space in the temporary folder."
+_UNTRUSTED = "invalid peer certificate|certificate[ _]verify[ _]failed|No CA certificates were loaded"
+_AUTHORITY = "Name a bundle with the package index's authority in SSL_CERT_FILE."
+# What uv's words mean, in words of ours; the first that is found counts.
+_FAILURES: tuple[tuple[str, str, type[BuilderError], str], ...] = (
+    ("no space left on device|disk quota exceeded|os error 28", "the disk is full", TryAgain, _SPACE),
+    (_UNTRUSTED, "a certificate is not trusted", InvalidSettings, _AUTHORITY),
+    (_REFUSED.pattern, "a credential is refused", PermissionRefused, _CREDENTIAL),
+    ("dns error|name resolution", "a host's name is not known", ServiceUnavailable, _RETRY),
+    ("connection refused", "a connection was refused", ServiceUnavailable, _RETRY),
+    ("timed? ?out", "an answer took too long", ServiceUnavailable, _RETRY),
+    ("error sending request|connection reset", "a request was not answered", ServiceUnavailable, _RETRY),
+    ("status server error|Request failed after", "a request failed", ServiceUnavailable, _RETRY),
+    (_UNAVAILABLE, "a request failed", ServiceUnavailable, _RETRY),
+)
 
 
 def _projects(files: Iterable[str]) -> Iterator[str]:
@@ -560,20 +559,13 @@ def _failure(code: int, said: str, indexes: Indexes) -> BuilderError:
     list of ours. The log has the rest, for whoever runs the publisher.
     """
     status, where = _STATUS.search(said), _named_index(said, indexes)
-    reason = next((reason for pattern, reason in _REASONS if pattern.search(said)), "")
+    found = (row[1:] for row in _FAILURES if re.search(row[0], said, re.IGNORECASE))
+    other = "See docs/how-it-works.md, or build with an engine (BUILD_METHOD=dockerfile)."
+    reason, error, remedy = next(found, ("", BuildFailed, other))
     what = f"HTTP {status[1]}" if status else reason
     details = [word for word in (what, f"from {where}" if where else "", _package(said)) if word]
     shown = ", ".join(details) or "its own words are in the log, with LOG_LEVEL=debug"
-    message = f"uv could not resolve the requirements (exit code {code}): {shown}."
-    if _FULL.search(said):
-        return TryAgain(message, remedy="Free space in the temporary folder.")
-    if _CERTIFICATE.search(said):
-        return InvalidSettings(message, remedy="Name a bundle with the package index's authority in SSL_CERT_FILE.")
-    if _REFUSED.search(said):
-        return PermissionRefused(message, remedy=_CREDENTIAL)
-    if _AWAY.search(said):
-        return ServiceUnavailable(message, remedy="Try again when the package index answers; see the proxy settings.")
-    return BuildFailed(message, remedy="See docs/how-it-works.md, or build with an engine (BUILD_METHOD=dockerfile).")
+    return error(f"uv could not resolve the requirements (exit code {code}): {shown}.", remedy=remedy)
 
 
 def _named_index(said: str, indexes: Indexes) -> str:
