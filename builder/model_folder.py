@@ -31,11 +31,8 @@ WSGI = ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
 ASGI = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
 # From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
 _FIRST_ASGI = Version("2.21")
-# Older releases import pkg_resources, which setuptools 81 was the last but one to have, and no release requires.
-_FIRST_WITHOUT_PKG_RESOURCES = Version("2.16")
-_WITH_PKG_RESOURCES = "<81"
-# The bounds that `mlflow` sets on what serving imports, and `mlflow-skinny` does not: the releases from the first
-# version and before the second are bound so. None for any later one.
+# What serving needs of other packages' versions, of releases from the first one and before the second.
+# `mlflow` has these bounds itself but for those of _UNKNOWN_TO_MLFLOW; `mlflow-skinny` has none.
 _BOUNDS = (
     ("2.0", "2.16", "numpy", "<2"),
     ("2.16", "4", "numpy", "<3"),
@@ -44,7 +41,10 @@ _BOUNDS = (
     ("2.0", "4", "flask", "<4"),
     # Starlette 1 has no `route` decorator any more, and no release of MLflow before 3.12 says that it needs it.
     ("2.21", "3.13", "starlette", "<1"),
+    # They import pkg_resources, which setuptools had until 81, and no release requires it.
+    ("0", "2.16", SETUPTOOLS, "<81"),
 )
+_UNKNOWN_TO_MLFLOW = ("starlette", SETUPTOOLS)
 # What `mlflow` brings, in any release, and `mlflow-skinny` with pandas does not: distributions by their modules.
 # tests/wheels/test_named_modules.py compares it with the newest release.
 BROUGHT = {
@@ -109,11 +109,6 @@ def server_of(release: Version | None) -> tuple[str, str]:
     return ASGI if release is None or release >= _FIRST_ASGI else WSGI
 
 
-def imports_pkg_resources(release: Version) -> bool:
-    """Return whether a release imports pkg_resources, which setuptools has up to a version."""
-    return release < _FIRST_WITHOUT_PKG_RESOURCES
-
-
 def needs_of(release: Version | None) -> tuple[str, ...]:
     """Return the packages that a release's scoring server imports, and `mlflow-skinny` does not require."""
     if release is None or release >= _FIRST_ASGI:
@@ -125,9 +120,7 @@ def bounds_of(release: Version | None) -> tuple[tuple[str, str], ...]:
     """Return the bounds that a release's server needs: a package and a specifier each; none for None."""
     if release is None:
         return ()
-    old = ((SETUPTOOLS, _WITH_PKG_RESOURCES),) if imports_pkg_resources(release) else ()
-    bounds = ((name, specifier) for first, end, name, specifier in _BOUNDS if Version(first) <= release < Version(end))
-    return (*bounds, *old)
+    return tuple((name, bound) for first, end, name, bound in _BOUNDS if Version(first) <= release < Version(end))
 
 
 REQUIREMENTS = "requirements.txt"
@@ -137,7 +130,6 @@ _LIMIT = 1 << 20
 _MOST_PATHS = 10_000
 _PYTHON = re.compile(r"(3\.[0-9]{1,2})(?![0-9])")
 _CONDA_PYTHON = re.compile(r"(?:[^\s:]{1,99}::)?python[ \t]{0,9}={1,2}[ \t]{0,9}(3\.[0-9]{1,2})(?![0-9])")
-_MLFLOW = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
 # `2022-05-01 12:34:56.789`: what MLflow writes, and no more than that is read.
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.+Z]{5,32}\Z")
 # MLflow's own; a time before it is none.
@@ -180,7 +172,7 @@ class Environment:
         """
         model = read_description(context, model_folder, MLMODEL)
         logged = model.get("mlflow_version")
-        mlflow = logged if isinstance(logged, str) and _MLFLOW.fullmatch(logged) else ""
+        mlflow = logged if isinstance(logged, str) and _RELEASE.fullmatch(logged) else ""
         raw = read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT)
         try:
             lines = [] if raw is None else _requirement_lines(requirements_text(raw))
@@ -278,25 +270,22 @@ def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
 def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the scoring server's module and arguments, and the requirements it adds.
 
-    `mlflow` brings all it needs, but for a bound that some releases lack. `mlflow-skinny` lacks pandas and, where
-    it is older, the web server. Where neither is listed, the skinny one of the release that logged the model is added,
-    and where one is listed that leaves its release open, that release is asked for, if it fits.
+    Where neither `mlflow` nor `mlflow-skinny` is listed, the latter is added in the release that logged the model.
+    Where one is listed that leaves its release open, that release is added, if it fits.
     """
     listed: dict[str, str] = {}
     for line in lines:
         if name := _REQUIREMENT_NAME.match(line):
             listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = line
-    # `packaging` takes a while to import, and `download` reads templates without it.
-
     asked = next((name for name in ("mlflow", "mlflow-skinny") if name in listed), "")
     pinned = _PINNED.search(listed.get(asked, ""))
     release = taken("==" + pinned[1] if pinned else _specifier(listed.get(asked, "")), logged)
     server = server_of(release)
     bounds = dict(bounds_of(release))
-    names = ["starlette", *((SETUPTOOLS,) if SETUPTOOLS in bounds else ())]
-    needs = [f"{name}{bounds[name]}" for name in names if name in bounds]
+    names = [name for name in _UNKNOWN_TO_MLFLOW if name in bounds]
     if "mlflow" not in listed:
-        needs += [f"{name}<4" if name == "flask" else name for name in needs_of(release)]
+        names += [*(["numpy"] if "numpy" in bounds else []), *needs_of(release)]
+    needs = [f"{name}{bounds.get(name, '')}" for name in names]
     if not asked:
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
     elif not pinned and str(release) == logged:
