@@ -80,12 +80,12 @@ def lock(
     Args:
         requirements: what is to be installed.
         platform: what for.
-        indexes: who is asked; those that the model names are asked too.
+        indexes: the package indexes; those that the model names are added.
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11` or, where it is known, `3.11.2`; empty for the model's own.
         as_of: packages uploaded later do not exist; None for all that there are.
         glibc: the base image's C library, major and minor; None for one that every base has.
-        client: asks the same indexes; None for one of this call's own.
+        client: reads the same indexes; None for one of this call's own.
         cache: folder in which uv keeps metadata; None for none.
         timeout: seconds for each run of uv.
         memory: bytes for each run of uv.
@@ -100,8 +100,8 @@ def lock(
     """
     python = python or requirements.python_version
     if not python:
-        message = "No file of the model says which Python it was logged with."
-        raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does by itself.")
+        message = "The model does not say which Python version it was logged with."
+        raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does.")
     for wheel in requirements.local:
         _check_required(model / wheel.path)
     joined = indexes.joined(requirements.indexes)
@@ -117,7 +117,7 @@ def lock(
 
 
 class _Locking:
-    """One lock in the making."""
+    """The resolution of one lock: what is tried, and in which order."""
 
     def __init__(self, question: Question, uv: Uv, client: IndexClient, folder: Path) -> None:
         self._question, self._uv, self._client = question, uv, client
@@ -163,7 +163,7 @@ class _Locking:
         return self._built_with(replace(self._question, requirements=otherwise))
 
     def _built_with(self, question: Question) -> Lock:
-        """Return the lock with the packages that the environment was built with, unless another needs others."""
+        """Return the lock with the packages that the environment was built with, unless they conflict with another."""
         try:
             return self._complete(question)
         except Unsatisfiable as error:
@@ -174,7 +174,7 @@ class _Locking:
         return self._complete(replace(question, requirements=question.requirements.without_build()))
 
     def _complete(self, question: Question) -> Lock:
-        """Return the lock with what its MLflow needs and what conda was to bring, resolved again where needed."""
+        """Return the lock with what its MLflow needs and what conda would install, resolved again where needed."""
         found = self._as_of(question)
         lacking = self._lacking(found, question)
         served = for_release(question.requirements, found.versions)
@@ -190,8 +190,8 @@ class _Locking:
     def _with_used(self, found: Lock, question: Question) -> Lock:
         """Return the lock with what the model's files name of the whole MLflow, in the versions that come with that.
 
-        A name may be no module's after all, so that nothing is refused for it. Where the part cannot have what is
-        added, the whole is taken; where the whole cannot be had, any version will do.
+        A name may not be a module's after all, so that nothing is refused for it. Where the part conflicts with what is
+        added, the whole is taken; where the whole cannot be resolved, any version is.
         """
         requirements = question.requirements
         whole = whole_of(requirements, found.versions)
@@ -209,17 +209,19 @@ class _Locking:
             made = self._as_of(replace(question, requirements=more))
         except (Unsatisfiable, NoWheel) as error:
             if everything is None:
-                _log.warning("what the model's files name of mlflow cannot be added", names=names, why=error.what)
+                _log.warning(
+                    "packages of mlflow that the model's files name cannot be added", names=names, why=error.what
+                )
                 return found
             _log.info("the whole package is installed instead", why=error.what)
             made = everything
         return made.model_copy(update={"added": names})
 
     def _lacking(self, found: Lock, question: Question) -> list[Required]:
-        """Return what conda was to bring and a lock lacks.
+        """Return the packages that conda would install and a lock lacks.
 
         Raises:
-            InvalidVersion: there is no wheel of a package; each is named.
+            InvalidVersion: packages have no wheel; each is named.
         """
         lacking = [one for one in question.requirements.conda if one.name not in found.versions]
         if missing := [one.text() for one in lacking if not self._has_wheel(one, question)]:
@@ -233,16 +235,16 @@ class _Locking:
         )
 
     def _as_of(self, question: Question) -> Lock:
-        """Return the lock as of the first moment that there is one for."""
+        """Return the lock as of the first moment that has a solution."""
         tried = moments(question.as_of)
         for moment in tried[:-1]:
             try:
-                return self._checked(replace(question, as_of=moment))
+                return self._resolved(replace(question, as_of=moment))
             except (Unsatisfiable, NoWheel) as error:
-                _log.debug("nothing as of the day's beginning", why=error.what)
-        return self._checked(replace(question, as_of=tried[-1]))
+                _log.debug("no solution as of the beginning of the day", why=error.what)
+        return self._resolved(replace(question, as_of=tried[-1]))
 
-    def _checked(self, question: Question) -> Lock:
+    def _resolved(self, question: Question) -> Lock:
         question = replace(question, places={one.url: self._place(one.url) for one in question.required if one.url})
         wheels = self._by_uv(question) if question.required else ()
         _check_origins(wheels, question.requirements, self._client)
@@ -298,7 +300,7 @@ class _Locking:
             raise NoWheel(
                 min(self._unfit), question.platform, f"after {_MOST_ROUNDS} resolutions there is still another"
             )
-        message = "An index gives upload times for some of its files only, and not for all that are needed."
+        message = "A package index gives upload times for some of the files that are needed, but not for all."
         raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or repair the index.")
 
     def _without_wheel(self, name: str, question: Question) -> frozenset[Version]:
@@ -345,8 +347,8 @@ def _check_required(wheel: Path) -> None:
 def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, client: IndexClient) -> None:
     """Raise InvalidVersion for a wheel of a place that the model's requirements and the settings do not name.
 
-    That is one of an address or a file that another wheel's metadata named, and one that a page of an index linked: to
-    a file of this machine or, where it is an index of the model's, to where our credential would be sent.
+    Another wheel's metadata may have named an address or a file; a page of an index may link to a file of this machine
+    or, where the model names the index, to a place that our credential would be sent to.
     """
     addresses = {one.url for one in requirements.required if one.url}
     local = {one.sha256 for one in requirements.local}
@@ -356,10 +358,10 @@ def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, cl
         ):
             raise names_an_address(wheel.filename)
         if wheel.origin == "index" and client.is_of_this_machine(wheel):
-            message = f"A page of a package index says that {wheel.filename} is a file of the publisher's machine."
+            message = f"A page of a package index links {wheel.filename} to a file of the publisher's machine."
             raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")
         if wheel.origin == "index" and not client.is_listed(wheel):
-            message = f"An index that the model names says that {wheel.filename} is where only our credential leads."
+            message = f"An index that the model names links {wheel.filename} to a place that needs our credential."
             raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")
 
 
@@ -379,11 +381,11 @@ def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> 
         hashes = {digest for one in requirements.named(wheel.name) for digest in one.hashes}
         local = {one.sha256 for one in requirements.local if one.filename == wheel.filename}
         named = hashes or (local if wheel.origin == "model" else set())
-        # What MLflow installs beside requirements.txt, and what it forgets to name, has no hash in it.
+        # Packages that MLflow installs without naming them in requirements.txt have no hash there.
         ours = wheel.origin == "index" and wheel.name in requirements.added | requirements.build
         if wheel.sha256 not in named and (named or (requirements.require_hashes and not ours)):
-            message = f"{wheel.filename} has the sha256 {wheel.sha256}, which the model's requirements do not name."
-            remedy = "Name the hashes of the wheels of every platform that is published for."
+            message = f"{wheel.filename} has the SHA-256 {wheel.sha256}, which the model's requirements do not name."
+            remedy = "Add the hashes of the wheels for every platform of the image."
             raise InvalidVersion(message, remedy=remedy)
 
 
@@ -394,8 +396,8 @@ class Resolver:
     Attributes:
         store: where locks are kept.
         requirements: what is to be installed.
-        indexes: who is asked: those that the model names are among them.
-        client: asks them.
+        indexes: the package indexes, those that the model names among them.
+        client: reads them.
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11`.
         as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
@@ -480,11 +482,11 @@ class Resolver:
             try:
                 found = Lock.from_text(text)
             except InvalidVersion as error:
-                _log.warning("a cached lock is invalid, and is made again", tag=tag, why=error.what)
+                _log.warning("the cached lock is invalid; resolving again", tag=tag, why=error.what)
                 continue
             if (found.platform, found.python, found.glibc, found.as_of) == (platform, self.python, glibc, moment):
                 return found
-            _log.warning("a cached lock is for another environment, and is made again", tag=tag)
+            _log.warning("the cached lock is for another environment; resolving again", tag=tag)
         return None
 
     def _of_previous_image(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:

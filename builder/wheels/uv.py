@@ -66,7 +66,7 @@ class NoWheel(BuildFailed):
     Args:
         package: its normal name.
         platform: which one.
-        said: the resolver's own words; empty for none.
+        said: uv's own words; may be empty.
         systems: the platform tags of the only files that there are, where these are wheels for other systems.
     """
 
@@ -77,8 +77,10 @@ class NoWheel(BuildFailed):
         self.buildable = not systems
         if systems:
             there = one_line(", ".join(systems), 200)
-            message = f"{package} has no wheel for {platform}, and no engine can build it there: there is no source, "
-            message += f"and only wheels for {there}."
+            message = (
+                f"{package} has no wheel for {platform}, and no engine can build it: it has no source, only wheels "
+            )
+            message += f"for {there}."
             windows = all(system.startswith("win") for system in systems)
             marker = "sys_platform == 'win32'" if windows else "sys_platform != 'linux'"
             remedy = f"Leave {package}, or what requires it, out of the model's requirements, or ask for it where it "
@@ -98,26 +100,28 @@ class Unsatisfiable(InvalidVersion):
 
     Args:
         platform: what was resolved for.
-        said: the resolver's own words.
+        said: uv's own words.
     """
 
     def __init__(self, platform: Platform, said: str) -> None:
-        message = f"The model's requirements cannot be fulfilled for {platform}: {one_line(said, _MOST_SAID)}"
-        remedy = "Correct them and register the model again. RESOLVE_AS_OF=now takes packages newer than it, too."
+        message = f"The model's requirements cannot be satisfied on {platform}: {one_line(said, _MOST_SAID)}"
+        remedy = "Correct them and register the model again. RESOLVE_AS_OF=now allows packages newer than the model."
         super().__init__(message, remedy=remedy)
         self.platform = platform
         self.said = said
 
 
 def names_an_address(required: str, wheel: str = "A wheel") -> InvalidVersion:
-    """Return the error for a wheel that requires what is at an address, and not what an index has.
+    """Return the error for a wheel whose metadata requires a package by its address.
 
     Args:
         required: what it requires.
         wheel: which one.
     """
-    message = f"{wheel} requires {one_line(required, 200)!r}, which is at an address, and only indexes are asked."
-    remedy = "Name it in the model's requirements.txt, and build the wheel again with the package's name alone."
+    message = (
+        f"{wheel} requires {one_line(required, 200)!r}, which is at an address. Only packages of an index are allowed."
+    )
+    remedy = "Build the wheel again with the package's name alone, and add the address to the model's requirements.txt."
     return InvalidVersion(message, remedy=remedy)
 
 
@@ -202,8 +206,8 @@ class Question:
         glibc: the base's C library; None where it is not known.
         as_of: packages uploaded later do not exist; None for all.
         timeless: addresses of indexes that give no upload times, so that `as_of` does not count for them.
-        places: the wheels that are at addresses, fetched and looked at: each by its address.
-        unfit: versions that no wheel for the platform exists of, by package.
+        places: the wheels that requirements name by address, fetched and checked: paths by address.
+        unfit: versions without a wheel for the platform, by package.
     """
 
     requirements: Requirements
@@ -251,7 +255,7 @@ class Question:
         for wheel in self.requirements.local:
             if (self.model / wheel.path).absolute() == path:
                 return "model", path.as_uri(), wheel.size
-        message = "a wheel is at a path that was not given"
+        message = "a wheel is at an unknown path"
         raise ValueError(message)
 
     def _location(self, one: Required) -> str:
@@ -299,7 +303,7 @@ def private_folder() -> Iterator[Path]:
 MOST_MEMORY = 2 << 30
 _MOST_PROCESSOR = 600
 _MOST_LINES = 200
-# Seconds that an index may take for an answer, and how often it is asked again.
+# Seconds for one request to an index, and how often a request is repeated.
 HTTP_SECONDS, HTTP_RETRIES = 30, 2
 _MACHINES = frozenset({"x86_64", "aarch64"})
 # The levels of glibc that uv has a name for (`uv pip compile --help`).
@@ -311,9 +315,9 @@ class Uv:
     """uv, and how its processes are run.
 
     Attributes:
-        indexes: who is asked, with which credential.
+        indexes: the package indexes and their credentials.
         runner: runs a program.
-        cache: folder that metadata is kept in; None for none.
+        cache: folder for metadata; None for no cache.
         timeout: seconds for one run.
         memory: bytes that one run may take.
     """
@@ -328,9 +332,9 @@ class Uv:
         """Return the wheels that uv chooses, with their addresses.
 
         Raises:
-            MissingTimes, Unfit: it has to be asked once more, without what the exception names.
+            MissingTimes, Unfit: it has to run once more, without what the exception names.
             NoWheel: a package has no wheel for the platform.
-            Unsatisfiable: the requirements contradict each other or what there is.
+            Unsatisfiable: the requirements contradict each other, or what the indexes have.
             InvalidVersion: a package requires what is at an address.
             ServiceUnavailable, PermissionRefused, InvalidSettings, TryAgain, BuildFailed: it could not resolve.
         """
@@ -389,7 +393,7 @@ class Uv:
         # An empty configuration of the system, found before /etc/uv/uv.toml.
         (folder / "uv").mkdir()
         (folder / "uv/uv.toml").touch()
-        # Neither a netrc nor a home with one: each would be asked for any host that a page or an author names.
+        # No netrc and no home with one: uv would send its credentials to any host that a page or an author names.
         places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_DIRS"), str(folder))
         plain = {"PATH": os.defpath, "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "UV_KEYRING_PROVIDER": "disabled"}
         http = {"UV_HTTP_TIMEOUT": str(HTTP_SECONDS), "UV_HTTP_RETRIES": str(HTTP_RETRIES)}
@@ -399,7 +403,7 @@ class Uv:
         try:
             code = self.runner(argv, env=env, cwd=folder, timeout=self.timeout, output=output, name="uv", limits=limits)
         except BuildFailed as error:
-            remedy = "Raise BUILD_TIMEOUT, or see that the package index answers." if "longer" in error.what else ""
+            remedy = "Raise BUILD_TIMEOUT, or check the package index." if "longer" in error.what else ""
             raise BuildFailed(error.what, remedy=remedy or "Install the builder with all its dependencies.") from error
         text = "\n".join(said)
         why = ""
@@ -437,7 +441,7 @@ def _authorities(indexes: Indexes) -> dict[str, str]:
 
 
 def _config(indexes: Indexes, question: Question) -> str:
-    """Return uv's settings: the indexes, first those that are asked first, and a platform that uv has no name for."""
+    """Return uv's settings: the indexes in their order, and the markers of a platform that uv has no name for."""
     links = [_address(indexes, link) for link in indexes.find_links]
     environment = [" and ".join(f"{name} == '{value}'" for name, value in question.markers.items())]
     values: dict[str, _Value] = {
@@ -464,7 +468,7 @@ def _config(indexes: Indexes, question: Question) -> str:
 
 
 def _address(indexes: Indexes, index: IndexUrl) -> str:
-    """Return an index's address with the credential that it is asked with."""
+    """Return an index's address with its credential."""
     address = indexes.authenticated(index).with_credential
     _require(WRITABLE.fullmatch(address) and not address.startswith("-"), "uv's settings")
     return address
@@ -540,8 +544,8 @@ def _explanation(said: str) -> str:
     """Return uv's explanation without its advice, which is about uv's own command line.
 
     uv makes it of the packages, versions and tags that it has read and of words of its own; what it quotes of a file,
-    such as metadata that it cannot read, is in its hints, which are left out. A path or an address is in none, so that
-    whatever looks like one goes too.
+    such as metadata that it cannot read, is in its hints, which are left out. Words that look like a path or an address
+    are left out, too.
     """
     _, _, tail = said.partition("No solution found when resolving dependencies")
     body, _, _ = tail.partition("\nhint:")
@@ -564,7 +568,7 @@ def _failure(code: int, said: str, indexes: Indexes) -> BuilderError:
     reason, error, remedy = next(found, ("", BuildFailed, other))
     what = f"HTTP {status[1]}" if status else reason
     details = [word for word in (what, f"from {where}" if where else "", _package(said)) if word]
-    shown = ", ".join(details) or "its own words are in the log, with LOG_LEVEL=debug"
+    shown = ", ".join(details) or "see the log, with LOG_LEVEL=debug"
     return error(f"uv could not resolve the requirements (exit code {code}): {shown}.", remedy=remedy)
 
 
@@ -609,8 +613,8 @@ def _wheels(path: Path, question: Question) -> Iterator[LockedWheel]:
             else:
                 unfit[package["name"]] = Version(package["version"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        message = f"What uv resolved cannot be read ({type(error).__name__})."
-        raise BuildFailed(message, remedy="Use the release of uv that this program was made for.") from error
+        message = f"uv's output cannot be read ({type(error).__name__})."
+        raise BuildFailed(message, remedy="Install the release of uv that requirements/builder.txt names.") from error
     if unfit:
         raise Unfit(unfit)
 
@@ -618,7 +622,7 @@ def _wheels(path: Path, question: Question) -> Iterator[LockedWheel]:
 def _best(files: list[_File], required: Sequence[Required], ranks: dict[Tag, int]) -> _File | None:
     """Return the wheel that pip would take of those that uv names, which are in no order; None where none fits.
 
-    It is one of a hash that is asked for, then the one of the best tag, then that of the highest build number.
+    The order: a hash that a requirement names, the best tag, the highest build number.
     """
     hashes = {digest for one in required for digest in one.hashes}
     fitting: list[tuple[tuple[bool, int, BuildTag], _File]] = []

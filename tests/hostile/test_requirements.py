@@ -294,7 +294,7 @@ def test_a_file_of_the_largest_size_is_read_or_refused_at_once(kind):
         ({"requirements.txt": "x " + f"--hash=sha256:{'a' * 64} " * 1200}, "more than 1,000 options"),
         ({"requirements.txt": "-r " + "a/" * 2000 + "b\n"}, "not in the model folder"),
         ({"requirements.txt": "x\n", "words": " ".join(f"w{n}" for n in range(30_000))}, ""),
-        ({"conda.yaml": f"dependencies:\n- {'a' * 900_000}\n"}, "asks conda for aaa"),
+        ({"conda.yaml": f"dependencies:\n- {'a' * 900_000}\n"}, "conda.yaml requires aaa"),
         ({"conda.yaml": f"dependencies:\n- pip:\n  - {'a' * 900_000}\n"}, "longer than"),
         ({"conda.yaml": 'dependencies:\n- pip:\n  - "x\\n-r /etc/passwd"\n'}, "not one line"),
         ({"conda.yaml": 'dependencies:\n- pip:\n  - "x\\r-r /etc/passwd"\n'}, "not in the model folder"),

@@ -233,7 +233,7 @@ def test_what_is_no_pickle_tells_nothing(read, content):
 READING = """\
 import sys
 from pathlib import Path
-from builder.build.named_modules import read_named_modules
+from builder.wheels.imports import read_named_modules
 print(sorted(read_named_modules(Path(sys.argv[1]), "m", ["m/python_model.pkl"]).loaded))
 """
 

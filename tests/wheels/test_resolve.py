@@ -365,7 +365,7 @@ def test_conflicts_are_told(index, platform, lines, said):
 
 
 def test_a_python_that_nobody_tells(index):
-    with pytest.raises(InvalidVersion, match="which Python"):
+    with pytest.raises(InvalidVersion, match="which Python version"):
         locked("app", indexes=asked(index), python="")
 
 
