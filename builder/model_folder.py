@@ -31,11 +31,8 @@ WSGI = ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
 ASGI = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
 # From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
 _FIRST_ASGI = Version("2.21")
-# Older releases import pkg_resources, which setuptools 81 was the last but one to have, and no release requires.
-_FIRST_WITHOUT_PKG_RESOURCES = Version("2.16")
-_WITH_PKG_RESOURCES = "<81"
-# The bounds that `mlflow` sets on what serving imports, and `mlflow-skinny` does not: the releases from the first
-# version and before the second are bound so. None for any later one.
+# What serving needs of other packages' versions, of releases from the first one and before the second.
+# `mlflow` has these bounds itself but for those of _UNKNOWN_TO_MLFLOW; `mlflow-skinny` has none.
 _BOUNDS = (
     ("2.0", "2.16", "numpy", "<2"),
     ("2.16", "4", "numpy", "<3"),
@@ -44,7 +41,10 @@ _BOUNDS = (
     ("2.0", "4", "flask", "<4"),
     # Starlette 1 has no `route` decorator any more, and no release of MLflow before 3.12 says that it needs it.
     ("2.21", "3.13", "starlette", "<1"),
+    # They import pkg_resources, which setuptools had until 81, and no release requires it.
+    ("0", "2.16", SETUPTOOLS, "<81"),
 )
+_UNKNOWN_TO_MLFLOW = ("starlette", SETUPTOOLS)
 # What `mlflow` brings, in any release, and `mlflow-skinny` with pandas does not: distributions by their modules.
 # tests/wheels/test_named_modules.py compares it with the newest release.
 BROUGHT = {
@@ -78,16 +78,16 @@ _RELEASE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
 
 
 def release_of(text: str) -> Version | None:
-    """Return the release that a text names; None for none, or for what is no plain number."""
+    """Return the release that a text names; None where it is not a plain number."""
     return Version(text) if _RELEASE.fullmatch(text) else None
 
 
-def taken(specifier: str, logged: str) -> Version | None:
+def resolved_release(specifier: str, logged: str) -> Version | None:
     """Return the release that a resolver takes, or one that is served as it is; None for the newest.
 
     Args:
         specifier: of the requirement, `>=2.10,<3`; what cannot be read leaves the release open.
-        logged: the release that logged the model, which is taken where the specifier has it; empty for none.
+        logged: the release that logged the model, which is preferred where the specifier allows it; may be empty.
     """
     try:
         allowed = SpecifierSet(specifier)
@@ -109,11 +109,6 @@ def server_of(release: Version | None) -> tuple[str, str]:
     return ASGI if release is None or release >= _FIRST_ASGI else WSGI
 
 
-def imports_pkg_resources(release: Version) -> bool:
-    """Return whether a release imports pkg_resources, which setuptools has up to a version."""
-    return release < _FIRST_WITHOUT_PKG_RESOURCES
-
-
 def needs_of(release: Version | None) -> tuple[str, ...]:
     """Return the packages that a release's scoring server imports, and `mlflow-skinny` does not require."""
     if release is None or release >= _FIRST_ASGI:
@@ -125,22 +120,19 @@ def bounds_of(release: Version | None) -> tuple[tuple[str, str], ...]:
     """Return the bounds that a release's server needs: a package and a specifier each; none for None."""
     if release is None:
         return ()
-    old = ((SETUPTOOLS, _WITH_PKG_RESOURCES),) if imports_pkg_resources(release) else ()
-    bounds = ((name, specifier) for first, end, name, specifier in _BOUNDS if Version(first) <= release < Version(end))
-    return (*bounds, *old)
+    return tuple((name, bound) for first, end, name, bound in _BOUNDS if Version(first) <= release < Version(end))
 
 
 REQUIREMENTS = "requirements.txt"
 MLMODEL, PYTHON_ENV, CONDA = "MLmodel", "python_env.yaml", "conda.yaml"
 _LIMIT = 1 << 20
-# Words of requirements.txt that could be paths, each of which is looked for in the model folder.
+# Words of requirements.txt that could be paths; each is looked up in the model folder.
 _MOST_PATHS = 10_000
 _PYTHON = re.compile(r"(3\.[0-9]{1,2})(?![0-9])")
 _CONDA_PYTHON = re.compile(r"(?:[^\s:]{1,99}::)?python[ \t]{0,9}={1,2}[ \t]{0,9}(3\.[0-9]{1,2})(?![0-9])")
-_MLFLOW = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
 # `2022-05-01 12:34:56.789`: what MLflow writes, and no more than that is read.
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.+Z]{5,32}\Z")
-# MLflow's own; a time before it is none.
+# MLflow's first; an earlier time is invalid.
 _FIRST_YEAR = 2018
 _PINNED = re.compile(r"==\s*([0-9]{1,9}(?:\.[0-9]{1,9}){1,9})(?![0-9])")
 _SPECIFIER = re.compile(r"[<>=!~]=?=?[^;#@\[\]]{1,200}")
@@ -152,9 +144,9 @@ class Environment:
     """An environment, as the files of a model folder describe it.
 
     Attributes:
-        python_version: major and minor, `3.11`; empty where no file tells.
-        mlflow_version: the release of MLflow that logged the model; empty where MLmodel does not tell.
-        logged: when the model was logged, in UTC; None where MLmodel does not tell.
+        python_version: major and minor, `3.11`; empty where it is not known.
+        mlflow_version: the release of MLflow that logged the model; empty where it is not known.
+        logged: when the model was logged, in UTC; None where it is not known.
         has_requirements: whether there is a requirements.txt.
         requirement_inputs: what pip reads beside it, relative to the model folder: constraints, further requirement
             files, local wheels and source folders that it names.
@@ -172,7 +164,7 @@ class Environment:
 
     @classmethod
     def read(cls, context: Path, model_folder: str) -> Self:
-        """Return the environment of the model in `context / model_folder`; files that are not there tell nothing.
+        """Return the environment of the model in `context / model_folder`; missing files are skipped.
 
         Raises:
             InvalidVersion: a file is a link, too large or not YAML; requirements.txt is not UTF-8, or has too many
@@ -180,7 +172,7 @@ class Environment:
         """
         model = read_description(context, model_folder, MLMODEL)
         logged = model.get("mlflow_version")
-        mlflow = logged if isinstance(logged, str) and _MLFLOW.fullmatch(logged) else ""
+        mlflow = logged if isinstance(logged, str) and _RELEASE.fullmatch(logged) else ""
         raw = read_beneath(context, f"{model_folder}/{REQUIREMENTS}", _LIMIT)
         try:
             lines = [] if raw is None else _requirement_lines(requirements_text(raw))
@@ -228,8 +220,8 @@ def read_description(context: Path, model_folder: str, name: str) -> dict[str, Y
 
 def _python(context: Path, model_folder: str, model: dict[str, Yaml]) -> str:
     """Return the model's Python, major and minor: of python_env.yaml, else conda.yaml, else MLmodel, as MLflow."""
-    told = read_description(context, model_folder, PYTHON_ENV).get("python")
-    if isinstance(told, str) and (found := _PYTHON.match(told)):
+    python = read_description(context, model_folder, PYTHON_ENV).get("python")
+    if isinstance(python, str) and (found := _PYTHON.match(python)):
         return found[1]
     entries = read_description(context, model_folder, CONDA).get("dependencies")
     for entry in entries if isinstance(entries, list) else []:
@@ -237,18 +229,18 @@ def _python(context: Path, model_folder: str, model: dict[str, Yaml]) -> str:
             return found[1]
     flavors = model.get("flavors")
     pyfunc = flavors.get("python_function") if isinstance(flavors, dict) else None
-    told = pyfunc.get("python_version") if isinstance(pyfunc, dict) else None
-    found = _PYTHON.match(told) if isinstance(told, str) else None
+    python = pyfunc.get("python_version") if isinstance(pyfunc, dict) else None
+    found = _PYTHON.match(python) if isinstance(python, str) else None
     return found[1] if found else ""
 
 
 def _logged(model: dict[str, Yaml]) -> datetime | None:
-    """Return when MLmodel says that the model was logged, in UTC; None where it says nothing that is a time."""
-    told = model.get("utc_time_created")
-    if not isinstance(told, str) or not _TIME.match(told):
+    """Return when MLmodel says that the model was logged, in UTC; None where it has no valid time."""
+    text = model.get("utc_time_created")
+    if not isinstance(text, str) or not _TIME.match(text):
         return None
     try:
-        found = datetime.fromisoformat(told)
+        found = datetime.fromisoformat(text)
         found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
     except (ValueError, OverflowError):
         return None
@@ -278,25 +270,22 @@ def _inputs(lines: list[str], context: Path, model_folder: str) -> list[str]:
 def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the scoring server's module and arguments, and the requirements it adds.
 
-    `mlflow` brings all it needs, but for a bound that some releases lack. `mlflow-skinny` lacks pandas and, where
-    it is older, the web server. Where neither is listed, the skinny one of the release that logged the model is added,
-    and where one is listed that leaves its release open, that release is asked for, if it fits.
+    Where neither `mlflow` nor `mlflow-skinny` is listed, the latter is added in the release that logged the model.
+    Where one is listed that leaves its release open, that release is added, if it fits.
     """
     listed: dict[str, str] = {}
     for line in lines:
         if name := _REQUIREMENT_NAME.match(line):
             listed[re.sub(r"[-_.]+", "-", name[1]).lower()] = line
-    # `packaging` takes a while to import, and `download` reads templates without it.
-
     asked = next((name for name in ("mlflow", "mlflow-skinny") if name in listed), "")
     pinned = _PINNED.search(listed.get(asked, ""))
-    release = taken("==" + pinned[1] if pinned else _specifier(listed.get(asked, "")), logged)
+    release = resolved_release("==" + pinned[1] if pinned else _specifier(listed.get(asked, "")), logged)
     server = server_of(release)
     bounds = dict(bounds_of(release))
-    names = ["starlette", *((SETUPTOOLS,) if SETUPTOOLS in bounds else ())]
-    needs = [f"{name}{bounds[name]}" for name in names if name in bounds]
+    names = [name for name in _UNKNOWN_TO_MLFLOW if name in bounds]
     if "mlflow" not in listed:
-        needs += [f"{name}<4" if name == "flask" else name for name in needs_of(release)]
+        names += [*(["numpy"] if "numpy" in bounds else []), *needs_of(release)]
+    needs = [f"{name}{bounds.get(name, '')}" for name in names]
     if not asked:
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")
     elif not pinned and str(release) == logged:
@@ -307,7 +296,7 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
 
 
 def _specifier(line: str) -> str:
-    """Return what a requirement's line says of releases, `>=2.10,<3`; empty where it says nothing, or another thing."""
+    """Return what a requirement's line says of releases, `>=2.10,<3`; empty where it has none."""
     found = _SPECIFIER.search(line)
     return found[0] if found else ""
 
@@ -378,7 +367,7 @@ def loader_of(model: dict[str, Yaml]) -> str:
 def code_of(model: dict[str, Yaml], folder: str) -> str | None:
     """Return the folder that MLflow makes modules of a model importable from; empty for none, None for another place.
 
-    The model's own folder is none: `mlflow.pyfunc` puts on `sys.path` what `code` names, and nothing besides.
+    That is never the model's own folder: `mlflow.pyfunc` puts on `sys.path` what `code` names, and nothing else.
 
     Args:
         model: the content of MLmodel.
@@ -431,7 +420,7 @@ def repaired(context: Path, folder: str, paths: Collection[str]) -> bytes | None
         position = end
     text = "".join([*pieces, old[position:]])
     if _repairs(_mapping(read_yaml(text.encode(), name)), folder, paths)[0]:
-        message = f"{one_line(name, _SHOWN)} has paths that were written on Windows, in a form that cannot be repaired."
+        message = f"{one_line(name, _SHOWN)} has paths that were written on Windows, in a form that is not repaired."
         raise InvalidVersion(message, remedy="Log the model again, on Linux or with a later release of MLflow.")
     return text.encode()
 

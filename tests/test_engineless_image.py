@@ -76,7 +76,7 @@ def own_authorities(tmp_path):
     return f"--volume={folder}:/kaniko/ssl/certs:ro"
 
 
-@pytest.mark.parametrize("platforms", ["linux/amd64", "linux/amd64,linux/arm/v7"], ids=["uv", "pip"])
+@pytest.mark.parametrize("platforms", ["linux/amd64", "linux/amd64,linux/arm/v7"], ids=["named", "universal"])
 def test_the_authorities_of_the_image_itself_are_enough(
     engineless_image, mlflow_server, registry, base_image, own_authorities, platforms, tmp_path
 ):

@@ -81,7 +81,7 @@ def test_a_package_index_is_asked_twice(silent):
     assert len(silent.accepted) == 2
 
 
-@pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm/v7"], ids=["uv", "pip"])
+@pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm/v7"], ids=["named", "universal"])
 def test_a_resolver_gives_up(silent, tmp_path, platform):
     indexes = Indexes(default=IndexUrl(f"http://{silent.host}/simple"))
     with IndexClient(indexes, policy=NO_PAUSE) as client, pytest.raises(ServiceUnavailable):

@@ -9,8 +9,10 @@ import json
 import netrc
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -27,7 +29,7 @@ def uv_config(network: Network) -> str:
     """Return the text of a uv.toml that names the indexes of the environment; empty where none is set.
 
     uv reads `/etc/uv/uv.toml` (https://docs.astral.sh/uv/concepts/configuration-files/). It has no setting for a CA
-    bundle but the system's own certificates, which it is told to use.
+    bundle but the system's own certificates, which `native-tls` selects.
     """
     variables = network.index_variables
     default = variables.get("UV_DEFAULT_INDEX") or variables.get("UV_INDEX_URL") or ""
@@ -52,13 +54,13 @@ def certificate(network: Network) -> Path | None:
     """Return the CA bundle that pip has to trust: the one that pip.conf names, else the network's; None for neither.
 
     Raises:
-        InvalidSettings: pip.conf cannot be read, or names a file that is not there.
+        InvalidSettings: pip.conf cannot be read, or names a file that does not exist.
     """
     named = _read(network).get("global", "cert", fallback="")
     if not named:
         return network.ca_bundle
     if not Path(named).is_file():
-        message = f"PIP_CONFIG_FILE {network.pip_config} says cert = {named}, which is not a file here."
+        message = f"PIP_CONFIG_FILE {network.pip_config} names the certificate file {named}, which does not exist."
         raise InvalidSettings(message, remedy="Name a file that the build phase can read, or set SSL_CERT_FILE.")
     return Path(named)
 
@@ -98,8 +100,8 @@ def pip_config(network: Network, seen_certificate: str) -> str:
     values = {key: network.index_variables[name] for name, key in _KEYS.items() if name in network.index_variables}
     named = any(parser.has_option("global", key) for key in ("index-url", "index_url"))
     if not named and "index-url" not in values and (default := default_index(network.index_variables)):
-        # Who speaks uv's words has one index for all, and the built-in template installs with pip. Further indexes are
-        # not handed on so: pip would take a package from any of them, where uv takes it from the first that has it.
+        # The built-in template installs with pip, so that pip gets the index of uv's variables. Further indexes are
+        # left out: pip would take a package from any of them, where uv takes it from the first that has it.
         values["index-url"] = default
     if seen_certificate:
         values["cert"] = seen_certificate
@@ -147,7 +149,7 @@ STRATEGIES = frozenset({FIRST_INDEX, "unsafe-first-match", "unsafe-best-match"})
 _NAMED = re.compile(r"^[A-Za-z0-9._-]+=(?=[a-z]+://)")
 _SCHEME = re.compile(r"https?://", re.IGNORECASE)
 # The characters of an index's address that no file which names it could take for its own.
-_WRITABLE = re.compile(r"(?:[A-Za-z0-9._~+,=:@!*()/?&\[\]-]|%[0-9A-Fa-f]{2})+")
+WRITABLE = re.compile(r"(?:[A-Za-z0-9._~+,=:@!*()/?&\[\]-]|%[0-9A-Fa-f]{2})+")
 # A host, perhaps with its port.
 _TRUSTED = re.compile(r"[A-Za-z0-9._*\[\]:-]+")
 
@@ -200,7 +202,7 @@ class IndexUrl:
             variable: the setting's name, for the error; the value may hold a credential and is not shown.
 
         Raises:
-            InvalidSettings: it is none of these.
+            InvalidSettings: it is not such an address.
         """
         if text.startswith("/"):
             return cls(Path(text).as_uri())
@@ -213,22 +215,22 @@ class IndexUrl:
             url = linked("", plain.geturl()) if _SCHEME.match(text) and text.isascii() else None
         except ValueError:
             url = None
-        if url is None or not _WRITABLE.fullmatch(url) or not text.isprintable() or " " in text:
-            message = f"{variable} names something that is not the address of a package index."
-            remedy = "It is an https address such as https://pypi.example.com/simple, with %20 for a blank."
+        if url is None or not WRITABLE.fullmatch(url) or not text.isprintable() or " " in text:
+            message = f"{variable} is not the address of a package index."
+            remedy = "Set an https address such as https://pypi.example.com/simple, with %20 for a space."
             raise InvalidSettings(message, remedy=remedy)
         return cls(url, unquote(parts.username or ""), unquote(parts.password or ""))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Indexes:
-    """The package indexes of a resolution, in the order in which they are asked.
+    """The package indexes of a resolution, in their order of priority.
 
     Attributes:
-        extra: asked before the default one.
-        default: asked last; None for the one that pip and uv have built in.
+        extra: used before the default one.
+        default: used last; None for the one that pip and uv have built in.
         find_links: folders and pages that list wheels.
-        no_index: whether only `find_links` are asked.
+        no_index: whether only `find_links` are used.
         strategy: uv's index strategy: by default a package comes from the first index that has it at all, so that
             nobody can put a newer one of the same name elsewhere.
         trusted: hosts reached over plain HTTP, or whose certificate is not checked: pip's trusted-host.
@@ -258,7 +260,7 @@ class Indexes:
             allowed: prefixes of the addresses that a model may name by itself; `*` for any.
 
         Raises:
-            InvalidSettings: PIP_CONFIG_FILE cannot be read, or an address is none or over plain HTTP.
+            InvalidSettings: PIP_CONFIG_FILE cannot be read, or an address is invalid or plain HTTP.
         """
         variables, pip = network.index_variables, pip_options(network)
 
@@ -281,8 +283,8 @@ class Indexes:
         )
         strategy = variables.get("UV_INDEX_STRATEGY", FIRST_INDEX)
         if strategy not in STRATEGIES:
-            message = "UV_INDEX_STRATEGY is none of uv's index strategies."
-            raise InvalidSettings(message, remedy=f"It is one of {', '.join(sorted(STRATEGIES))}.")
+            message = "UV_INDEX_STRATEGY is not one of uv's index strategies."
+            raise InvalidSettings(message, remedy=f"Set one of {', '.join(sorted(STRATEGIES))}.")
         links = urls(
             ("UV_FIND_LINKS", variables.get("UV_FIND_LINKS", "").replace(",", " ")),
             ("find-links", pip.get("find-links", "")),
@@ -303,19 +305,19 @@ class Indexes:
         for index in indexes.all:
             indexes.check(index.url)
             if index.is_file and index not in indexes.find_links:
-                message = "A folder is named as a package index."
+                message = "A package index is a folder of this machine."
                 raise InvalidSettings(message, remedy="Name it as find-links in pip.conf.")
         return indexes
 
     @property
     def all(self) -> tuple[IndexUrl, ...]:
-        """Every index, in the order in which they are asked; the built-in one is not among them."""
+        """Every index, in order of priority, without the built-in one."""
         named = () if self.no_index else (*self.extra, *((self.default,) if self.default else ()))
         return (*named, *self.find_links)
 
     @property
     def identity(self) -> str:
-        """A hash of what is asked and in which order, without credentials: 64 hexadecimal digits."""
+        """A hash of the indexes and their order, without credentials: 64 hexadecimal digits."""
         what = [
             [str(url) for url in self.extra],
             str(self.default or ""),
@@ -327,7 +329,7 @@ class Indexes:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Every password, as it is and as it stands in a URL, for masking what other programs say."""
+        """Every password, plain and encoded for a URL, to mask the output of other programs."""
         known = (self.authenticated(index) for index in self.all)
         passwords = [url.password or url.user for url in known]
         return tuple(form for word in passwords if word for form in (word, quote(word, safe="")))
@@ -336,8 +338,8 @@ class Indexes:
         """Raise InvalidSettings where an address is over plain HTTP and its host is not trusted with it."""
         parts = urlsplit(url)
         if parts.scheme == "http" and not self.trusts(parts.netloc) and not is_loopback(parts.netloc):
-            message = f"The package index at {parts.netloc} is named with plain HTTP."
-            raise InvalidSettings(message, remedy="Name it with https, or its host in PIP_TRUSTED_HOST.")
+            message = f"The address of the package index at {parts.netloc} is plain HTTP."
+            raise InvalidSettings(message, remedy="Use https, or add the host to PIP_TRUSTED_HOST.")
 
     def trusts(self, host: str) -> bool:
         """Return whether a host (perhaps with its port) is trusted without a certificate."""
@@ -355,16 +357,16 @@ class Indexes:
         return any(is_within(url, prefix) for prefix in named) or ("*" in self.allowed and not self.credential(url))
 
     def joined(self, urls: Sequence[str]) -> Self:
-        """Return these with the indexes that a model names, asked first; those that are here already are not added."""
+        """Return these with the indexes that a model names, which come first; known ones are not added."""
         known = {index.url for index in self.all}
         new = tuple(IndexUrl(url, of_model=True) for url in dict.fromkeys(urls) if url not in known)
         return replace(self, extra=(*new, *self.extra)) if new else self
 
     @property
     def configured(self) -> frozenset[Origin]:
-        """The origins of the indexes that the settings name, the built-in one among them if it is asked."""
-        asked = () if self.no_index or self.default else (built_in_index(),)
-        found = (origin_of(index.url) for index in (*self.all, *asked) if not index.of_model)
+        """The origins of the indexes that the settings name, and of the built-in one if it is used."""
+        built_in = () if self.no_index or self.default else (built_in_index(),)
+        found = (origin_of(index.url) for index in (*self.all, *built_in) if not index.of_model)
         return frozenset(origin for origin in found if origin)
 
     def is_settings_own(self, url: str) -> bool:
@@ -393,13 +395,13 @@ class Indexes:
             hosts = netrc.netrc(str(self.netrc)).hosts
         except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
             message = f"{str(self.netrc)!r} cannot be read as a netrc file: {type(error).__name__}."
-            raise InvalidSettings(message, remedy="Mend it, or name another in NETRC.") from None
+            raise InvalidSettings(message, remedy="Correct it, or name another file in NETRC.") from None
         named = {origin_of(index.url) for index in self.all if not index.of_model}
         found = hosts.get(origin.host) or (hosts.get("default") if origin in named else None)
         return (found[0] or found[1] or "", found[2] or "") if found else None
 
     def authenticated(self, index: IndexUrl) -> IndexUrl:
-        """Return an index with the credential that it is asked with, for a program that reads no netrc.
+        """Return an index with its credential, for a program that reads no netrc.
 
         Raises:
             InvalidSettings: netrc cannot be read.
@@ -412,16 +414,23 @@ def _trusted(text: str) -> Sequence[str]:
     """Return the hosts that pip's trusted-host names.
 
     Raises:
-        InvalidSettings: one is no host.
+        InvalidSettings: an entry is not a host.
     """
     if not all(_TRUSTED.fullmatch(word) for word in text.split()):
-        message = "PIP_TRUSTED_HOST, or trusted-host in pip.conf, names something that is not a host."
-        raise InvalidSettings(message, remedy="It is a list of hosts, each perhaps with its port.")
+        message = "PIP_TRUSTED_HOST, or trusted-host in pip.conf, has an entry that is not a host."
+        raise InvalidSettings(message, remedy="Set a list of hosts, each with or without a port.")
     return text.split()
 
 
+@lru_cache(maxsize=1)
 def built_in_index() -> IndexUrl:
-    """Return the index that pip and uv ask where nothing else is named; pip says which."""
-    from pip._internal.models.index import PyPI
+    """Return the index that uv takes where nothing else is named; its help says which."""
+    from uv import find_uv_bin
 
-    return IndexUrl(PyPI.simple_url)
+    command = [find_uv_bin(), "pip", "compile", "--help"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, env={}).stdout
+    found = re.search(r"by default: <(https://[^>\s]+)>", said)
+    if found is None:
+        message = "uv does not say which package index it takes by default."
+        raise InvalidSettings(message, remedy="Name the index: PIP_INDEX_URL or UV_DEFAULT_INDEX.")
+    return IndexUrl(found[1])

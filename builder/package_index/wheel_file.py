@@ -32,7 +32,7 @@ class LockedWheel(BaseModel):
         sha256: of its content, 64 hexadecimal digits.
         size: in bytes; None where it is not known.
         origin: where it comes from.
-        url: where it is, without a credential, `file:` for one of the model folder; None where it has to be looked up.
+        url: its address without a credential, `file:` for one of the model folder; None where it has to be looked up.
             It is no part of the lock's text, nor of what makes two wheels equal.
         uploaded: when, as the index said during the resolution; None where it is not known. No part of the text either.
     """
@@ -58,7 +58,7 @@ class LockedWheel(BaseModel):
             name, version, _, _ = parse_wheel_name(self.filename)
             same = name == self.name and version == Version(self.version)
         except (InvalidWheelFilename, NotAVersion) as error:
-            message = f"{self.filename!r} is no wheel's name"
+            message = f"{self.filename!r} is not the file name of a wheel"
             raise ValueError(message) from error
         if not same or not re.fullmatch(r"[A-Za-z0-9_.+!-]+", self.filename) or self.version != str(version):
             message = f"{self.filename!r} is not a wheel of {self.name} {self.version}"
@@ -79,7 +79,7 @@ class LockedWheel(BaseModel):
 
 # What a file system takes; what real wheels have is far below the second.
 _LONGEST, _MOST_TAGS = 255, 1000
-# Resolvers hold numbers in a machine's word, and Python reads none of more than 4,300 digits.
+# uv holds numbers in a machine's word, and Python reads at most 4,300 digits.
 _NUMBER = re.compile(r"[0-9]{19}")
 
 
@@ -87,7 +87,7 @@ def parse_wheel_name(filename: str) -> tuple[NormalizedName, Version, BuildTag, 
     """Return name, version, build tag and tags of a wheel, as `packaging.utils.parse_wheel_filename` does.
 
     Raises:
-        InvalidWheelFilename: it is no wheel's name, or one that no installer should have to read.
+        InvalidWheelFilename: it is not a wheel's file name, or exceeds a bound.
     """
     *_, python, abi, platform = ("", "", *filename.split("-"))
     tags = (python.count(".") + 1) * (abi.count(".") + 1) * (platform.count(".") + 1)
@@ -97,7 +97,7 @@ def parse_wheel_name(filename: str) -> tuple[NormalizedName, Version, BuildTag, 
     try:
         return parse_wheel_filename(filename)
     except NotAVersion as error:
-        message = "Invalid wheel filename (its version is none)"
+        message = "Invalid wheel filename (invalid version)"
         raise InvalidWheelFilename(message) from error
 
 
@@ -124,14 +124,16 @@ def machine(platform: Platform) -> str:
     """Return what a platform's kernel calls its machine (`platform.machine()`): `x86_64`.
 
     Raises:
-        InvalidVersion: it is a platform that no wheel is for.
+        InvalidVersion: no wheels are known for the platform.
     """
     variant = "" if platform.architecture == "amd64" else platform.variant
     name = _MACHINES.get((platform.architecture, variant))
     if platform.os != "linux" or name is None:
-        message = f"{platform} is no platform that wheels are known for."
+        message = f"No wheels are known for the platform {platform}."
         known = ", ".join(sorted(str(Platform("linux", *key)) for key in _MACHINES))
-        raise InvalidVersion(message, remedy=f"Those are {known}; leave it out, or ship a Dockerfile.template.")
+        raise InvalidVersion(
+            message, remedy=f"Known are {known}. Leave the platform out, or ship a Dockerfile.template."
+        )
     return name
 
 
@@ -143,7 +145,7 @@ def wheel_platforms(platform: Platform, glibc: tuple[int, int] | None) -> list[s
         glibc: the C library of the base image, major and minor; None where it is not known.
 
     Raises:
-        InvalidVersion: it is a platform that no wheel is for.
+        InvalidVersion: no wheels are known for the platform.
     """
     name = machine(platform)
     _, minor = glibc or OLDEST_GLIBC
@@ -167,7 +169,7 @@ def wheel_tags(platform: Platform, python: str, glibc: tuple[int, int] | None) -
         glibc: the C library of the base image; None where it is not known.
 
     Raises:
-        InvalidVersion: it is a platform that no wheel is for.
+        InvalidVersion: no wheels are known for the platform.
     """
     version = minor_version(python)
     platforms = wheel_platforms(platform, glibc)
@@ -206,7 +208,7 @@ def marker_environment(platform: Platform, python: str) -> dict[str, str]:
         python: `3.11` or `3.11.2`.
 
     Raises:
-        InvalidVersion: it is a platform that no wheel is for.
+        InvalidVersion: no wheels are known for the platform.
     """
     major, minor = minor_version(python)
     full = python if python.count(".") > 1 else f"{python}.0"

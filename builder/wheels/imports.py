@@ -35,7 +35,7 @@ from builder.wheels.zip import STORED, BadArchive, read_at, read_directory, refu
 
 # Of all pickles of a version together: a million takes two seconds.
 _MOST_OPCODES = 2_000_000
-# A longer argument is data, and is passed over.
+# A longer argument is data, and is skipped.
 _MOST_ARGUMENT = 4 << 20
 # Of one Python file, and of all.
 _MOST_SOURCE, _MOST_SOURCES = 4 << 20, 32 << 20
@@ -55,7 +55,7 @@ _GLOBALS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL"})
 _TRANSPARENT = frozenset({"PROTO", "FRAME", "STOP"})
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
 _SUBIMPORT = frozenset({("cloudpickle.cloudpickle", "subimport"), ("cloudpickle", "subimport")})
-# An import with what stands on its line or in the brackets behind it; a name in quotes; a method.
+# An import with the rest of its line or the brackets after it; a name in quotes; a method.
 _SOURCE = re.compile(
     r"\b(?:import|from)[ \t]+(?P<line>[^\n#;(]{1,2000}(?:\([^)]{0,2000}\))?)"
     r"|[\"'](?P<text>[A-Za-z_][\w.]{0,200})[\"']"
@@ -102,7 +102,7 @@ class NamedModules:
         loaded: modules that are imported when MLflow loads the model, each with the file that names it.
         uses: distributions that `mlflow` requires and `mlflow-skinny` does not, of which a file names a module; each
             with the file and the name, for people.
-        code: the folder that MLflow's loader is imported from; empty for none, None where nobody can tell.
+        code: the folder that MLflow's loader is imported from; empty for none, None where it is not known.
     """
 
     loaded: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class NamedModules:
 
 
 def read_named_modules(context: Path, folder: str, files: Collection[str]) -> NamedModules:
-    """Return the modules that files of a version name; files that are empty or not there tell nothing.
+    """Return the modules that files of a version name; empty and missing files name none.
 
     Args:
         context: folder of the version's artifacts.
@@ -150,7 +150,7 @@ class _Reader:
         self._sources = self._searched = 0
 
     def loads(self, module: str, path: str) -> None:
-        """Take note of a module that is imported when the model is loaded."""
+        """Record a module that is imported when the model is loaded."""
         self._mention(module, path)
         if len(self.found.loaded) < _MOST_NAMES and len(module) <= _LONGEST_NAME and _MODULE.fullmatch(module):
             self.found.loaded.setdefault(module, path)
@@ -182,7 +182,7 @@ class _Reader:
                 self._mention(word, path)
 
     def _mention(self, name: str, path: str) -> None:
-        """Take note of a name that may be a module's; one too many costs bytes, one too few the model."""
+        """Record a name that may be a module's: one too many costs bytes, one too few breaks the model."""
         if len(name) > _LONGEST_NAME:
             return
         top, _, rest = name.partition(".")
@@ -240,7 +240,7 @@ class _Reader:
                 elif opcode.name in _STRINGS:
                     self._mention(str(argument), path)
         except (ValueError, TypeError, AttributeError, OverflowError):
-            # What `pickletools` raises; the last but one where an argument was passed over that is a string's.
+            # What `pickletools` raises; AttributeError where a skipped argument is a string's.
             return False
         return True
 
@@ -300,7 +300,7 @@ class _Opcodes:
 
 
 class _Content:
-    """A pickle's bytes for `pickletools`: an argument that is too long to be a name is passed over.
+    """A pickle's bytes for `pickletools`: an argument that is too long to be a name is skipped.
 
     Args:
         content: a file, or bytes.
@@ -312,21 +312,21 @@ class _Content:
         content.seek(0)
         self.tell, self.seek = content.tell, content.seek
 
-    def read(self, size: int) -> Any:  # bytes, or what stands for them
+    def read(self, size: int) -> Any:  # bytes, or _Skipped
         """Return so many bytes, fewer at the end."""
         if size <= _MOST_ARGUMENT:
             return self._content.read(size)
         left = self._size - self._content.tell()
         self._content.seek(min(size, left), os.SEEK_CUR)
-        return _Passed(min(size, left))
+        return _Skipped(min(size, left))
 
     def readline(self) -> bytes:
-        """Return a line, or what is looked at of it."""
+        """Return a line, or its beginning."""
         return self._content.readline(_MOST_ARGUMENT)
 
 
-class _Passed:
-    """Stands for bytes that were passed over: has their length and holds none."""
+class _Skipped:
+    """Bytes that were skipped: their length without their content."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -353,7 +353,7 @@ _STDLIB = {name.partition(".")[0] for name in (*IMPORT_MAPPING, *(name for name,
     *("lib2to3", "macpath", "mailcap", "msilib", "nis", "nntplib", "ossaudiodev", "parser", "pipes", "smtpd"),
     *("sndhdr", "spwd", "sunau", "symbol", "telnetlib", "uu", "xdrlib"),
 }
-# Distributions that are not called as their modules; every other one is looked into.
+# Distributions whose name is not their module's; others are looked up in the wheels.
 _CALLED = {**BROUGHT, "mlflow": "mlflow-skinny", "yaml": "pyyaml", "imblearn": "imbalanced-learn"}
 # A .pth file can make anything importable, but for those that setuptools writes.
 _HARMLESS = ("-nspkg.pth", "distutils-precedence.pth")
@@ -371,7 +371,7 @@ def check_provided(
         own: paths of the version's own files.
         lock: the wheels of its environment.
         client: has the wheels.
-        code: the folder of them that MLmodel's loader is imported from; empty for none, None where nobody can tell.
+        code: the folder of them that MLmodel's loader is imported from; empty for none, None where it is not known.
 
     Raises:
         InvalidVersion: a module is neither the version's own, nor Python's, nor in a wheel.
@@ -379,7 +379,7 @@ def check_provided(
     ours = _parts(own)
     found_by_mlflow = ours
     if code is not None:
-        # The folder that the model's stands in is the working directory.
+        # The working directory is the parent of the model's folder.
         found_by_mlflow = _parts(path.partition("/")[0] for path in own)
         found_by_mlflow |= _parts(path.removeprefix(f"{code}/") for path in own if code and path.startswith(f"{code}/"))
     packages = lock.versions.keys()
@@ -402,12 +402,14 @@ def check_provided(
     if not missing:
         return
     if unknown := [wheel.filename for wheel, tops in found if _ANYTHING in tops]:
-        _log.info("whether a module is there cannot be told", modules=sorted(missing), wheel=unknown[0])
+        _log.info(
+            "a module may be missing: the content of a wheel is not known", modules=sorted(missing), wheel=unknown[0]
+        )
         return
     module = min(missing.values())
     place = "the folder that its `code` names" if _is_loader(loaded[module]) else "the model's files"
-    message = f"{loaded[module]} names the module {module!r}, and nothing of that name is in {place} or in a "
-    message += f"package of its environment for {lock.platform}."
+    message = f"{loaded[module]} names the module {module!r}, which is neither in {place} nor in a package of its "
+    message += f"environment for {lock.platform}."
     remedy = "Log the module with the model (code_paths), or name its package in the requirements, and register again."
     raise InvalidVersion(message, remedy=remedy)
 
@@ -432,7 +434,7 @@ def _together(lock: Lock, client: IndexClient) -> list[tuple[LockedWheel, set[st
 
 
 def _modules(wheel: LockedWheel, client: IndexClient) -> set[str]:
-    """Return the first names of what can be imported from a wheel; `*` is among them where that cannot be told."""
+    """Return the first names of what can be imported from a wheel; `*` is among them where it is not known."""
     for size in _TAILS:
         try:
             tail, whole = client.tail(wheel, size)
@@ -440,7 +442,7 @@ def _modules(wheel: LockedWheel, client: IndexClient) -> set[str]:
         except (BadArchive, OSError) as error:
             _log.debug("a wheel's list of files cannot be read", wheel=wheel.filename, why=str(error))
         except BuilderError as error:
-            _log.debug("a wheel cannot be looked into", wheel=wheel.filename, why=error.what)
+            _log.debug("a wheel's list of files cannot be fetched", wheel=wheel.filename, why=error.what)
             break
     return {_ANYTHING}
 
@@ -448,7 +450,7 @@ def _modules(wheel: LockedWheel, client: IndexClient) -> set[str]:
 def _names(tail: bytes, whole: int) -> list[str]:
     """Return the names in an archive of which the end is known: all before it is a hole."""
     if not len(tail) <= whole <= _LARGEST:
-        refuse("its size is none")
+        refuse("its size is invalid")
     with tempfile.TemporaryFile() as file:
         file.truncate(whole)
         os.pwrite(file.fileno(), tail, whole - len(tail))

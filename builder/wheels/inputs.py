@@ -20,7 +20,6 @@ from builder.model_folder import (
     REQUIREMENTS,
     SETUPTOOLS,
     bounds_of,
-    imports_pkg_resources,
     loader_of,
     needs_of,
     read_description,
@@ -173,12 +172,12 @@ def _with_needs(requirements: Requirements, release: Version | None) -> Requirem
     own = tuple(one for one in requirements.required if one.name not in requirements.added)
     everywhere = {one.name for one in own if not one.marker}
     names = needs_of(release) if requirements.serves and MLFLOW not in everywhere else ()
-    if release is not None and imports_pkg_resources(release):
-        names = (*names, SETUPTOOLS)
+    bounds_of_release = dict(bounds_of(release))
+    names = (*names, *({SETUPTOOLS} & bounds_of_release.keys()))
     added = tuple(Required(name=name) for name in names if name not in everywhere)
     bounds = tuple(
         Required(name=name, specifier=specifier)
-        for name, specifier in bounds_of(release)
+        for name, specifier in bounds_of_release.items()
         # What a model pins is not bounded; but an MLflow without pkg_resources does not start.
         if name == SETUPTOOLS or (requirements.serves and not requirements.named(name))
     )

@@ -1,4 +1,4 @@
-"""A lock: the wheels of one environment on one platform, by name, version and hash, and by no address."""
+"""A lock: the wheels of one environment on one platform, by name, version and hash, without addresses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lock(BaseModel):
         platform: what it is for.
         python: the interpreter, `3.11` or `3.11.2`.
         glibc: the C library that the wheels may need at most; None where the base's was not known.
-        as_of: no wheel was uploaded after this; None where that was not asked for.
+        as_of: no wheel was uploaded after this; None for no such bound.
         exempt: names of packages whose index gives no upload times, so that `as_of` was not enforced for them.
         added: names of packages that come with the whole MLflow alone, and are here since the model's files name them.
         wheels: in the order of their names.
@@ -61,7 +61,7 @@ class Lock(BaseModel):
 
     @property
     def as_of_enforced(self) -> bool:
-        """Whether every package of an index was resolved as of the time asked for."""
+        """Whether `as_of` was enforced for every package of an index."""
         return self.as_of is not None and not self.exempt
 
     @property
@@ -71,7 +71,7 @@ class Lock(BaseModel):
 
     @property
     def note(self) -> str:
-        """What logs and plans say of the time; empty where there is nothing to say."""
+        """A sentence for logs and plans on packages that `as_of` was not enforced for; may be empty."""
         if self.as_of is None or not self.exempt:
             return ""
         return f"as of: not enforced for {', '.join(self.exempt)}, whose index gives no upload times"
@@ -111,7 +111,7 @@ class Lock(BaseModel):
         """Return the lock that `to_text` wrote.
 
         Raises:
-            InvalidVersion: the text is no such lock.
+            InvalidVersion: the text is not a valid lock.
         """
         try:
             decoded = text.decode() if isinstance(text, bytes) else text
@@ -134,8 +134,10 @@ class Lock(BaseModel):
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidVersion) as error:
             why = one_line(error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error), 200)
-            message = f"A kept lock cannot be used: {why}."
-            raise InvalidVersion(message, remedy="Remove it from the registry; it is made again.") from error
+            message = f"The cached lock is invalid: {why}."
+            raise InvalidVersion(
+                message, remedy="Remove it from the registry; the next publish makes a new one."
+            ) from error
 
     def located(self, requirements: Requirements, model: Path) -> Self:
         """Return the lock with the addresses that the model's own requirements name; an index's are looked up later.

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
 from packaging.markers import InvalidMarker, Marker, UndefinedComparison, UndefinedEnvironmentName
@@ -26,7 +27,7 @@ WHEELS_ONLY = "only wheels are installed here; build a wheel of it and log that 
 NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 # The most characters of a requirement, without its hashes.
 LONGEST = 4000
-# A machine's word holds numbers of so many digits; resolvers read no larger ones, and Python none of more than 4,300.
+# A machine's word holds numbers of so many digits; uv reads no larger ones, and Python reads at most 4,300 digits.
 _MOST_DIGITS = 18
 _MOST_EXTRAS, _MOST_SPECIFIERS, _MOST_NESTING = 100, 50, 20
 _VCS = re.compile(r"(?:git|hg|svn|bzr)(?:\+|://|@)", re.IGNORECASE)
@@ -37,18 +38,16 @@ _ARCHIVES = (".whl", ".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz",
 # A marker is names, operators and quoted values. A value that holds a quote, a backslash, a `#` or a word with a dash
 # in front could become something else where a line is read once more.
 _MARKER = re.compile(r"""(?:[A-Za-z0-9_.()<>=!~\s]|'[A-Za-z0-9_.+!*,<>=~ -]*'|"[A-Za-z0-9_.+!*,<>=~ -]*")+""")
-_NO_MARKER = (
-    InvalidMarker,
-    UndefinedComparison,
-    UndefinedEnvironmentName,
-    ValueError,
-    KeyError,
-    RecursionError,
-)
+_NO_MARKER = (InvalidMarker, UndefinedComparison, UndefinedEnvironmentName, ValueError, KeyError, RecursionError)
 
 
 class Unusable(ValueError):
-    """A line cannot be used; the text says why, and what would be."""
+    """A line that cannot be used; the text says why, and what to write instead."""
+
+
+def refuse_line(why: str) -> NoReturn:
+    """Raise Unusable."""
+    raise Unusable(why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +74,7 @@ class Required:
 
     @property
     def pinned(self) -> str:
-        """The one version that is asked for (`==`, without `*`); empty where there may be others."""
+        """The only version that fulfils it (`==`, without `*`); empty where others may."""
         match = re.fullmatch(r"={2,3}([^*,]+)", self.specifier)
         return match[1] if match else ""
 
@@ -96,18 +95,16 @@ def parse_requirement(text: str, hashes: tuple[str, ...] = ()) -> Required:
     """Return the requirement that `text` writes: PEP 508's form, a wheel's address, or a wheel's path.
 
     Raises:
-        Unusable: it is none of these, is too long, or names something that is no wheel.
+        Unusable: it is none of these, is too long, or names something that is not a wheel.
     """
     if len(text) > LONGEST:
-        message = f"it is longer than {LONGEST:,} characters"
-        raise Unusable(message)
+        refuse_line(f"it is longer than {LONGEST:,} characters")
     # No address that is taken has a semicolon in it, so that the first one begins the marker.
     body, semicolon, behind = (part.strip() for part in text.partition(";"))
     marker = _marker(behind) if semicolon else ""
     _, at, address = (part.strip() for part in body.partition(" @ "))
     if _VCS.match(body) or (at and _VCS.match(address)):
-        message = f"a repository is source; {WHEELS_ONLY}"
-        raise Unusable(message)
+        refuse_line(f"a repository is source; {WHEELS_ONLY}")
     if _HTTP.match(body):
         url, hashes = _address(body, hashes)
         return Required(name=_wheel_name(unquote(urlsplit(url).path)), marker=marker, hashes=hashes, url=url)
@@ -115,8 +112,7 @@ def parse_requirement(text: str, hashes: tuple[str, ...] = ()) -> Required:
     if path.endswith(".whl") and not at and not re.search(r"[\s:]", path):
         inside, closed, rest = extras.partition("]")
         if bracket and (not closed or rest or not _EXTRAS.fullmatch(inside)):
-            message = "its extras are not names in brackets"
-            raise Unusable(message)
+            refuse_line("its extras are not names in brackets")
         path = path.removeprefix("./")
         return Required(
             name=_wheel_name(path),
@@ -126,8 +122,7 @@ def parse_requirement(text: str, hashes: tuple[str, ...] = ()) -> Required:
             path=_local(path),
         )
     if not at and _is_path(path):
-        message = f"it names a file or folder that is no wheel; {WHEELS_ONLY}"
-        raise Unusable(message)
+        refuse_line(f"it names a file or folder that is not a wheel; {WHEELS_ONLY}")
     return _named(body, marker, hashes)
 
 
@@ -136,20 +131,16 @@ def _named(text: str, marker: str, hashes: tuple[str, ...]) -> Required:
         parsed = Requirement(text)
     except (InvalidRequirement, ValueError, RecursionError) as error:
         said, _, _ = str(error).partition("\n")
-        message = f"it is no requirement: {one_line(said[:400], 200)}"
-        raise Unusable(message) from error
+        refuse_line(f"it is not a valid requirement: {one_line(said[:400], 200)}")
     name, url = _name(parsed.name, "name"), ""
     if parsed.url:
         if parsed.url.lower().startswith("file:") and not parsed.url.endswith(".whl"):
-            message = f"conda or a build left this address of its own machine; write {name}==<version> in its place"
-            raise Unusable(message)
+            refuse_line(f"its address is on the machine where conda or a build ran; write {name}==<version> instead")
         if not _HTTP.match(parsed.url):
-            message = f"its address is not https; {WHEELS_ONLY}, and name it by its path, as in ./wheels/name.whl"
-            raise Unusable(message)
+            refuse_line(f"its address is not https; {WHEELS_ONLY}, named by its path, as in ./wheels/name.whl")
         url, hashes = _address(parsed.url, hashes)
         if _wheel_name(unquote(urlsplit(url).path)) != name:
-            message = "its address is that of another package's wheel"
-            raise Unusable(message)
+            refuse_line("its address is that of a wheel of another package")
     return Required(
         name=name,
         specifier=_specifier(parsed.specifier),
@@ -164,35 +155,30 @@ def _name(text: str, what: str) -> str:
     """Return a normal name; packaging takes some that end with a dash or an underscore, which nothing can be called."""
     name = canonicalize_name(text)
     if not NAME.fullmatch(name):
-        message = f"it is no requirement: its {what} does not begin and end with a letter or a digit"
-        raise Unusable(message)
+        refuse_line(f"it is not a valid requirement: its {what} does not begin and end with a letter or a digit")
     return name
 
 
 def _extras(words: Iterable[str]) -> tuple[str, ...]:
     extras = tuple(sorted({_name(word, "extra") for word in words}))
     if len(extras) > _MOST_EXTRAS:
-        message = f"it has more than {_MOST_EXTRAS} extras"
-        raise Unusable(message)
+        refuse_line(f"it has more than {_MOST_EXTRAS} extras")
     return extras
 
 
 def _specifier(specifiers: SpecifierSet) -> str:
-    """Return the versions that are asked for, normalised: each is one of PEP 440, of numbers that all programs read."""
+    """Return the specifiers, normalised: versions of PEP 440, with numbers that all programs can read."""
     if len(specifiers) > _MOST_SPECIFIERS:
-        message = f"it has more than {_MOST_SPECIFIERS} conditions on its version"
-        raise Unusable(message)
+        refuse_line(f"it has more than {_MOST_SPECIFIERS} conditions on its version")
     text = str(specifiers)
     if _NUMBER.search(text):
-        message = f"a version in it has a number of more than {_MOST_DIGITS} digits"
-        raise Unusable(message)
+        refuse_line(f"its version has a number of more than {_MOST_DIGITS} digits")
     for one in specifiers:
         try:
             # `===` takes any text at all, which no index has a wheel of.
             Version(one.version.removesuffix(".*"))
-        except NotAVersion as error:
-            message = f"{one_line(one.version[:400], 60)!r} is no version, and an index has wheels of versions alone"
-            raise Unusable(message) from error
+        except NotAVersion:
+            refuse_line(f"{one_line(one.version[:400], 60)!r} is not a version")
     return text
 
 
@@ -207,8 +193,7 @@ def checked_url(url: str, *, query: bool = False) -> str:
         Unusable: it is not over HTTPS, holds a credential, or something that programs read in different ways.
     """
     if not url.lower().startswith("https:"):
-        message = "an address that a model names is over https"
-        raise Unusable(message)
+        refuse_line("its address is not https")
     try:
         return canonical(url, query=query)
     except Ambiguous as error:
@@ -225,43 +210,32 @@ def _address(url: str, hashes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
 def _wheel_name(path: str) -> str:
     name = PurePosixPath(path).name
     if not name.endswith(".whl"):
-        message = f"it is no wheel; {WHEELS_ONLY}"
-        raise Unusable(message)
+        refuse_line(f"it is not a wheel; {WHEELS_ONLY}")
     try:
         return parse_wheel_name(name)[0]
-    except InvalidWheelFilename as error:
-        message = "it has no wheel's name, which is name-version-python-abi-platform.whl"
-        raise Unusable(message) from error
+    except InvalidWheelFilename:
+        refuse_line("its file name is not that of a wheel, name-version-python-abi-platform.whl")
 
 
 def _local(path: str) -> str:
     if not SAFE_PATH.fullmatch(path):
-        message = "its path does not stay in the model folder, or has characters other than letters, digits and _.@+-"
-        raise Unusable(message)
+        refuse_line("its path leaves the model folder, or has characters other than letters, digits and _.@+-")
     return path
 
 
 def _marker(text: str) -> str:
     """Return an environment marker, normalised; it can be evaluated in every environment."""
-    message = "it is no requirement: what stands behind ';' is no environment marker"
+    message = "it is not a valid requirement: the text after ';' is not an environment marker"
     if not _MARKER.fullmatch(text) or _NUMBER.search(text) or re.search(r"\s-", text):
         raise Unusable(message)
     if text.count("(") > _MOST_NESTING:
-        message = f"its environment marker has more than {_MOST_NESTING} brackets"
-        raise Unusable(message)
+        refuse_line(f"its environment marker has more than {_MOST_NESTING} brackets")
     try:
         marker = Marker(text)
         # What cannot be compared shows when it is evaluated, wherever that is.
         marker.evaluate({"extra": ""})
         return str(marker)
-    except (
-        InvalidMarker,
-        UndefinedComparison,
-        UndefinedEnvironmentName,
-        ValueError,
-        KeyError,
-        RecursionError,
-    ) as error:
+    except _NO_MARKER as error:
         raise Unusable(message) from error
 
 
@@ -283,7 +257,7 @@ _WORD = re.compile(r"""(?:[^\s'"\\]|'[^'\\]*'|"[^"\\]*")+""")
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _SHORT = {"-r": "--requirement", "-c": "--constraint", "-e": "--editable", "-i": "--index-url", "-f": "--find-links"}
 _PYPI = re.compile(r"https://(?:pypi\.python\.org|pypi\.org)(?::443)?/simple/?", re.IGNORECASE)
-# What other ways of installing may choose, and what changes nothing where there are wheels alone.
+# Options that change nothing where only wheels are installed.
 _IGNORED = frozenset({"--prefer-binary", "--only-binary", "--no-cache-dir", "--upgrade", "-U"})
 
 
@@ -339,14 +313,11 @@ def parse_line(number: int, text: str) -> Iterator[Line]:
         Unusable: it is malformed or too long, or asks for what cannot be had.
     """
     if len(text) > LONGEST_LINE:
-        message = f"it is longer than {LONGEST_LINE:,} characters"
-        raise Unusable(message)
+        refuse_line(f"it is longer than {LONGEST_LINE:,} characters")
     if not _TEXT.fullmatch(text):
-        message = "it is no requirement: it has characters other than printable ASCII"
-        raise Unusable(message)
+        refuse_line("it is not a valid requirement: it has characters other than printable ASCII")
     if variable := _VARIABLE.search(text):
-        message = f"{variable[0]} would be read from the publisher's environment; write the value"
-        raise Unusable(message)
+        refuse_line(f"{variable[0]} is a variable of the publisher's environment; write the value")
     head, options = _split(text)
     if not head:
         yield from _options(number, options)
@@ -354,11 +325,9 @@ def parse_line(number: int, text: str) -> Iterator[Line]:
     hashes: list[str] = []
     for name, value in options:
         if name != "--hash":
-            message = f"{one_line(name[:LONGEST], 60)} is for building from source; {WHEELS_ONLY}"
-            raise Unusable(message)
+            refuse_line(f"{one_line(name[:LONGEST], 60)} is for building from source; {WHEELS_ONLY}")
         if not (match := _HASH.fullmatch(value)):
-            message = "--hash is not sha256:… with 64 hexadecimal digits, the one kind that is checked"
-            raise Unusable(message)
+            refuse_line("--hash is not sha256:… with 64 hexadecimal digits, the only supported kind")
         hashes.append(match[1].lower())
     yield Line(number, required=parse_requirement(head, tuple(sorted(set(hashes)))))
 
@@ -368,18 +337,15 @@ def _split(text: str) -> tuple[str, list[tuple[str, str]]]:
     begin = _OPTIONS.search(text)
     head, tail = (text[: begin.start()], text[begin.start() :]) if begin else (text, "")
     if _WORD.sub("", tail).strip():
-        message = "its quotes do not close, or it has a backslash"
-        raise Unusable(message)
+        refuse_line("it has an unclosed quote or a backslash")
     words = deque(re.sub("['\"]", "", word) for word in _WORD.findall(tail))
     options: list[tuple[str, str]] = []
     while words:
         word = words.popleft()
         if len(options) == _MOST_OPTIONS:
-            message = f"it has more than {_MOST_OPTIONS:,} options"
-            raise Unusable(message)
+            refuse_line(f"it has more than {_MOST_OPTIONS:,} options")
         if not word.startswith("-"):
-            message = f"{one_line(word[:LONGEST], 60)!r} stands behind an option that takes no such value"
-            raise Unusable(message)
+            refuse_line(f"{one_line(word[:LONGEST], 60)!r} follows an option that does not take it")
         short = word[:2]
         if not word.startswith("--") and short in _SHORT:
             word = f"{_SHORT[short]}={word[2:].removeprefix('=')}" if word[2:] else _SHORT[short]
@@ -395,24 +361,19 @@ def _options(number: int, options: list[tuple[str, str]]) -> Iterator[Line]:
         if name in _IGNORED:
             continue
         if name == "--editable":
-            message = f"an editable requirement is source; {WHEELS_ONLY}"
-            raise Unusable(message)
+            refuse_line(f"an editable requirement is source; {WHEELS_ONLY}")
         if name == "--trusted-host":
-            message = "which hosts are trusted without a certificate is not the model's to say; see PIP_TRUSTED_HOST"
-            raise Unusable(message)
+            refuse_line("a model cannot trust a host without a certificate; see PIP_TRUSTED_HOST")
         if name == "--no-binary":
-            message = f"--no-binary asks for source; {WHEELS_ONLY}"
-            raise Unusable(message)
+            refuse_line(f"--no-binary asks for source; {WHEELS_ONLY}")
         if name == "--find-links" and is_pypi(value):
             yield Line(number, "--extra-index-url", value)
             continue
         if name == "--find-links":
-            message = "no folder or page is searched for wheels; name each by its path, as in ./wheels/name.whl"
-            raise Unusable(message)
+            refuse_line("--find-links is not supported; name each wheel by its path, as in ./wheels/name.whl")
         if name in {"--pre", "--require-hashes"} and not value:
             yield Line(number, name)
         elif name in {"--index-url", "--extra-index-url", "--requirement", "--constraint"} and value:
             yield Line(number, name, value)
         else:
-            message = f"the option {one_line(name[:LONGEST], 60)!r} is not understood, or lacks its value"
-            raise Unusable(message)
+            refuse_line(f"the option {one_line(name[:LONGEST], 60)!r} is not supported, or lacks its value")

@@ -459,7 +459,7 @@ class WheelsMethod:
             model=source.context / source.model_folder,
             python=source.python,
             as_of=source.as_of if self._as_registered else None,
-            former=partial(standing.lock, requirements=source.digest) if standing else no_lock,
+            previous=partial(standing.lock, requirements=source.digest) if standing else no_lock,
             # Several may run at a time, so one has its share, or what an honest one needs.
             memory=min(MOST_MEMORY, max(self._memory // _RESOLVERS, _LEAST_MEMORY)),
         )

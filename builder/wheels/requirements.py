@@ -1,4 +1,4 @@
-"""What a model needs of Python: its requirements, from whichever file of the model folder names them."""
+"""The requirements of a model, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from builder.masking import one_line
 from builder.model_folder import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description, requirements_text
 from builder.package_index.config import Indexes
 from builder.safe_open import SAFE_PATH, digest_beneath, read_beneath
-from builder.wheels.pip_syntax import NAME, Required, Unusable, checked_url, is_pypi, logical_lines, parse_line
+from builder.wheels.pip_syntax import (
+    NAME,
+    Required,
+    Unusable,
+    checked_url,
+    is_pypi,
+    logical_lines,
+    parse_line,
+    refuse_line,
+)
 from builder.yaml_file import Yaml
 
 _ENTRY = re.compile(r"(?:[^\s:]{1,200}::)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,199})[ \t]{0,9}([^\s\[\]]{0,200})")
@@ -53,12 +62,12 @@ def conda_refused(names: Sequence[str]) -> InvalidVersion:
     """
     rest = len(names) - _MOST_NAMED
     what = ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-    message = f"The model's conda.yaml asks conda for {what}; no index has a wheel of it, and conda is not run here."
+    message = f"conda.yaml requires {what}, of which no package index has a wheel. conda is not run here."
     return InvalidVersion(message, remedy=_REMEDY)
 
 
 def conda_package(entry: str) -> Required | None:
-    """Return the requirement that stands for an entry of conda.yaml; None for one that none stands for.
+    """Return the requirement for an entry of conda.yaml; None where the entry has no such form.
 
     Args:
         entry: `numpy`, `numpy=1.21`, `numpy=1.21.2=py38h1234_0`, `conda-forge::numpy>=1.21,<2`.
@@ -83,7 +92,7 @@ _LIMIT = 1 << 20
 # Of one model, all files together; a large environment has some hundred requirements.
 _MOST_FILES, _MOST_BYTES, _MOST_TEXT_LINES, _MOST_LINES = 20, 1 << 20, 50_000, 5_000
 _MOST_PROBLEMS = 10
-# The most characters of an author's text that are looked at for a message.
+# The most characters of an author's text that are considered for a message.
 _MOST_SHOWN = 1000
 _CONDA_NAME = re.compile(r"(?:[^\s:]+::)?([A-Za-z0-9_][A-Za-z0-9_.-]*)")
 _REQUIREMENTS_FILE = re.compile(r"(?:-r|--requirement)[ =]?(?:\./)?requirements\.txt")
@@ -118,9 +127,9 @@ class Requirements:
     """What is to be installed; two with the same `to_text` are the same environment.
 
     Attributes:
-        python_version: the model's, major and minor: `3.11`; empty where no file tells.
-        mlflow_version: the release of MLflow that logged the model; empty where no file tells.
-        logged: when the model was logged, in UTC; None where MLmodel does not tell.
+        python_version: the model's, major and minor: `3.11`; empty where it is not known.
+        mlflow_version: the release of MLflow that logged the model; empty where it is not known.
+        logged: when the model was logged, in UTC; None where it is not known.
         required: the requirements, in order, each once.
         constraints: bounds for what is installed anyway.
         conda: what conda.yaml asks of conda, to be added where the lock lacks the package.
@@ -169,7 +178,7 @@ class Requirements:
 
         Raises:
             InvalidVersion: a file is malformed, a link or too large, or asks for what cannot be had: every line that
-                does is named. What conda is asked for beside Python and pip is `conda` of the result.
+                does is named.
         """
         reader = _Reader(context, model_folder, indexes or Indexes())
         python_env = reader.yaml(PYTHON_ENV)
@@ -248,7 +257,7 @@ class Requirements:
 
 
 def _shown(what: object, limit: int) -> str:
-    """Return an author's text for a message; of a long one only its beginning is looked at, up to an address in it."""
+    """Return an author's text for a message; of a long one only the beginning, up to the first address."""
     text = what if isinstance(what, str) else f"a value of the type {type(what).__name__}"
     return one_line(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN].partition("://")[0], limit)
 
@@ -282,8 +291,8 @@ class _Reader:
         """Raise InvalidVersion if there were problems."""
         if self._problems:
             rest = self._count - _MOST_PROBLEMS
-            told = "; ".join(self._problems) + (f"; and {rest} more" if rest > 0 else "")
-            message = f"The model's requirements cannot be installed: {told}."
+            shown = "; ".join(self._problems) + (f"; and {rest} more" if rest > 0 else "")
+            message = f"The model's requirements cannot be installed: {shown}."
             raise InvalidVersion(message, remedy=_CORRECT)
 
     def _problem(self, what: str) -> None:
@@ -296,28 +305,35 @@ class _Reader:
         assert self._context is not None  # noqa: S101  # only `read` asks
         return read_description(self._context, self._folder, name)
 
-    def strings(self, value: object, name: str) -> list[str]:
-        """Return a list of strings from YAML, each on one line."""
+    def strings(self, table: dict[str, Yaml], key: str, name: str) -> list[str]:
+        """Return the list of strings under a key of a YAML file, each on one line; empty where there is none.
+
+        Args:
+            table: what has the key.
+            key: the list's.
+            name: the file's.
+        """
+        value = table.get(key)
         if value is None:
             return []
         if not isinstance(value, list):
-            self._problem(f"{name} has a list of requirements that is none")
+            self._problem(f"`{key}` in {name} is not a list")
             return []
         for entry in value:
             if not isinstance(entry, str) or "\n" in entry:
-                self._problem(f"{name} has a requirement that is not one line of text: {_shown(entry, 80)}")
+                self._problem(f"`{key}` in {name} has an entry that is not one line of text: {_shown(entry, 80)}")
         return [entry for entry in value if isinstance(entry, str) and "\n" not in entry]
 
     def dependencies(self, python_env: dict[str, Yaml]) -> list[str]:
         """Return python_env.yaml's dependencies, less the requirements.txt that MLflow names there."""
-        lines = self.strings(python_env.get("dependencies"), PYTHON_ENV)
+        lines = self.strings(python_env, "dependencies", PYTHON_ENV)
         return [line for line in lines if not _REQUIREMENTS_FILE.fullmatch(line.strip())]
 
     def build(self, python_env: dict[str, Yaml]) -> list[Required]:
         """Return python_env.yaml's build dependencies, less the packages that the requirements name themselves."""
         named = {one.name for one in self.required}
         others, self.required = self.required, []
-        lines = self.strings(python_env.get("build_dependencies"), PYTHON_ENV)
+        lines = self.strings(python_env, "build_dependencies", PYTHON_ENV)
         self.lines("\n".join(lines), f"{PYTHON_ENV}, build_dependencies")
         build, self.required = self.required, others
         return [one for one in build if one.name not in named]
@@ -326,14 +342,14 @@ class _Reader:
         """Return conda.yaml's pip section.
 
         Raises:
-            InvalidVersion: conda itself is asked for what is no package's name and version, or for too much.
+            InvalidVersion: conda itself is to install what is not a package's name and version, or too many packages.
         """
         entries = document.get("dependencies")
         pip: list[str] = []
         others: list[str] = []
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and set(entry) == {"pip"}:
-                pip += self.strings(entry["pip"], CONDA)
+                pip += self.strings(entry, "pip", CONDA)
                 continue
             name = _CONDA_NAME.match(entry) if isinstance(entry, str) else None
             if name and name[1].lower() in _CONDA_KNOWN:
@@ -353,12 +369,10 @@ class _Reader:
             return
         self._read[key] = None
         if len(self._read) > _MOST_FILES:
-            message = f"more than {_MOST_FILES} requirement files include each other"
-            raise Unusable(message)
+            refuse_line(f"more than {_MOST_FILES} requirement files include each other")
         content = read_beneath(self._context, f"{self._folder}/{path}", _MOST_BYTES) if self._context else None
         if content is None:
-            message = f"there is no file {path!r} in the model folder"
-            raise Unusable(message)
+            refuse_line(f"there is no file {path!r} in the model folder")
         try:
             text = requirements_text(content)
         except UnicodeDecodeError:
@@ -375,7 +389,7 @@ class _Reader:
         finally:
             self._folder = mine
         for path in sorted(set(self.local) - before):
-            self._problem(f"{folder}/{REQUIREMENTS} names the wheel {path!r}; log it with the model instead")
+            self._problem(f"{folder}/{REQUIREMENTS} names the wheel {path!r}; log the wheel with the model instead")
 
     def lines(self, text: str, name: str, *, constraints: bool = False) -> None:
         """Read lines in pip's form; what is wrong with one is kept for `refuse`.
@@ -401,7 +415,7 @@ class _Reader:
 
     def _bound(self, name: str, found: int, most: int, what: str) -> None:
         if found > most:
-            message = f"The model's requirements cannot be read: with {name} they have more than {most:,} {what}."
+            message = f"The model's requirements are too large: with {name} they have more than {most:,} {what}."
             raise InvalidVersion(message, remedy=_CORRECT)
 
     def _add(self, required: Required, *, constraints: bool) -> None:
@@ -410,15 +424,12 @@ class _Reader:
         if required.path and required.path not in self.local:
             found = digest_beneath(self._context, f"{self._folder}/{required.path}") if self._context else None
             if found is None:
-                message = f"there is no file {required.path!r} in the model folder"
-                raise Unusable(message)
+                refuse_line(f"there is no file {required.path!r} in the model folder")
             self.local[required.path] = LocalWheel(path=required.path, sha256=found[0], size=found[1])
         if required.path and required.hashes and self.local[required.path].sha256 not in required.hashes:
-            message = "the file has none of the hashes that the line names"
-            raise Unusable(message)
+            refuse_line("the file's hash is not one of those on the line")
         if constraints and (required.extras or required.url or required.path):
-            message = "a constraint has no extras, no address and no file"
-            raise Unusable(message)
+            refuse_line("a constraint cannot have extras, an address or a file")
         (self.constraints if constraints else self.required).append(required)
 
     def _option(self, option: str, value: str, name: str, *, constraints: bool) -> None:
@@ -430,19 +441,17 @@ class _Reader:
             # pip looks beside the file that names it.
             path = f"{name.rpartition('/')[0]}/{value.removeprefix('./')}".removeprefix("/")
             if len(path) > _MOST_SHOWN or not SAFE_PATH.fullmatch(path):
-                message = "the file it names is not in the model folder"
-                raise Unusable(message)
+                refuse_line("the file it names is not in the model folder")
             self.file(path, constraints=constraints or option == "--constraint")
         elif not is_pypi(value) or self._indexes.allows(checked_url(value)):
-            # Where PyPI is no index that a model may name, the configured one stands for it, or it is asked anyway.
+            # Where a model may not name PyPI, the configured index replaces it, or PyPI is the default anyway.
             self.indexes.append(self._allow(checked_url(value)).rstrip("/"))
 
     def _allow(self, url: str) -> str:
         """Return a canonical address that the model names, if it may."""
         if not self._indexes.allows(url):
-            message = (
-                "the publisher goes to no address because a model names it; whoever runs it can allow this one with "
-                "ALLOWED_INDEXES, or configure it as an index of their own with PIP_EXTRA_INDEX_URL"
+            refuse_line(
+                "a model may not name this address; an operator can allow it in ALLOWED_INDEXES, or configure it as an "
+                "index in PIP_EXTRA_INDEX_URL"
             )
-            raise Unusable(message)
         return url

@@ -1,18 +1,19 @@
-"""Lock an environment: from the registry's store of locks, or by a resolver whose answer is checked."""
+"""Lock an environment: from the registry's store of locks, or by uv, whose answer is checked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from builder.errors import BuildFailed, InvalidVersion
 from builder.log import get_logger
@@ -23,19 +24,34 @@ from builder.package_index.wheel_file import LockedWheel, minor_version, parse_w
 from builder.parallel import side_by_side
 from builder.process import run
 from builder.reference import Platform
-from builder.wheels import lock_pip, uv
 from builder.wheels.inputs import for_release, locked_release, whole_of, with_used
-from builder.wheels.lock import Lock, lock_key, lock_keys, moments
+from builder.wheels.lock import Lock, lock_keys, moments
 from builder.wheels.pip_syntax import Required
 from builder.wheels.requirements import Requirements, conda_refused
-from builder.wheels.uv import MOST_MEMORY, NoWheel, Question, Tool, Unsatisfiable, names_an_address, private_folder
+from builder.wheels.uv import (
+    MOST_MEMORY,
+    MissingTimes,
+    NoWheel,
+    Question,
+    Unfit,
+    Unsatisfiable,
+    Uv,
+    names_an_address,
+    private_folder,
+)
 from builder.wheels.wheel import open_wheel
 
 if TYPE_CHECKING:
     from builder.process import Runner
 
 
-_MOST_ROUNDS = 4
+_log = get_logger("lock")
+
+LOCK_TYPE = "application/vnd.modelimage.lock.v1+toml"
+LOCK_FILE = "pylock.toml"
+_SECONDS = 60.0
+# Each is for an index without times, or for one package more that has too few wheels.
+_MOST_ROUNDS = 20
 _OTHER_SYSTEMS = ("win", "macosx_")
 _NO_SOURCE = (".exe", ".msi", ".egg")
 
@@ -64,15 +80,15 @@ def lock(
     Args:
         requirements: what is to be installed.
         platform: what for.
-        indexes: who is asked; those that the model names are asked too.
+        indexes: the package indexes; those that the model names are added.
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11` or, where it is known, `3.11.2`; empty for the model's own.
         as_of: packages uploaded later do not exist; None for all that there are.
         glibc: the base image's C library, major and minor; None for one that every base has.
-        client: asks the same indexes; None for one of this call's own.
-        cache: folder in which resolvers keep what they learn; None for none.
-        timeout: seconds for each run of a resolver.
-        memory: bytes for each run of a resolver.
+        client: reads the same indexes; None for one of this call's own.
+        cache: folder in which uv keeps metadata; None for none.
+        timeout: seconds for each run of uv.
+        memory: bytes for each run of uv.
         runner: runs programs.
 
     Raises:
@@ -84,30 +100,31 @@ def lock(
     """
     python = python or requirements.python_version
     if not python:
-        message = "No file of the model says which Python it was logged with."
-        raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does by itself.")
+        message = "The model does not say which Python version it was logged with."
+        raise InvalidVersion(message, remedy="Log it with a python_env.yaml, as MLflow does.")
     for wheel in requirements.local:
         _check_required(model / wheel.path)
     joined = indexes.joined(requirements.indexes)
     question = Question(
         requirements=requirements, model=model, platform=platform, python=python, glibc=glibc, as_of=as_of
     )
-    tool = Tool(indexes=joined, runner=runner, cache=cache, timeout=timeout, memory=memory)
+    uv = Uv(indexes=joined, runner=runner, cache=cache, timeout=timeout, memory=memory)
     with private_folder() as folder:
         if client is not None and joined is indexes:
-            return _Locking(question, tool, client, folder).lock()
+            return _Locking(question, uv, client, folder).lock()
         with IndexClient(joined) as own:
-            return _Locking(question, tool, own, folder).lock()
+            return _Locking(question, uv, own, folder).lock()
 
 
 class _Locking:
-    """One lock in the making."""
+    """The resolution of one lock: what is tried, and in which order."""
 
-    def __init__(self, question: Question, tool: Tool, client: IndexClient, folder: Path) -> None:
-        self._question, self._tool, self._client = question, tool, client
+    def __init__(self, question: Question, uv: Uv, client: IndexClient, folder: Path) -> None:
+        self._question, self._uv, self._client = question, uv, client
         self._folder = folder
         self._places: dict[str, Path] = {}
         self._timeless: frozenset[str] = frozenset()
+        self._unfit: dict[str, frozenset[Version]] = {}
 
     def lock(self) -> Lock:
         """Return the lock of the requirements, or of what they name as `otherwise`."""
@@ -119,14 +136,16 @@ class _Locking:
             raise
 
     def _only_for(self, package: str) -> list[str]:
-        """Return the platform tags of a package's files, where all that may be asked for are other systems' wheels."""
+        """Return the platform tags of the files that would fulfil the requirements on a package.
+
+        Empty where one of them may be built or installed on Linux.
+        """
         wanted = [SpecifierSet(one.specifier) for one in self._question.requirements.named(package)]
         platforms: set[str] = set()
         for file in self._client.files(package):
             release = file.release
-            if file.filename.endswith(_NO_SOURCE) or (
-                release and not all(one.contains(release[1], prereleases=True) for one in wanted)
-            ):
+            unwanted = release and not all(one.contains(release[1], prereleases=True) for one in wanted)
+            if unwanted or file.filename.endswith(_NO_SOURCE):
                 continue
             if release is None or not file.filename.endswith(".whl"):
                 return []  # source, or what may be
@@ -144,7 +163,7 @@ class _Locking:
         return self._built_with(replace(self._question, requirements=otherwise))
 
     def _built_with(self, question: Question) -> Lock:
-        """Return the lock with the packages that the environment was built with, unless another needs others."""
+        """Return the lock with the packages that the environment was built with, unless they conflict with another."""
         try:
             return self._complete(question)
         except Unsatisfiable as error:
@@ -155,7 +174,7 @@ class _Locking:
         return self._complete(replace(question, requirements=question.requirements.without_build()))
 
     def _complete(self, question: Question) -> Lock:
-        """Return the lock with what its MLflow needs and what conda was to bring, resolved again where needed."""
+        """Return the lock with what its MLflow needs and what conda would install, resolved again where needed."""
         found = self._as_of(question)
         lacking = self._lacking(found, question)
         served = for_release(question.requirements, found.versions)
@@ -163,19 +182,16 @@ class _Locking:
             return self._with_used(found, question)
         more = served or question.requirements
         more = more.with_changes(required=(*more.required, *lacking))
-        _log.info(
-            "resolving once more",
-            mlflow=str(locked_release(found.versions)),
-            conda=[one.text() for one in lacking],
-        )
+        conda = [one.text() for one in lacking]
+        _log.info("resolving once more", mlflow=str(locked_release(found.versions)), conda=conda)
         question = replace(question, requirements=more)
         return self._with_used(self._as_of(question), question)
 
     def _with_used(self, found: Lock, question: Question) -> Lock:
         """Return the lock with what the model's files name of the whole MLflow, in the versions that come with that.
 
-        A name may be no module's after all, so that nothing is refused for it. Where the part cannot have what is
-        added, the whole is taken; where the whole cannot be had, any version will do.
+        A name may not be a module's after all, so that nothing is refused for it. Where the part conflicts with what is
+        added, the whole is taken; where the whole cannot be resolved, any version is.
         """
         requirements = question.requirements
         whole = whole_of(requirements, found.versions)
@@ -193,53 +209,44 @@ class _Locking:
             made = self._as_of(replace(question, requirements=more))
         except (Unsatisfiable, NoWheel) as error:
             if everything is None:
-                _log.warning("what the model's files name of mlflow cannot be added", names=names, why=error.what)
+                _log.warning(
+                    "packages of mlflow that the model's files name cannot be added", names=names, why=error.what
+                )
                 return found
             _log.info("the whole package is installed instead", why=error.what)
             made = everything
         return made.model_copy(update={"added": names})
 
     def _lacking(self, found: Lock, question: Question) -> list[Required]:
-        """Return what conda was to bring and a lock lacks.
+        """Return the packages that conda would install and a lock lacks.
 
         Raises:
-            InvalidVersion: there is no wheel of a package; each is named.
+            InvalidVersion: packages have no wheel; each is named.
         """
-        there = found.versions
-        lacking = [one for one in question.requirements.conda if one.name not in there]
-        if none := [one.text() for one in lacking if not self._has_wheel(one, found)]:
-            raise conda_refused(none)
+        lacking = [one for one in question.requirements.conda if one.name not in found.versions]
+        if missing := [one.text() for one in lacking if not self._has_wheel(one, question)]:
+            raise conda_refused(missing)
         return lacking
 
-    def _has_wheel(self, one: Required, found: Lock) -> bool:
-        ranks = wheel_tags(found.platform, found.python, found.glibc)
+    def _has_wheel(self, one: Required, question: Question) -> bool:
         wanted = SpecifierSet(one.specifier)
         return any(
-            file.filename.endswith(".whl")
-            and file.release is not None
-            and wanted.contains(file.release[1], prereleases=True)
-            and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
-            for file in self._client.files(one.name)
+            wanted.contains(version, prereleases=True) for version, fits in self._versions(one.name, question) if fits
         )
 
     def _as_of(self, question: Question) -> Lock:
-        """Return the lock as of the first moment that there is one for."""
+        """Return the lock as of the first moment that has a solution."""
         tried = moments(question.as_of)
         for moment in tried[:-1]:
             try:
-                return self._checked(replace(question, as_of=moment))
+                return self._resolved(replace(question, as_of=moment))
             except (Unsatisfiable, NoWheel) as error:
-                _log.debug("nothing as of the day's beginning", why=error.what)
-        return self._checked(replace(question, as_of=tried[-1]))
+                _log.debug("no solution as of the beginning of the day", why=error.what)
+        return self._resolved(replace(question, as_of=tried[-1]))
 
-    def _checked(self, question: Question) -> Lock:
+    def _resolved(self, question: Question) -> Lock:
         question = replace(question, places={one.url: self._place(one.url) for one in question.required if one.url})
-        if not question.required:
-            wheels: tuple[LockedWheel, ...] = ()
-        elif uv.knows(question.platform, question.glibc):
-            wheels = self._by_uv(question)
-        else:
-            wheels = self._by_pip(question)
+        wheels = self._by_uv(question) if question.required else ()
         _check_origins(wheels, question.requirements, self._client)
         _check_tags(wheels, question)
         _check_hashes(wheels, question.requirements)
@@ -258,9 +265,9 @@ class _Locking:
         return lock
 
     def _place(self, url: str) -> Path:
-        """Return the wheel of an address, fetched with our own client and looked at; a resolver gets its path.
+        """Return the wheel of an address, fetched with our own client and checked; uv gets its path.
 
-        A resolver would go on to whatever the wheel requires by an address before anybody has seen it.
+        uv would go on to whatever the wheel requires by an address before that is checked.
         """
         if url not in self._places:
             filename = unquote(urlsplit(url).path.rpartition("/")[2])
@@ -273,17 +280,44 @@ class _Locking:
         return self._places[url]
 
     def _by_uv(self, question: Question) -> tuple[LockedWheel, ...]:
-        """Return uv's wheels; indexes that turn out to give no upload times are exempted on the way."""
+        """Return uv's wheels; it is run once more without what turns out to be in the way.
+
+        That is `as_of`, for an index that gives no upload times, and versions whose wheels are all for another C
+        library or interpreter, of which a universal resolution knows nothing.
+        """
         for _ in range(_MOST_ROUNDS):
             try:
-                return uv.resolve(replace(question, timeless=self._timeless), self._tool)
-            except uv.MissingTimes as missing:
+                return self._uv.resolve(replace(question, timeless=self._timeless, unfit=self._unfit))
+            except MissingTimes as missing:
                 found = self._without_times(missing.projects)
                 if found <= self._timeless:
                     break
                 self._timeless |= found
-        message = "An index gives upload times for some of its files only, and not for all that are needed."
-        raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or mend the index.")
+            except Unfit as chosen:
+                for name, version in chosen.versions.items():
+                    self._unfit[name] = self._without_wheel(name, question) | {version}
+        else:
+            raise NoWheel(
+                min(self._unfit), question.platform, f"after {_MOST_ROUNDS} resolutions there is still another"
+            )
+        message = "A package index gives upload times for some of the files that are needed, but not for all."
+        raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or repair the index.")
+
+    def _without_wheel(self, name: str, question: Question) -> frozenset[Version]:
+        """Return the versions of a package that no wheel for the platform exists of."""
+        versions = list(self._versions(name, question))
+        fitting = {version for version, fits in versions if fits}
+        # `!=1.0` excludes 1.0+cpu, too.
+        public = {Version(version.public) for version in fitting}
+        return frozenset(version for version, _ in versions if version not in fitting | public)
+
+    def _versions(self, name: str, question: Question) -> Iterator[tuple[Version, bool]]:
+        """Yield the version of each file of a package, and whether the file is a wheel for the platform."""
+        ranks = wheel_tags(question.platform, question.python, question.glibc)
+        for file in self._client.files(name):
+            if file.release:
+                wheel = file.filename.endswith(".whl")
+                yield file.release[1], wheel and rank_of(parse_wheel_name(file.filename)[3], ranks) is not None
 
     def _without_times(self, projects: Iterable[str]) -> frozenset[str]:
         """Return the addresses of the indexes that list files of these projects without times."""
@@ -294,22 +328,12 @@ class _Locking:
             if any(file.uploaded is None for file in self._client.page(index, project) or ())
         )
 
-    def _by_pip(self, question: Question) -> tuple[LockedWheel, ...]:
-        """Return pip's wheels; pip takes all indexes as of a time, or none."""
-        try:
-            wheels = lock_pip.resolve(question, self._tool, self._client)
-        except lock_pip.NoTimes:
-            return lock_pip.resolve(replace(question, as_of=None), self._tool, self._client)
-        # pip refuses an index without times, so that each of these has one.
-        return tuple(wheel.model_copy(update={"uploaded": question.as_of}) for wheel in wheels)
-
 
 def _check_required(wheel: Path) -> None:
     """Raise InvalidVersion where a wheel of the model, or of an address, requires what is at an address.
 
-    A resolver would go to any address, a file of this machine and a repository among them, and pip would even run the
-    source that is there. A line that is no requirement of PEP 508 is refused where it looks like an address: resolvers
-    read some lines that nobody else does.
+    uv would go to any address, a file of this machine and a repository among them. A line that is no requirement of
+    PEP 508 is refused where it looks like an address: uv reads some lines that nobody else does.
     """
     for line in open_wheel(wheel).metadata.requires:
         try:
@@ -323,8 +347,8 @@ def _check_required(wheel: Path) -> None:
 def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, client: IndexClient) -> None:
     """Raise InvalidVersion for a wheel of a place that the model's requirements and the settings do not name.
 
-    That is one of an address or a file that another wheel's metadata named, and one that a page of an index linked: to
-    a file of this machine or, where it is an index of the model's, to where our credential would be sent.
+    Another wheel's metadata may have named an address or a file; a page of an index may link to a file of this machine
+    or, where the model names the index, to a place that our credential would be sent to.
     """
     addresses = {one.url for one in requirements.required if one.url}
     local = {one.sha256 for one in requirements.local}
@@ -334,15 +358,15 @@ def _check_origins(wheels: Iterable[LockedWheel], requirements: Requirements, cl
         ):
             raise names_an_address(wheel.filename)
         if wheel.origin == "index" and client.is_of_this_machine(wheel):
-            message = f"A page of a package index says that {wheel.filename} is a file of the publisher's machine."
+            message = f"A page of a package index links {wheel.filename} to a file of the publisher's machine."
             raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")
         if wheel.origin == "index" and not client.is_listed(wheel):
-            message = f"An index that the model names says that {wheel.filename} is where only our credential leads."
+            message = f"An index that the model names links {wheel.filename} to a place that needs our credential."
             raise InvalidVersion(message, remedy="Name an index that has the wheel itself.")
 
 
 def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
-    """Raise NoWheel for a wheel that does not fit: resolvers take an address's or a path's as it is."""
+    """Raise NoWheel for a wheel that does not fit: uv takes an address's or a path's as it is."""
     tags = wheel_tags(question.platform, question.python, question.glibc)
     for wheel in wheels:
         if rank_of(parse_wheel_name(wheel.filename)[3], tags) is None:
@@ -352,42 +376,33 @@ def _check_tags(wheels: Iterable[LockedWheel], question: Question) -> None:
 
 
 def _check_hashes(wheels: Iterable[LockedWheel], requirements: Requirements) -> None:
-    """Raise InvalidVersion for a wheel whose hash is none of those that its requirement names; no resolver does."""
+    """Raise InvalidVersion for a wheel of another hash than its requirement names: uv does not compare them."""
     for wheel in wheels:
         hashes = {digest for one in requirements.named(wheel.name) for digest in one.hashes}
         local = {one.sha256 for one in requirements.local if one.filename == wheel.filename}
         named = hashes or (local if wheel.origin == "model" else set())
-        # What MLflow installs beside requirements.txt, and what it forgets to name, has no hash in it.
+        # Packages that MLflow installs without naming them in requirements.txt have no hash there.
         ours = wheel.origin == "index" and wheel.name in requirements.added | requirements.build
         if wheel.sha256 not in named and (named or (requirements.require_hashes and not ours)):
-            message = f"{wheel.filename} has the sha256 {wheel.sha256}, which the model's requirements do not name."
-            remedy = "Name the hashes of the wheels of every platform that is published for."
+            message = f"{wheel.filename} has the SHA-256 {wheel.sha256}, which the model's requirements do not name."
+            remedy = "Add the hashes of the wheels for every platform of the image."
             raise InvalidVersion(message, remedy=remedy)
-
-
-_log = get_logger("lock")
-
-LOCK_TYPE = "application/vnd.modelimage.lock.v1+toml"
-LOCK_FILE = "pylock.toml"
-_SECONDS = 60.0
-
-Name = TypeVar("Name", str, tuple[str, ...])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolver:
-    """Gives the lock of requirements on a platform: one that is kept, or one that is resolved now and kept.
+    """The locks of requirements by platform: one that is kept, or one that is resolved now and kept.
 
     Attributes:
         store: where locks are kept.
         requirements: what is to be installed.
-        indexes: who is asked: those that the model names are among them.
-        client: asks them.
+        indexes: the package indexes, those that the model names among them.
+        client: reads them.
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11`.
         as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
-        former: returns the lock of the image that stands, where that was made from the same files; None for none.
-        memory: bytes that each run of a resolver may take.
+        previous: returns the lock of the tag's image, where that was made from the same files; None for none.
+        memory: bytes that each run of uv may take.
     """
 
     store: LayerStore
@@ -397,7 +412,7 @@ class Resolver:
     model: Path
     python: str
     as_of: datetime | None
-    former: Callable[[Platform], Lock | None] = lambda _: None
+    previous: Callable[[Platform], Lock | None] = lambda _: None
     memory: int = MOST_MEMORY
 
     def lock(self, platform: Platform, glibc: tuple[int, int] | None, *, keep: bool = True) -> Lock:
@@ -411,9 +426,8 @@ class Resolver:
         Raises:
             BuilderError: as `builder.wheels.resolve.lock`, and what a registry's client raises.
         """
-        kept = self.kept(platform, glibc) or self._former(platform, glibc)
-        if kept is not None:
-            return kept.located(self.requirements, self.model)
+        if found := self.kept(platform, glibc) or self._of_previous_image(platform, glibc):
+            return found.located(self.requirements, self.model)
         made = self._resolved(platform, glibc, self.as_of)
         if keep and made.as_of is not None:
             tag = self.tag(platform, glibc, made.as_of)
@@ -443,53 +457,45 @@ class Resolver:
         return self._resolved(kept.platform, kept.glibc, kept.as_of)
 
     def tag(self, platform: Platform, glibc: tuple[int, int] | None, as_of: datetime) -> str:
-        """Return the tag that a lock of that moment is kept under."""
-        return _tag(self._named(lock_key, platform, glibc, as_of))
+        """Return the tag that a lock is kept under; `as_of` is the lock's own."""
+        return self._tags(platform, glibc)[as_of]
 
-    def _named(
-        self, names: Callable[..., Name], platform: Platform, glibc: tuple[int, int] | None, as_of: datetime | None
-    ) -> Name:  # fmt: skip
-        return names(
+    def _tags(self, platform: Platform, glibc: tuple[int, int] | None) -> dict[datetime, str]:
+        """Return the tags that a lock may be kept under, each by its moment, in the order in which they count."""
+        keys = lock_keys(
             self.requirements,
             platform=platform,
             python=self.python,
             glibc=glibc,
             indexes=self.indexes.identity,
-            as_of=as_of,
+            as_of=self.as_of,
         )
+        return {moment: f"lock-{key}" for moment, key in zip(moments(self.as_of), keys, strict=False) if moment}
 
     def kept(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
-        """Return the lock that is kept for the day or, where there is none, for the moment; asked for at once."""
-        keys = self._named(lock_keys, platform, glibc, self.as_of)
-        texts = {}
-        for found in side_by_side(self._text, keys, threads=len(keys), every=_SECONDS):
-            if found and found[1] is not None:
-                texts[found[0]] = found[1]
-        for key, moment in zip(keys, moments(self.as_of), strict=False):
-            if key in texts:
-                try:
-                    read = Lock.from_text(texts[key])
-                except InvalidVersion as error:
-                    _log.warning("a kept lock is none, and is made again", why=error.what)
-                    continue
-                if (read.platform, read.python, read.glibc, read.as_of) == (platform, self.python, glibc, moment):
-                    return read
-                _log.warning("a kept lock is another one's, and is made again", tag=_tag(key))
+        """Return the lock that is kept for the day or else the one for the moment; both are fetched at once."""
+        tags = self._tags(platform, glibc)
+        texts = dict(filter(None, side_by_side(self._text, list(tags.values()), threads=len(tags), every=_SECONDS)))
+        for moment, tag in tags.items():
+            if (text := texts[tag]) is None:
+                continue
+            try:
+                found = Lock.from_text(text)
+            except InvalidVersion as error:
+                _log.warning("the cached lock is invalid; resolving again", tag=tag, why=error.what)
+                continue
+            if (found.platform, found.python, found.glibc, found.as_of) == (platform, self.python, glibc, moment):
+                return found
+            _log.warning("the cached lock is for another environment; resolving again", tag=tag)
         return None
 
-    def _former(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
-        """Return the lock that the standing image was made of, if it is one for this base image and time."""
-        if self.as_of is None:
-            return None
-        found = self.former(platform)
+    def _of_previous_image(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
+        """Return the lock that the tag's image was made of, if it is one for this base image and time."""
+        found = self.previous(platform) if self.as_of is not None else None
         if found is None or (found.platform, found.python) != (platform, self.python) or found.as_of is None:
             return None
         fits = found.glibc == glibc or (found.glibc is not None and glibc is not None and found.glibc <= glibc)
         return found if fits else None
 
-    def _text(self, key: str) -> tuple[str, bytes | None]:
-        return key, self.store.text(_tag(key), kind=LOCK_TYPE)
-
-
-def _tag(key: str) -> str:
-    return f"lock-{key}"
+    def _text(self, tag: str) -> tuple[str, bytes | None]:
+        return tag, self.store.text(tag, kind=LOCK_TYPE)

@@ -1,4 +1,4 @@
-"""Addresses of an author's: read as pip and uv read them, and no credential goes where one leads."""
+"""Addresses of an author's: read as uv reads them, and no credential goes where one leads."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ from builder.wheels.resolve import lock
 from tests.package_index.server import make_wheel, running
 
 AMD64, ARMV7 = Platform.parse("linux/amd64"), Platform.parse("linux/arm/v7")
-BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["named", "universal"])
 QUICK = RetryPolicy(attempts=2, first=0.001, longest=0.01, deadline=20)
 SECRET = ("me", "index-p4ssword")
 SENT = f"Basic {base64.b64encode(':'.join(SECRET).encode()).decode()}"
@@ -318,8 +318,7 @@ def test_a_resolver_gets_no_address_of_a_model_s(index, stranger, platform):
     written = []
 
     def reading(argv, **options):
-        argv = list(argv)
-        written.append(Path(argv[argv.index("--requirement") + 1] if "--requirement" in argv else argv[-1]).read_text())
+        written.append(Path(argv[-1]).read_text())
         return run(argv, **options)
 
     url = f"{stranger.url}/files/e/e-1.0-py3-none-any.whl"

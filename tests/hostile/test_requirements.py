@@ -30,8 +30,8 @@ from tests.servers.certificates import for_loopback, self_signed
 from tests.servers.small import push_base
 
 AMD64, ARMV7 = Platform.parse("linux/amd64"), Platform.parse("linux/arm/v7")
-# uv resolves for the first, pip for the second.
-BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+# uv has a name for the first; for the second it resolves universally.
+BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["named", "universal"])
 MIB = 1 << 20
 PASSWORD = "registry-p4ssword"
 AUTH = base64.b64encode(f"robot:{PASSWORD}".encode()).decode()
@@ -79,33 +79,22 @@ def test_no_file_of_the_publisher_is_read_into_a_tag(
         assert secret not in said
 
 
-def test_pip_s_words_on_a_file_stay_out_of_errors(docker_config, caplog):
-    """Even if an option came into pip's file, pip's own words about what it reads would not be handed on."""
+@BOTH
+def test_uv_s_words_on_a_file_stay_out_of_errors(docker_config, caplog, platform):
+    """Even if an option came into uv's file, uv's own words about what it reads would not be handed on."""
     caplog.set_level(logging.INFO, "builder")
 
-    def with_a_hole(argv, **options):
-        path = Path(argv[list(argv).index("--requirement") + 1])
-        path.write_text(f"{path.read_text()}-r {docker_config}\n")
-        return run(argv, **options)
-
-    with running() as index:
-        index.add("lib", "1.0")
-        with pytest.raises(BuildFailed, match=r"pip could not resolve the requirements \(exit code 1\)") as caught:
-            locked("lib", indexes=Indexes(default=IndexUrl(index.simple)), platform=ARMV7, runner=with_a_hole)
-    for secret in (AUTH, PASSWORD, "auths"):
-        assert secret not in str(caught.value) + caplog.text
-
-
-def test_uv_s_words_on_a_file_stay_out_of_errors(docker_config):
     def with_a_hole(argv, **options):
         path = Path(argv[-1])
         path.write_text(f"{path.read_text()}-r {docker_config}\n")
         return run(argv, **options)
 
-    with running() as index, pytest.raises(BuildFailed, match="uv could not resolve") as caught:
-        locked("lib", indexes=Indexes(default=IndexUrl(index.simple)), runner=with_a_hole)
+    with running() as index:
+        index.add("lib", "1.0")
+        with pytest.raises(BuildFailed, match=r"uv could not resolve the requirements \(exit code 2\)") as caught:
+            locked("lib", indexes=Indexes(default=IndexUrl(index.simple)), platform=platform, runner=with_a_hole)
     for secret in (AUTH, PASSWORD, "auths"):
-        assert secret not in str(caught.value)
+        assert secret not in str(caught.value) + caplog.text
 
 
 @BOTH
@@ -126,7 +115,7 @@ def test_a_writer_refuses_what_is_no_single_value(platform, changed):
     """A hole in the reader would be a defect, and no option of an author's."""
     requirements = Requirements(required=(replace(Required(name="lib"), **changed),))
     started = []
-    with pytest.raises(Defect, match="one way only"):
+    with pytest.raises(Defect, match="without ambiguity"):
         locked(
             requirements,
             indexes=Indexes(default=IndexUrl("https://index.invalid/simple")),
@@ -158,7 +147,7 @@ def test_a_writer_refuses_an_index_that_is_no_address(platform, url):
             platform=platform,
             runner=lambda *argv, **_: started.append(argv) or 0,
         )
-    assert not started or platform == AMD64
+    assert not started
 
 
 @BOTH
@@ -166,8 +155,7 @@ def test_no_marker_of_an_author_s_reaches_a_resolver(platform):
     seen = []
 
     def reading(argv, **options):
-        argv = list(argv)
-        seen.append(Path(argv[argv.index("--requirement") + 1] if "--requirement" in argv else argv[-1]).read_text())
+        seen.append(Path(argv[-1]).read_text())
         return run(argv, **options)
 
     with running() as index:
@@ -299,14 +287,14 @@ def test_a_file_of_the_largest_size_is_read_or_refused_at_once(kind):
         ({"requirements.txt": "x\n", "client/requirements.txt": "y\n" * 6000}, "5,000"),
         ({"requirements.txt": f"mlflow=={'9' * 5000}\n"}, "longer than|digits"),
         ({"requirements.txt": f"mlflow=={'9' * 3000}\n"}, "more than 18 digits"),
-        ({"requirements.txt": "mlflow===foo\n"}, "'foo' is no version"),
-        ({"requirements.txt": "mlflow==1.0,===foo\n"}, "'foo' is no version"),
+        ({"requirements.txt": "mlflow===foo\n"}, "'foo' is not a version"),
+        ({"requirements.txt": "mlflow==1.0,===foo\n"}, "'foo' is not a version"),
         ({"requirements.txt": f"x[{','.join(f'e{n}' for n in range(200))}]\n"}, "more than 100 extras"),
         ({"requirements.txt": f"x{','.join(f'>={n}' for n in range(100))}\n"}, "more than 50 conditions"),
         ({"requirements.txt": "x " + f"--hash=sha256:{'a' * 64} " * 1200}, "more than 1,000 options"),
         ({"requirements.txt": "-r " + "a/" * 2000 + "b\n"}, "not in the model folder"),
         ({"requirements.txt": "x\n", "words": " ".join(f"w{n}" for n in range(30_000))}, ""),
-        ({"conda.yaml": f"dependencies:\n- {'a' * 900_000}\n"}, "asks conda for aaa"),
+        ({"conda.yaml": f"dependencies:\n- {'a' * 900_000}\n"}, "conda.yaml requires aaa"),
         ({"conda.yaml": f"dependencies:\n- pip:\n  - {'a' * 900_000}\n"}, "longer than"),
         ({"conda.yaml": 'dependencies:\n- pip:\n  - "x\\n-r /etc/passwd"\n'}, "not one line"),
         ({"conda.yaml": 'dependencies:\n- pip:\n  - "x\\r-r /etc/passwd"\n'}, "not in the model folder"),
@@ -449,13 +437,15 @@ def test_uv_s_file_is_toml_of_what_was_meant():
     from builder.wheels.uv import toml_of
 
     text = toml_of(
-        {"no-index": True, "find-links": ["file:///a"]}, [("index", {"url": "https://a/x~y", "default": True})]
+        {"no-index": True, "find-links": ["file:///a"]},
+        [("index", {"url": "https://a/x~y", "default": True})],
+        table="tool.uv",
     )
-    assert tomllib.loads(text) == {
+    assert tomllib.loads(text)["tool"]["uv"] == {
         "no-index": True,
         "find-links": ["file:///a"],
         "index": [{"url": "https://a/x~y", "default": True}],
     }
     for value in ("a\nb", "a\x7f", "é", "\ud83d\ude00", "a\tb"):
         with pytest.raises(Defect):
-            toml_of({"x": value}, [])
+            toml_of({"x": value}, [], table="tool.uv")

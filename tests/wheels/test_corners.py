@@ -33,7 +33,7 @@ def files_of(crane, reference, folder, platform="linux/amd64"):
         return {member.name for member in archive if not member.isdir()}
 
 
-def test_a_platform_that_pip_resolves_for(small, small_settings, registry, crane, tmp_path):
+def test_a_platform_that_uv_has_no_name_for(small, small_settings, registry, crane, tmp_path):
     platforms = ("linux/amd64", "linux/arm/v7")
     base = push_base(registry.host, "base/tiny-with-arm:3.11", platforms=platforms)
     model = small(tags={"MODEL_PLATFORMS": ",".join(platforms)})

@@ -110,7 +110,7 @@ def test_it_is_a_pylock_that_others_read():
 def test_what_is_no_lock_is_refused(old, new):
     text = lock(wheel()).to_text()
     assert old in text
-    with pytest.raises(InvalidVersion, match="kept lock cannot be used"):
+    with pytest.raises(InvalidVersion, match="cached lock is invalid"):
         Lock.from_text(text.replace(old, new))
 
 

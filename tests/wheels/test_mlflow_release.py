@@ -61,7 +61,7 @@ def test_a_newer_one_gets_none(index, version):
     assert "setuptools" not in served(f"mlflow=={version}", logged=version, index=index)
 
 
-@pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+@pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["named", "universal"])
 @pytest.mark.parametrize("line", ["mlflow<2.16", "mlflow-skinny<2.16", "mlflow>=2,<2.16", "mlflow==2.15.*"])
 def test_the_lock_decides_where_the_requirements_leave_the_release_open(index, line, platform):
     found = served(line, logged="3.1.0", index=index, platform=platform)
@@ -179,7 +179,7 @@ def used(*lines, uses, index, platform=AMD64, **options):
 LEAN = {"mlflow-skinny": "3.1.0", "numpy": "1.0", "pandas": "1.0", "uvicorn": "1.0"}
 
 
-@pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+@pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["named", "universal"])
 def test_what_the_model_s_files_name_is_added_as_the_whole_package_has_it(bringing, platform):
     found = used("mlflow==3.1.0", uses=["scikit-learn", "numpy", "docker"], index=bringing, platform=platform)
     assert found.versions == {**LEAN, "scikit-learn": "1.5.0", "joblib": "1.0"}

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import tarfile
 import tomllib
 from dataclasses import replace
@@ -10,15 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
-from builder.errors import BuildFailed, Defect, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
+from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
 from builder.http import RetryPolicy
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes, IndexUrl
-from builder.package_index.wheel_file import marker_environment
+from builder.package_index.config import Indexes, IndexUrl, built_in_index
 from builder.process import run
 from builder.reference import Platform
-from builder.wheels import uv
 from builder.wheels.inputs import for_serving
 from builder.wheels.lock import Lock
 from builder.wheels.requirements import Requirements
@@ -32,8 +30,8 @@ AMD64, ARM64, ARMV7, S390X = (Platform.parse(f"linux/{name}") for name in ("amd6
 GLIBC = (2, 36)
 QUICK = RetryPolicy(attempts=2, first=0.001, longest=0.01, deadline=HANG)
 NOON = datetime(2024, 6, 1, 12, tzinfo=UTC)
-# uv resolves for the first, pip for the second.
-BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["uv", "pip"])
+# uv has a name for the first; for the second it resolves universally, and the wheels are chosen from what it found.
+BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["named", "universal"])
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +148,77 @@ def test_glibc_limits_what_fits(index, platform, glibc, fits):
         assert caught.value.package == "compiled"
 
 
+OTHERS = {
+    "linux/arm/v7": "armv7l",
+    "linux/s390x": "s390x",
+    "linux/ppc64le": "ppc64le",
+    "linux/riscv64": "riscv64",
+    "linux/386": "i686",
+    "linux/loong64": "loongarch64",
+}
+
+
+@pytest.mark.parametrize(("platform", "name"), OTHERS.items())
+def test_an_older_version_where_the_newest_has_no_wheel_that_fits(index, platform, name):
+    """Of a C library, and of the pair of interpreter and platform, a universal resolution knows nothing."""
+    index.add("front", "1.0", requires=["back<3", "compiled-too"])
+    index.add("front", "2.0", requires=["back>=3"])
+    for version, tag in {
+        "1.0": f"cp311-cp311-manylinux_2_28_{name}",
+        "2.0": f"cp311-cp311-manylinux_2_39_{name}",
+        "2.1": f"cp312-cp312-manylinux_2_28_{name}",
+        "2.2": f"cp311-cp311-musllinux_1_2_{name}",
+        "3.0": f"cp311-cp311-manylinux_2_40_{name}",
+    }.items():
+        index.add("back", version, tag=tag)
+    index.add("back", "2.1", tag="cp311-cp311-manylinux_2_28_x86_64")
+    index.add("compiled-too", "1.0", tag=f"py3-none-manylinux2014_{name}")
+    index.add("compiled-too", "1.1", tag=f"py3-none-manylinux_2_37_{name}")
+    ours = Platform.parse(platform)
+    assert versions(locked("front", indexes=asked(index), platform=ours, glibc=(2, 36))) == {
+        "back": "1.0",
+        "compiled-too": "1.0",
+        "front": "1.0",
+    }
+    assert versions(locked("front", indexes=asked(index), platform=ours, glibc=(2, 40))) == {
+        "back": "3.0",
+        "front": "2.0",
+    }
+    for line in ("back==2.0", "back>1.0", "compiled-too>1.0"):
+        with pytest.raises(NoWheel) as caught:
+            locked(line, indexes=asked(index), platform=ours, glibc=(2, 36))
+        assert caught.value.package == line.partition(">")[0].partition("=")[0]
+        assert caught.value.buildable
+
+
+def test_a_version_with_a_local_label_where_the_plain_one_has_no_wheel_that_fits(index):
+    index.add("torch", "2.0", tag="cp311-cp311-manylinux_2_39_armv7l")
+    index.add("torch", "2.0+cpu", tag="cp311-cp311-manylinux_2_28_armv7l")
+    index.add("torch", "2.0+gpu", tag="cp311-cp311-manylinux_2_39_armv7l")
+    assert versions(locked("torch", indexes=asked(index), platform=ARMV7)) == {"torch": "2.0+cpu"}
+
+
+def test_a_wheel_that_another_environment_needs_alone_is_left_out(index):
+    """What uv cannot know of a machine, such as its kernel's release, it resolves for and marks."""
+    index.add("split", "1.0", requires=["lib<2; platform_release > '5'", "lib>=2; platform_release <= '5'"])
+    assert versions(locked("split", indexes=asked(index), platform=ARMV7)) == {"lib": "2.0", "split": "1.0"}
+
+
+def test_a_uv_that_ignores_the_environment_gives_the_platform_s_wheels_all_the_same(index):
+    """What a later release of uv may change: the wheels are chosen, and the markers evaluated, by us."""
+
+    def another_uv(argv, **options):
+        path = options["cwd"] / "pyproject.toml"
+        kept = [line for line in path.read_text().splitlines() if "environments" not in line]
+        path.write_text("\n".join(kept))
+        return run(argv, **options)
+
+    index.add("many", "1.0", tag="cp311-cp311-manylinux_2_28_armv7l")
+    index.add("many", "2.0", tag="cp311-cp311-manylinux_2_28_x86_64")
+    found = locked("app", "many", indexes=asked(index), platform=ARMV7, runner=another_uv)
+    assert versions(found) == {"app": "1.0", "lib": "2.0", "many": "1.0", "tool": "1.0"}
+
+
 @BOTH
 def test_no_wheel_of_a_dependency(index, platform):
     index.add("outer", "1.0", requires=["exotic"])
@@ -234,12 +303,13 @@ def test_a_conflict_is_no_work_for_an_engine(index, platform):
         locked("one", "other", indexes=asked(index), platform=platform)
 
 
-def test_another_python(index):
+@BOTH
+def test_another_python(index, platform):
     index.add("new", "1.0", requires_python=">=3.11")
     index.add("new", "2.0", requires_python=">=3.12")
     index.add("new", "1.5", requires_python=">=3.11.4")
     found = {
-        python: versions(locked("new", indexes=asked(index), python=python))["new"]
+        python: versions(locked("new", indexes=asked(index), platform=platform, python=python))["new"]
         for python in ("3.11", "3.11.4", "3.12")
     }
     assert found == {"3.11": "1.0", "3.11.4": "1.5", "3.12": "2.0"}
@@ -295,7 +365,7 @@ def test_conflicts_are_told(index, platform, lines, said):
 
 
 def test_a_python_that_nobody_tells(index):
-    with pytest.raises(InvalidVersion, match="which Python"):
+    with pytest.raises(InvalidVersion, match="which Python version"):
         locked("app", indexes=asked(index), python="")
 
 
@@ -336,10 +406,12 @@ def test_an_index_without_upload_times_is_exempt(index, platform, json_pages):
     assert Lock.from_text(found.to_text()) == found
 
 
-def test_only_the_index_without_times_is_exempt(index):
+@BOTH
+def test_only_the_index_without_times_is_exempt(index, platform):
     with running(times=False) as private:
         private.add("inhouse", "3.0", requires=["lib"])
-        found = locked("inhouse", indexes=asked(index, extra=(IndexUrl(private.simple),)), as_of=NOON)
+        indexes = asked(index, extra=(IndexUrl(private.simple),))
+        found = locked("inhouse", indexes=indexes, platform=platform, as_of=NOON)
     assert versions(found) == {"inhouse": "3.0", "lib": "1.0"}
     assert found.exempt == ("inhouse",)
 
@@ -360,11 +432,7 @@ def test_nobody_takes_a_private_package_s_place(index, platform):
     with running() as private:
         private.add("inhouse", "1.0")
         both = asked(index, extra=(IndexUrl(private.simple),))
-        if platform == AMD64:
-            assert versions(locked("inhouse", indexes=both, platform=platform)) == {"inhouse": "1.0"}
-        else:
-            with pytest.raises(Unsatisfiable, match="another index than the first"):
-                locked("inhouse", indexes=both, platform=platform)
+        assert versions(locked("inhouse", indexes=both, platform=platform)) == {"inhouse": "1.0"}
         anyhow = asked(index, extra=(IndexUrl(private.simple),), strategy="unsafe-best-match")
         assert versions(locked("inhouse", indexes=anyhow, platform=platform)) == {"inhouse": "99.0"}
 
@@ -425,7 +493,6 @@ def test_an_index_that_is_away(index, platform):
     index.faults = lambda handler, path: handler.answer(503) or True
 
     def impatient(argv, **options):
-        argv = ["0" if before == "--retries" else word for before, word in zip(["", *argv], argv, strict=False)]
         return run(argv, **{**options, "env": {**options["env"], "UV_HTTP_RETRIES": "0"}})
 
     indexes = asked(index)
@@ -575,7 +642,8 @@ def test_a_resolver_that_takes_too_long(index):
         locked("lib", indexes=asked(index), timeout=0.001)
 
 
-def test_what_a_resolver_writes_is_checked(index):
+@BOTH
+def test_what_a_resolver_writes_is_checked(index, platform):
     def lying(argv, **options):
         code = run(argv, **options)
         path = Path(argv[argv.index("--output-file") + 1])
@@ -583,7 +651,7 @@ def test_what_a_resolver_writes_is_checked(index):
         return code
 
     with pytest.raises(BuildFailed, match="cannot be read"):
-        locked("lib", indexes=asked(index), runner=lying)
+        locked("lib", indexes=asked(index), platform=platform, runner=lying)
 
 
 def test_the_folder_of_a_resolution_is_private_and_goes():
@@ -592,72 +660,42 @@ def test_the_folder_of_a_resolution_is_private_and_goes():
     assert not folder.exists()
 
 
+@BOTH
+def test_no_settings_of_the_machine_are_read(index, tmp_path, monkeypatch, platform):
+    """uv would read them from a home, and from where XDG_CONFIG_DIRS points."""
+    for folder in (tmp_path / "uv", tmp_path / ".config/uv"):
+        folder.mkdir(parents=True)
+        (folder / "uv.toml").write_text("no-index = true\n")
+    for name, path in {"HOME": tmp_path, "XDG_CONFIG_HOME": tmp_path / ".config", "XDG_CONFIG_DIRS": tmp_path}.items():
+        monkeypatch.setenv(name, str(path))
+    seen = []
+
+    def reading(argv, **options):
+        (folder,) = {options["env"][name] for name in ("HOME", "XDG_CONFIG_DIRS")}
+        seen.append((folder == str(options["cwd"]), (Path(folder) / "uv/uv.toml").read_text()))
+        assert "XDG_CONFIG_HOME" not in options["env"]
+        return run(argv, **options)
+
+    assert versions(locked("lib", indexes=asked(index), platform=platform, runner=reading)) == {"lib": "2.0"}
+    assert seen == [(True, "")]
+
+
+def test_the_built_in_index_is_uv_s():
+    help_text = subprocess.run(
+        [find_uv_bin(), "pip", "compile", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert built_in_index().url in help_text
+
+
 def test_uv_s_file_names_the_indexes_in_order(index):
     written = {}
 
     def reading(argv, **options):
-        path = Path(argv[argv.index("--config-file") + 1])
-        written.update(tomllib.loads(path.read_text()), mode=path.stat().st_mode & 0o777)
+        path = options["cwd"] / "pyproject.toml"
+        written.update(tomllib.loads(path.read_text())["tool"]["uv"], mode=path.stat().st_mode & 0o777)
         return run(argv, **options)
 
     indexes = asked(index, extra=(IndexUrl(index.simple.replace("/simple", "/none")),))
     locked("lib", indexes=indexes, runner=reading)
     assert [entry["url"] for entry in written["index"]] == [f"{index.url}/none", index.simple]
     assert written["mode"] == 0o600
-    assert uv.knows(AMD64, None)
-    assert not uv.knows(ARMV7, None)
-
-
-def test_pip_sees_the_target_s_markers():
-    environment = marker_environment(ARMV7, "3.11")
-    done = subprocess.run(
-        [sys.executable, "-m", "builder.wheels.pip_for_target", json.dumps(environment), "inspect"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout)["environment"] == environment
-
-
-# What a release of pip may have changed, and what is then said.
-CHANGES = {
-    "del markers.default_environment": "packaging.markers has no function default_environment",
-    "markers.Marker.evaluate = lambda *_: False": "Marker.evaluate does not ask default_environment",
-    "del constructors.install_req_from_req_string": "no attribute 'install_req_from_req_string'",
-    "del req_command.install_req_from_req_string": "req_command has no function install_req_from_req_string",
-    "req_command.RequirementCommand.make_resolver = lambda: 1": "does not use install_req_from_req_string",
-    "req_install.InstallRequirement.link = property(lambda _: None, lambda *_: None)": "does not know the requirement's address",
-    "del sdist.SourceDistribution.prepare_distribution_metadata": "has no function prepare_distribution_metadata",
-    "prepare._get_prepared_distribution = lambda: 1": "does not use prepare_distribution_metadata",
-    "distributions.make_distribution_for_install_requirement = lambda: 1": "does not use SourceDistribution",
-    "del exceptions.InstallationError": "cannot import name 'InstallationError'",
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_pip_is_not_used(index, change):
-    code = (
-        "import sys\nfrom pip._vendor.packaging import markers\nfrom pip._internal import distributions, exceptions\n"
-        "from pip._internal.cli import req_command\nfrom pip._internal.distributions import sdist\n"
-        "from pip._internal.operations import prepare\nfrom pip._internal.req import constructors, req_install\n"
-        f"{change}\nfrom builder.wheels import pip_for_target\nsys.exit(pip_for_target.main(sys.argv[1:]))"
-    )
-
-    said = []
-
-    def changed(argv, *, output, **options):
-        at = argv.index("-m")
-
-        def heard(line):
-            said.append(line)
-            output(line)
-
-        return run([*argv[:at], "-c", code, *argv[at + 2 :]], output=heard, **options)
-
-    before = len(index.requests)
-    with pytest.raises(Defect, match="pip that is installed here") as caught:
-        locked("lib", indexes=asked(index), platform=ARMV7, runner=changed)
-    # In the log alone: no word of pip's goes into an error.
-    assert CHANGES[change] in "\n".join(said)
-    assert "requirements/builder.txt" in caught.value.remedy
-    assert len(index.requests) == before
