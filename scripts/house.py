@@ -27,8 +27,6 @@ FLOORS = 12
 # Names that may look alike, and why.
 ALIKE = {
     frozenset({"builder.errors", "builder.models.errors"}): "a package's own errors, as in requests.exceptions",
-    frozenset({"builder.errors", "builder.oci.errors"}): "a package's own errors, as in requests.exceptions",
-    frozenset({"builder.models.errors", "builder.oci.errors"}): "a package's own errors, as in requests.exceptions",
     frozenset({"builder.clients", "builder.package_index.client"}): "those of all services; that of one",
     frozenset({"builder.models.store", "builder.oci.store"}): "artifacts in MLflow's store; layers in a registry's",
     frozenset({"builder.wheels", "builder.wheels.wheel"}): "the package is named after BUILD_METHOD=wheels",
