@@ -104,7 +104,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_costs_little(case, tmp_path):
+def test_refusing_a_hostile_wheel_is_cheap(case, tmp_path):
     how, says = REFUSED[case]
     outcome = bounded(read, str(make(tmp_path, **how)))
     outcome.check(says=says)
@@ -134,7 +134,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_what_is_not_refused_costs_little(case, tmp_path):
+def test_reading_a_large_valid_wheel_is_cheap(case, tmp_path):
     # The largest RECORD that there is has 17,000 rows; one of 199,000 takes about a second.
     outcome = bounded(read, str(make(tmp_path, **HARMLESS[case])))
     outcome.check(exit_code=0, seconds=4.0 if "rows" in case else 1.0)
@@ -149,7 +149,7 @@ def read_as(path, filename):
     open_wheel(Path(path), filename=filename)
 
 
-def test_what_stands_below_the_headers_is_no_requirement(tmp_path):
+def test_lines_below_the_headers_are_not_requirements(tmp_path):
     ends = ("\n\n", "\r\n\r\n", "\r\r", "\n\r\n")
     for number, end in enumerate(ends):
         text = f"Name: demo\nVersion: 1.0\nRequires-Dist: good\nA: b{end}Requires-Dist: evil\n"
@@ -195,7 +195,7 @@ def test_many_slow_wheels_are_bounded_together(tmp_path):
     refused(path, 60, 0.001, "The sources of the version's wheels take more than")
 
 
-def test_bytecode_that_grows_without_end_is_left_away(tmp_path):
+def test_bytecode_that_is_too_large_for_its_source_is_left_out(tmp_path):
     source = b"x = (" + b"".join(b'"%d" * %d, ' % (number % 10, 3000 + number) for number in range(1000)) + b")\n"
     layer, data = built(make(tmp_path, {"demo/a.py": source, "demo/b.py": b"x = 1\n"}), bytecode=compiler())
     assert layer.without_bytecode == (f"/{SITE}/demo/a.py",)

@@ -145,7 +145,7 @@ def test_a_source_that_does_not_compile_is_installed_without_bytecode(tmp_path, 
     assert _compiled("demo/bad.py") not in found
 
 
-def test_what_gets_bytecode(tmp_path):
+def test_importable_sources_outside_of_tests_get_bytecode(tmp_path):
     names = {
         "demo/a.py": True,
         "demo/latest.py": True,
@@ -219,7 +219,7 @@ def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch, reaped
     assert started
 
 
-def test_a_full_disk_says_so(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_a_remedy(tmp_path, monkeypatch):
     real = subprocess.Popen
     with Path("/dev/full").open("wb") as full:
         monkeypatch.setattr(

@@ -87,7 +87,7 @@ NO_LIBRARY = {
 
 
 @pytest.mark.parametrize("content", NO_LIBRARY.values(), ids=NO_LIBRARY.keys())
-def test_anything_else_is_no_library(content):
+def test_another_file_is_not_a_library(content):
     assert read(content) is None
     assert sum(map(len, parts_of(content, len(content)))) <= 112 << 20
 
@@ -98,7 +98,7 @@ def test_names_that_are_no_file_names_are_left_out():
     assert read(make_elf(soname="../x")).soname == ""
 
 
-def test_much_that_is_declared_costs_little():
+def test_a_library_with_large_declared_sizes_is_cheap():
     count = 100_000
     entries = struct.pack("<qQ", 1, 1) * count
     head = bytearray(ORDINARY)

@@ -67,7 +67,7 @@ def downloads(index):
     return [path for method, path, _ in index.requests if path.startswith("/files/")]
 
 
-def test_what_is_missing_is_made_and_what_is_known_is_not_downloaded(index, store, tmp_path):
+def test_missing_layers_are_made_and_known_ones_are_not_downloaded(index, store, tmp_path):
     groups = groups_of(index)
     target = Repository(store.repository.host, f"{store.repository.path}-image")
     made, traffic = place(index, store, tmp_path, groups, target, bytecode=True)
@@ -86,7 +86,7 @@ def test_what_is_missing_is_made_and_what_is_known_is_not_downloaded(index, stor
     assert all(store.registry.has_blob(other, layer.digest) for layer in made.values())
 
 
-def test_layers_with_and_without_bytecode_do_not_meet(index, store, tmp_path):
+def test_layers_with_and_without_bytecode_have_different_keys(index, store, tmp_path):
     groups = groups_of(index)
     plain, _ = place(index, store, tmp_path, groups)
     compiled, traffic = place(index, store, tmp_path, groups, bytecode=True)
@@ -94,7 +94,7 @@ def test_layers_with_and_without_bytecode_do_not_meet(index, store, tmp_path):
     assert not {layer.digest for layer in plain.values()} & {layer.digest for layer in compiled.values()}
 
 
-def test_what_is_derived_again_is_held_against_what_is_kept(index, store, tmp_path):
+def test_verify_compares_new_layers_with_cached_ones(index, store, tmp_path):
     groups = groups_of(index)
     client, layers = make_layers(index, store, tmp_path, bytecode=True)
     with client, layers:
@@ -111,7 +111,7 @@ def test_what_is_derived_again_is_held_against_what_is_kept(index, store, tmp_pa
         assert {wrong[group].state for group in groups[1:]} == {"same"}
 
 
-def test_the_same_file_of_two_wheels_is_the_same_one_however_they_are_grouped(index, store, tmp_path):
+def test_the_last_wheel_with_a_file_wins_however_wheels_are_grouped(index, store, tmp_path):
     for name in ("twin-a", "twin-b"):
         index.add(name, "1.0", files={"twin/__init__.py": f"WHO = {name!r}\n".encode()})
     one, other = locked(index, "twin-a"), locked(index, "twin-b")
@@ -153,7 +153,7 @@ def test_a_private_index_gets_its_credential(index, store, tmp_path):
     assert "s3cret" not in str(caught.value)
 
 
-def test_another_content_than_the_locks_is_refused_and_not_kept(index, store, tmp_path):
+def test_a_wheel_with_another_hash_than_the_lock_is_refused_and_not_cached(index, store, tmp_path):
     group = Group((locked(index, "pack-0", sha256="0" * 64),))
     with pytest.raises(BuilderError, match=r"pack_0-1\.0") as caught:
         place(index, store, tmp_path, [group])
@@ -220,7 +220,7 @@ def test_a_wheel_whose_record_misstates_a_file_is_named_in_a_warning(index, stor
     assert (line["level"], line["wheel"], line["files"]) == ("warning", NAME, f"{INFO}/METADATA")
 
 
-def test_a_disk_without_room_says_so(index, store):
+def test_a_full_disk_is_reported_with_a_remedy(index, store):
     full = Path("/dev/full")
     client, layers = make_layers(index, store, None)
     with client, layers:
@@ -241,7 +241,7 @@ def test_a_disk_without_room_says_so(index, store):
     assert not Path(original).exists()
 
 
-def test_what_is_in_the_works_is_bounded_and_what_is_larger_is_alone():
+def test_the_byte_semaphore_bounds_threads_and_lets_a_larger_request_run_alone():
     semaphore, lock, used, most, alone = ByteSemaphore(10), threading.Lock(), [], [], []
 
     def work(size):

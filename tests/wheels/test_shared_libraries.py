@@ -45,7 +45,7 @@ def judged(*wheels, there=("libstdc++.so.6",), platform=LINUX):
     }
 
 
-def test_what_is_read_of_a_wheel(libraries):
+def test_the_libraries_of_a_wheel_are_read(libraries):
     found = libraries(
         "pack",
         {
@@ -78,7 +78,7 @@ def test_what_is_read_of_a_wheel(libraries):
 
 
 @pytest.mark.parametrize("middle", [9 << 20, 60 << 20])
-def test_of_a_large_library_the_middle_is_not_kept(libraries, monkeypatch, middle):
+def test_the_middle_of_a_large_library_is_not_kept(libraries, monkeypatch, middle):
     written = []
 
     class Watched(_Kept):
@@ -257,7 +257,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("files", "verdict", "missing"), CASES.values(), ids=CASES.keys())
-def test_what_is_refused_and_what_is_a_warning(libraries, files, verdict, missing):
+def test_a_missing_library_refuses_the_wheel_or_warns(libraries, files, verdict, missing):
     assert judged(libraries("pack", files)) == ({"pack": (verdict, missing)} if verdict else {})
 
 
@@ -301,7 +301,7 @@ def test_a_library_that_a_later_wheel_overwrites_does_not_matter(libraries, tmp_
     ]
 
 
-def test_what_was_overwritten_is_of_no_use_to_others(libraries):
+def test_an_overwritten_library_does_not_serve_other_wheels(libraries):
     user = libraries("user", {f"user/_main{SUFFIX}": make_elf("libcore.so.1", module="_main")})
     first = libraries("first", {"core/libcore.so": make_elf(soname="libcore.so.1")})
     other = libraries("other", {"core/libcore.so": make_elf(soname="libcore.so.2")})
@@ -327,13 +327,13 @@ def test_packages_of_debian_are_known(libraries):
     assert lack.packages == ["libgl1"]
 
 
-def test_what_is_too_much_for_a_note_is_not_known(libraries):
+def test_libraries_that_do_not_fit_into_a_note_are_null(libraries):
     many = tuple(Library(f"lib{number:0200}.so", "", AMD64, "library", (), f"{number:016x}") for number in range(5000))
     assert to_note([WheelLibraries("x.whl", many)]) == "null"
     assert from_note("null") is None
 
 
-def test_what_is_too_much_for_a_note_is_not_kept(tmp_path):
+def test_collecting_libraries_stops_when_the_note_is_full(tmp_path):
     large = make_elf(*(f"lib{number:0240}.so" for number in range(256)))
     wheels = []
     for name in ("one", "two", "three"):
@@ -357,12 +357,12 @@ def test_what_is_too_much_for_a_note_is_not_kept(tmp_path):
     "changed",
     ["", "{", "[]]", "1", '[["w.whl"]]', '[["w.whl", [["libx.so", "", 62, "whatever", []]]]]'],
 )
-def test_a_note_that_was_not_written_so_is_refused(changed):
+def test_an_invalid_note_is_refused(changed):
     with pytest.raises(ValueError, match="libraries"):
         from_note(changed)
 
 
-def test_a_long_note_that_was_not_written_so_costs_little():
+def test_refusing_a_long_invalid_note_is_cheap():
     began = time.process_time()
     tracemalloc.start()
     for changed in (
@@ -381,7 +381,7 @@ def test_a_long_note_that_was_not_written_so_costs_little():
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "\x1b[31m", "x" * 256, "a b", "x\n"])
-def test_a_note_of_names_that_are_none_is_refused(name):
+def test_a_note_with_invalid_names_is_refused(name):
     good = ["w.whl", [["libx.so", "", AMD64, "library", ["libz.so.1"], "0" * 16]]]
     assert from_note(json.dumps([good]))[0].libraries[0].needed == ("libz.so.1",)
     for position, value in ((0, name), (4, [name]), (5, name), *([(1, name)] if name else [])):

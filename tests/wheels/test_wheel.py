@@ -324,7 +324,7 @@ def test_a_bomb_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
         open_wheel(path)
 
 
-def test_there_is_an_end_to_the_number_of_members(tmp_path, monkeypatch):
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("builder.wheels.zip.MOST_MEMBERS", 3)
     with pytest.raises(InvalidWheel, match="more than 3 members"):
         open_wheel(make(tmp_path, FILES))
@@ -350,7 +350,7 @@ def test_a_wheel_that_changes_after_it_was_opened_is_refused(tmp_path):
     ],
     ids=["plain", "data descriptors", "zip64", "both", "stored", "sha512", "signatures"],
 )
-def test_what_a_wheel_may_be(tmp_path, how):
+def test_valid_archives_of_every_form_are_installed(tmp_path, how):
     files = {
         **FILES,
         "demo/": b"",
@@ -380,7 +380,7 @@ MISRECORDED = {
 
 
 @pytest.mark.parametrize(("rows", "named"), MISRECORDED.values(), ids=MISRECORDED.keys())
-def test_what_the_wheels_record_misstates_is_right_in_the_layers(tmp_path, rows, named):
+def test_a_wrong_entry_in_record_is_corrected_in_the_layer(tmp_path, rows, named):
     """As the official wheels of torch 1.7 to 1.12, whose METADATA was changed after RECORD was written."""
     files = {**FILES, "demo/b.py": b"", "demo-1.0.data/scripts/hello": HELLO}
     layer, data = built(make(tmp_path, files, rows=lambda listed: listed.update(rows)))
@@ -393,7 +393,7 @@ def test_what_the_wheels_record_misstates_is_right_in_the_layers(tmp_path, rows,
             assert (hashed, size) == (digest(content, hashed.partition("=")[0]), str(len(content)))
 
 
-def test_a_true_record_is_not_called_misstated(tmp_path):
+def test_a_correct_record_has_no_misrecorded_files(tmp_path):
     layer, _ = built(make(tmp_path, {**FILES, "demo-1.0.data/scripts/hello": HELLO}))
     assert layer.misrecorded == {}
 
@@ -458,7 +458,7 @@ def test_directories_stand_before_what_is_in_them_and_belong_to_root(tmp_path):
     assert {"opt", "opt/model", f"{SITE}/demo/a"} <= seen
 
 
-def test_the_order_and_the_compression_of_the_archive_are_all_that_the_digest_keeps(tmp_path):
+def test_of_the_archive_only_the_compression_changes_the_digest(tmp_path):
     files = {"demo/a.py": b"a" * 1000, "demo/b.py": b"b" * 1000}
     one, _ = built(make(tmp_path / "1", files))
     again, _ = built(make(tmp_path / "2", dict(reversed(files.items()))))
