@@ -315,10 +315,13 @@ class Client:
         host = urlsplit(str(url)).netloc.rpartition("@")[2]
         deadline = _Deadline(host, until)
         content = body if body is None or isinstance(body, bytes) else deadline.enforced(body)
-        with self.errors(host):
+        try:
             request = self._client.build_request(
                 method, url, headers=headers, content=content, timeout=timeout or _TIMEOUT
             )
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise self.kind.unexpected_error(host, "with a malformed address") from error
+        with self.errors(host):
             return Response(self, self._client.send(request, stream=True, auth=basic), deadline)
 
     @contextlib.contextmanager
@@ -503,7 +506,7 @@ def resumed(
         skipped = position - start
         try:
             with response:
-                if not verified and response.version != version is not None:
+                if not verified and version not in {None, response.version}:
                     message = f"{what} broke off, and the file changed meanwhile."
                     raise ServiceUnavailable(message, remedy="Retry later.")
                 version = response.version

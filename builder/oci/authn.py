@@ -49,11 +49,11 @@ class Credential:
 
 
 class Credentials:
-    """Finds the credential for a registry host, when a registry asks for one and not before.
+    """The credentials of registry hosts, each looked up at the registry's first challenge.
 
     Args:
-        explicit: the host that `credential` is for, and no other is; "" for none.
-        credential: what goes with it.
+        explicit: the only host that `credential` is for; empty without one.
+        credential: from the settings.
         docker_config: folder of a Docker config.json; a folder without one holds no credentials.
         helper_timeout: seconds that a credential helper may take.
     """
@@ -74,10 +74,10 @@ class Credentials:
     def for_host(self, host: str) -> Credential | None:
         """Return the credential for a registry host, or None where there is none for it.
 
-        A credential helper is asked first, as Docker does, and then what stands in the file itself.
+        A credential helper comes first, as with Docker, and then the entries of the file itself.
 
         Raises:
-            InvalidSettings: config.json is not Docker's, or the helper that it names is not there.
+            InvalidSettings: config.json is not Docker's, or the helper that it names is not installed.
             PermissionRefused: the helper failed.
         """
         host = canonical(host)
@@ -88,14 +88,14 @@ class Credentials:
         config = _read(self._docker_config / "config.json")
         helper = _entry(config.get("credHelpers"), host) or config.get("credsStore")
         if helper:
-            found = self._ask(str(helper), DOCKER_HUB_KEY if host == DOCKER_HUB else host)
+            found = self._from_helper(str(helper), DOCKER_HUB_KEY if host == DOCKER_HUB else host)
             if found:
                 return found
         entry = _entry(config.get("auths"), host)
         return _from_file(entry, host) if isinstance(entry, dict) else None
 
-    def _ask(self, helper: str, server: str) -> Credential | None:
-        """Return what a credential helper has for a server, or None where it has nothing."""
+    def _from_helper(self, helper: str, server: str) -> Credential | None:
+        """Return the credential that a helper has for a server, or None where it has none."""
         program = f"docker-credential-{helper}"
         if not _HELPER.fullmatch(helper):
             message = "DOCKER_CONFIG's config.json names a credential helper that cannot be a program's name."
@@ -104,7 +104,7 @@ class Credentials:
             code, output, complaint = _run([program, "get"], server, self._helper_timeout)
         except TimeoutError as error:
             message = f"The credential helper {program!r} took more than {self._helper_timeout:g} s for {server}."
-            raise PermissionRefused(message, remedy=f"See what `{program} get` waits for.") from error
+            raise PermissionRefused(message, remedy=f"Run `{program} get` to see what it waits for.") from error
         except OSError as error:
             message = f"DOCKER_CONFIG's config.json names the credential helper {program!r}, which cannot be run."
             raise InvalidSettings(message, remedy="Install it on PATH, or name no helper for this host.") from error
@@ -120,7 +120,7 @@ class Credentials:
             answer = json.loads(output)
             user, secret = answer["Username"], answer["Secret"]
         except (ValueError, KeyError, TypeError):
-            message = f"The credential helper {program!r} did not answer for {server} as it should."
+            message = f"The credential helper {program!r} did not answer with JSON of Username and Secret for {server}."
             # The cause holds what the helper printed.
             raise PermissionRefused(message, remedy=remedy) from None
         if not isinstance(user, str) or not isinstance(secret, str) or not secret:
@@ -168,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         message = f"DOCKER_CONFIG's file {str(path)!r} cannot be read: {error.strerror}."
         raise InvalidSettings(message, remedy=remedy) from error
-    with _of_form(f"DOCKER_CONFIG's file {str(path)!r} is not a Docker config.json.", remedy):
+    with _parsing(f"DOCKER_CONFIG's file {str(path)!r} is not a Docker config.json.", remedy):
         config = json.loads(content)
         if not isinstance(config, dict) or not all(
             isinstance(config.get(name) or {}, dict) for name in ("auths", "credHelpers")
@@ -179,11 +179,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entry(entries: Any, host: str) -> Any:  # JSON that others wrote
-    """Return what a section of config.json holds for a host, which may be written as a URL there."""
+    """Return the entry of a host, perhaps written as a URL, in a section of config.json."""
     if not entries:
         return None
     named = [name for name in entries if _host_of(name) == host]
-    # What is written exactly as Docker writes it wins over what only means the same.
+    # A name exactly as Docker writes it wins over another form of it.
     exact = DOCKER_HUB_KEY if host == DOCKER_HUB else host
     return entries[min(named, key=lambda name: name != exact)] if named else None
 
@@ -196,7 +196,7 @@ def _host_of(key: str) -> str:
 
 def _from_file(entry: dict[str, Any], host: str) -> Credential | None:
     user, password, token = entry.get("username"), entry.get("password"), entry.get("identitytoken")
-    with _of_form(f"DOCKER_CONFIG's config.json has a malformed entry for {host}.", "`docker login` writes it again."):
+    with _parsing(f"DOCKER_CONFIG's config.json has a malformed entry for {host}.", "`docker login` writes it again."):
         if entry.get("auth"):
             text = base64.b64decode(entry["auth"], validate=True).decode()
             user, colon, password = text.partition(":")
@@ -211,8 +211,8 @@ def _from_file(entry: dict[str, Any], host: str) -> Credential | None:
 
 
 @contextlib.contextmanager
-def _of_form(what: str, remedy: str) -> Iterator[None]:
-    """Turn what a parser raises into an error that does not show what was parsed: it holds credentials."""
+def _parsing(what: str, remedy: str) -> Iterator[None]:
+    """Turn a parser's error into one that does not show the text: it holds credentials."""
     try:
         yield
     except (ValueError, TypeError, RecursionError, binascii.Error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +36,9 @@ class FetchedManifest:
 class Registry:
     """One registry. May be used by several threads.
 
-    Every operation raises, beside what it says:
+    Every operation raises, beside its own errors:
         PermissionRefused: the credential is missing, wrong, or may not do this; or the registry is read-only.
-        ServiceUnavailable: the registry is away, limits requests, or answers with what it should not.
+        ServiceUnavailable: the registry cannot be reached, limits requests, or gives an invalid answer.
         InvalidSettings: its certificate is not trusted, or the repository has to be created first.
 
     Args:
@@ -57,8 +56,8 @@ class Registry:
     def manifest(self, reference: Reference) -> FetchedManifest | None:
         """Return the manifest or index that a reference names, or None where the registry says there is none.
 
-        None is said only when the registry itself says so. Whatever leaves it open raises: some registries answer 401
-        or 403 for a repository that is not there, and for one that may not be seen.
+        Only the registry's own word gives None. An ambiguous answer is an error: some registries answer 401 or 403 both
+        for a repository that does not exist and for one that may not be seen.
         """
         what = f"Reading {reference}"
         path = self._path(reference.repository, f"manifests/{reference.target}")
@@ -78,7 +77,7 @@ class Registry:
         try:
             media_type = media_type_of(answer.content, answer.media_type)
         except Malformed as error:
-            raise unexpected(what, f"with something that is no manifest: {error}") from error
+            raise unexpected(what, f"with an invalid manifest: {error}") from error
         return FetchedManifest(content=answer.content, media_type=media_type, digest=digest)
 
     def blob_bytes(self, repository: Repository, descriptor: Descriptor, limit: int) -> bytes:
@@ -91,7 +90,7 @@ class Registry:
         """
         what = _reading(repository, descriptor)
         if descriptor.size > limit:
-            raise unexpected(what, f"with the promise of more than {limit} bytes")
+            raise unexpected(what, f"with a size of more than {limit} bytes")
         path, scopes = self._path(repository, f"blobs/{descriptor.digest}"), _pull(repository)
         answer = self._transport.retried(
             what, lambda until: self._transport.send("GET", path, until=until, scopes=scopes, limit=limit)
@@ -105,8 +104,8 @@ class Registry:
     def blob_stream(self, repository: Repository, descriptor: Descriptor) -> Generator[bytes, None, None]:
         """Yield a blob's bytes, the last of them only when digest and size are what the descriptor says.
 
-        The whole is never in memory. A connection that breaks is taken up again where it broke, as often as a request
-        may be tried; all of it together may take as long as an upload of that size.
+        The whole is never in memory. A connection that breaks is resumed where it broke, as often as a request may be
+        tried; all of it together may take as long as an upload of that size.
 
         Args:
             repository: where it is.
@@ -145,8 +144,8 @@ class Registry:
         """Make a blob of another repository of this registry one of `repository` as well.
 
         Returns:
-            Whether the registry did so. Where it did not, because it cannot, may not or has no such blob, nothing is
-            left behind, and the blob has to be pushed.
+            Whether the registry did so. If not (it cannot, may not, or has no such blob), nothing is left behind, and
+            the blob has to be pushed.
         """
 
         def mount(until: float) -> bool:
@@ -160,8 +159,8 @@ class Registry:
     def push_blob(self, repository: Repository, blob: Blob, mount_from: Sequence[Repository] = ()) -> int:
         """Put a blob into a repository, unless it is there.
 
-        It is streamed in bounded memory and checked while it is read: what is not as its digest says is never sent to
-        its end.
+        It is streamed in bounded memory and checked while it is read: a blob that contradicts its digest is never sent
+        to its end.
 
         Args:
             repository: where to.
@@ -360,9 +359,9 @@ def _push(repository: Repository) -> frozenset[str]:
 
 def _check_digest(what: str, answer: Answer, digest: Digest) -> None:
     """Refuse an answer about other content than `digest`; a registry need not name the content, or by this hash."""
-    told = answer.headers.get("Docker-Content-Digest", "").strip()
-    if re.match(r"sha256:", told) and told != str(digest):
-        raise unexpected(what, f"for other content: {told[:80]!r} is not {digest}")
+    named = answer.headers.get("Docker-Content-Digest", "").strip()
+    if named.startswith("sha256:") and named != str(digest):
+        raise unexpected(what, f"for other content: {named[:80]!r} is not {digest}")
 
 
 _THREADS = 4
@@ -415,7 +414,7 @@ def push_image(
 def move_tag(
     registry: Registry, reference: Reference, content: bytes, media_type: str, expected: Digest | None
 ) -> Digest:
-    """Move a tag to a manifest or an index, if it still stands where the plan saw it.
+    """Move a tag to a manifest or an index, if it still names what it named when the plan was made.
 
     Args:
         registry: where it is.
@@ -428,16 +427,16 @@ def move_tag(
         The digest that the tag names now.
 
     Raises:
-        TryAgain: somebody else has moved the tag meanwhile.
+        TryAgain: the tag was moved meanwhile.
         BuilderError: see `Registry`.
     """
-    standing = registry.manifest(reference)
-    found, digest = standing.digest if standing else None, Digest.of(content)
+    current = registry.manifest(reference)
+    found, digest = current.digest if current else None, Digest.of(content)
     if found == digest:
         return digest
     if found != expected:
         message = f"{reference} was {expected or 'not there'} when the plan was made, and is {found or 'gone'} now."
-        raise TryAgain(message, remedy="Somebody else has published it: publish again, which plans anew.")
+        raise TryAgain(message, remedy="It was published meanwhile. Publish again, with a new plan.")
     return registry.put_manifest(reference.repository, content, media_type, reference.tag)
 
 
@@ -447,7 +446,7 @@ class Stoppable(Around):
 
     Attributes:
         blob: the blob.
-        stop: set when it shall not be read any more.
+        stop: set to end the reading.
     """
 
     blob: Blob

@@ -15,8 +15,7 @@ from datetime import UTC, datetime
 from html.parser import HTMLParser
 from http import HTTPStatus
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
@@ -293,7 +292,7 @@ def _local(url: str, filename: str) -> BinaryIO:
 
 
 def _check(response: Response, what: str) -> None:
-    """Raise what a status means that is not success; `what` was asked for, in words."""
+    """Raise what a status means that is not success; `what` was requested, in words."""
     status = response.status
     if is_transient(status):
         error = INDEX.unreachable_error(response.host, f"it answers HTTP {status}")
@@ -306,7 +305,7 @@ def _check(response: Response, what: str) -> None:
         raise INDEX.unexpected_error(response.host, f"with HTTP {status} for {what}")
 
 
-class IndexClient:
+class IndexClient(Client):
     """The indexes of one resolution, over one pool of connections; a context manager. For several threads.
 
     Args:
@@ -319,25 +318,11 @@ class IndexClient:
         self._policy = policy or RetryPolicy()
         self._lock = threading.Lock()
         self._pages: dict[tuple[str, str], tuple[IndexFile, ...] | None] = {}
-        self._client = Client(INDEX, ca_bundle=indexes.ca_bundle, proxies=indexes.proxies, trusts=indexes.trusts)
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close all connections."""
-        self.close()
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._client.close()
+        super().__init__(INDEX, ca_bundle=indexes.ca_bundle, proxies=indexes.proxies, trusts=indexes.trusts)
 
     @property
-    def asked(self) -> tuple[IndexUrl, ...]:
-        """The indexes in the order in which they are asked, the built-in one named."""
+    def search_order(self) -> tuple[IndexUrl, ...]:
+        """The indexes in the order in which they are searched, the built-in one named."""
         indexes = self._indexes
         if indexes.no_index:
             return indexes.find_links
@@ -350,10 +335,10 @@ class IndexClient:
             project: the project's normal name.
 
         Raises:
-            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be asked.
+            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be queried.
         """
         found: list[IndexFile] = []
-        for index in self.asked:
+        for index in self.search_order:
             files = self.page(index, project)
             found += files or ()
             if files and self._indexes.strategy == FIRST_INDEX and index not in self._indexes.find_links:
@@ -362,10 +347,10 @@ class IndexClient:
         return tuple(found)
 
     def page(self, index: IndexUrl, project: str) -> tuple[IndexFile, ...] | None:
-        """Return a project's files in one index, or None where the index does not have it; asked once.
+        """Return a project's files in one index, or None where the index does not have it; requested once.
 
         Raises:
-            ServiceUnavailable, PermissionRefused, InvalidSettings: the index cannot be asked.
+            ServiceUnavailable, PermissionRefused, InvalidSettings: the index cannot be queried.
         """
         links = index in self._indexes.find_links
         key = (index.url, "" if links else project)
@@ -394,10 +379,10 @@ class IndexClient:
         """Return whether an index may have said where a wheel is: one of a model may not say it of a place of ours.
 
         Raises:
-            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be asked.
+            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be queried.
         """
         url = wheel.url or ""
-        if not any(index.of_model for index in self.asked) or self._indexes.credential(url) is None:
+        if not any(index.of_model for index in self.search_order) or self._indexes.credential(url) is None:
             return True
         return any(
             origin_of(url) == origin_of(index.url)
@@ -406,7 +391,7 @@ class IndexClient:
                 file.filename == wheel.filename and origin_of(file.url) == origin_of(url)
                 for file in self.page(index, wheel.name) or ()
             )
-            for index in self.asked
+            for index in self.search_order
         )
 
     def _is_own(self, index: IndexUrl, url: str) -> bool:
@@ -416,19 +401,19 @@ class IndexClient:
         """Return where a wheel is, and what the index says of it.
 
         Args:
-            wheel: of a lock; asked nowhere if it has an address.
+            wheel: of a lock; not searched for if it has an address.
 
         Raises:
             WheelNotFound: no index has a file of this name and hash.
-            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be asked.
+            ServiceUnavailable, PermissionRefused, InvalidSettings: an index cannot be queried.
         """
         if wheel.url is not None:
             return IndexFile(filename=wheel.filename, url=wheel.url, sha256=wheel.sha256, size=wheel.size)
         if wheel.origin != "index":
-            message = f"The wheel {wheel.filename} is not from an index, and the model names it no more."
+            message = f"The wheel {wheel.filename} is not from an index, and the model no longer names it."
             raise WheelNotFound(message, remedy="Register the model again with its wheel.")
         named = False
-        for index in self.asked:
+        for index in self.search_order:
             for file in self.page(index, wheel.name) or ():
                 if file.filename == wheel.filename:
                     named = True
@@ -447,7 +432,7 @@ class IndexClient:
         Args:
             wheel: of a lock.
             destination: the file; its folder is there.
-            progress: told of bytes as they arrive.
+            progress: called as bytes arrive.
 
         Raises:
             WheelNotFound: it is not there.
@@ -607,7 +592,7 @@ class IndexClient:
         for _ in range(_MOST_STEPS):
             self._indexes.check(url)
             credential = self._indexes.credential(url) if own or origin_of(url) == begun else None
-            response = self._client.send("GET", url, until=until, headers=headers, basic=credential)
+            response = self.send("GET", url, until=until, headers=headers, basic=credential)
             if not response.is_redirect:
                 return response
             with response:

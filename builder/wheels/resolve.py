@@ -323,7 +323,7 @@ class _Locking:
         """Return the addresses of the indexes that list files of these projects without times."""
         return frozenset(
             index.url
-            for index in self._client.asked
+            for index in self._client.search_order
             for project in sorted(projects)
             if any(file.uploaded is None for file in self._client.page(index, project) or ())
         )
