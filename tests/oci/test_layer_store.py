@@ -11,7 +11,8 @@ from builder.clients import Registries
 from builder.errors import BuilderError
 from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.layer import LayerWriter, Plain
-from builder.oci.store import DIFF_ID, EMPTY, SOURCE, UNCOMPRESSED, LayerStore, artifact
+from builder.oci.manifest import manifest_of
+from builder.oci.store import DIFF_ID, EMPTY, EMPTY_CONFIG, SOURCE, UNCOMPRESSED, LayerStore
 from builder.reference import Digest, Repository
 from tests.servers.forwarding import forwarding
 
@@ -143,14 +144,14 @@ def test_a_kept_layer_is_no_text(store, kept):
 
 def test_several_texts_are_none(store):
     store.keep_text("other", b"text", kind=KIND, title="a text")
-    put(store, artifact(KIND, [Descriptor.of(b"text", KIND)] * 2, annotations={}))
+    put(store, manifest_of(EMPTY_CONFIG, [Descriptor.of(b"text", KIND)] * 2, {}, kind=KIND))
     assert store.text("key", kind=KIND) is None
 
 
 def test_a_text_that_says_another_size_is_never_read_past_its_bound(store):
     store.keep_text("other", b"text", kind=KIND, title="a text")
     large = Descriptor(media_type=KIND, digest=Digest.of(b"text"), size=1 << 40)
-    put(store, artifact(KIND, [large], annotations={}))
+    put(store, manifest_of(EMPTY_CONFIG, [large], {}, kind=KIND))
     assert store.text("key", kind=KIND) is None
 
 
