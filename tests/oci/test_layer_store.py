@@ -47,7 +47,7 @@ def test_a_layer_comes_back_as_it_was(store, kept, crane):
     assert "PASS" in crane("validate", "--remote", f"{store.repository}:key")
 
 
-def test_what_was_never_kept_is_not_there(store):
+def test_an_unknown_key_has_no_layer(store):
     assert store.layer("key", source=WHEEL) is None
     assert store.text("key", kind=KIND) is None
 
@@ -128,7 +128,7 @@ def put(store, manifest, media_type=OCI_MANIFEST):
     store.registry.put_manifest(store.repository, manifest, media_type, "key")
 
 
-def test_a_text_of_another_kind_is_none(store):
+def test_a_text_of_another_kind_is_not_found(store):
     store.keep_text("key", b"text", kind="application/vnd.other", title="a text")
     assert store.text("key", kind=KIND) is None
 
@@ -142,7 +142,7 @@ def test_a_kept_layer_is_no_text(store, kept):
     assert store.text("key", kind=KIND) is None
 
 
-def test_several_texts_are_none(store):
+def test_a_manifest_of_several_texts_is_invalid(store):
     store.keep_text("other", b"text", kind=KIND, title="a text")
     put(store, manifest_of(EMPTY_CONFIG, [Descriptor.of(b"text", KIND)] * 2, {}, kind=KIND))
     assert store.text("key", kind=KIND) is None
