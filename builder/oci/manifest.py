@@ -92,11 +92,6 @@ class Published:
     platforms: Mapping[Platform, Descriptor]
     annotations: Mapping[str, str]
 
-    @property
-    def is_index(self) -> bool:
-        """Whether the tag names an index, not a single image."""
-        return self.media_type in INDEXES
-
 
 def image_of(
     platform: Platform, config: Mapping[str, Any], layers: tuple[Descriptor, ...], annotations: Mapping[str, str]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from builder.errors import BuilderError
 from builder.log import get_logger
@@ -27,10 +29,11 @@ from builder.oci.descriptor import (
 )
 from builder.oci.layer import Layer
 from builder.oci.manifest import PREFIX, TITLE, manifest_of
-from builder.oci.registry import Registry
+from builder.oci.registry import FetchedManifest, Registry
 from builder.reference import Repository
 
 _log = get_logger("layers")
+T = TypeVar("T")
 
 SOURCE = f"{PREFIX}layer.source"
 DIFF_ID = f"{PREFIX}layer.diff-id"
@@ -85,14 +88,7 @@ class LayerStore:
         Raises:
             BuilderError: the registry does not answer; see `Registry`.
         """
-        fetched = self.registry.manifest(self.repository.tag(key))
-        if fetched is None:
-            return None
-        try:
-            return _layer(fetched.content, fetched.media_type, source)
-        except Malformed as error:
-            _log.warning("the cached layer is invalid; rebuilding it", tag=key, why=str(error))
-            return None
+        return self._cached(key, "layer", lambda fetched: _layer(fetched.content, fetched.media_type, source))
 
     def keep(self, key: str, layer: Layer, blob: Blob, *, source: str, title: str) -> None:
         """Cache a layer under a key, in place of what is there.
@@ -139,18 +135,11 @@ class LayerStore:
         Raises:
             BuilderError: the registry does not answer; see `Registry`.
         """
-        fetched = self.registry.manifest(self.repository.tag(key))
-        if fetched is None:
-            return None
-        try:
-            (text,) = descriptors(from_bytes(fetched.content).get("layers"), "layers")
-            if text.media_type != kind or text.size > MOST_JSON_BYTES:
-                refuse(f"it holds {text.media_type} of {text.size} bytes")
-        except (Malformed, ValueError) as error:
-            _log.warning("the cached text is invalid; making it again", tag=key, why=str(error))
+        text = self._cached(key, "text", lambda fetched: _text(fetched.content, kind))
+        if text is None:
             return None
         if not self.registry.has_blob(self.repository, text.digest):
-            _log.warning("the cached text has lost its content; making it again", tag=key)
+            _log.warning("the cached text has lost its content; rebuilding it", tag=key)
             return None
         return self.registry.blob_bytes(self.repository, text, MOST_JSON_BYTES)
 
@@ -172,6 +161,17 @@ class LayerStore:
             self.refused.append(SmallArtifact(key=key, kind=kind, title=title, content=content.decode()))
             _log.warning("the registry does not accept a text for the cache", tag=key, error=error.what)
 
+    def _cached(self, key: str, what: str, read: Callable[[FetchedManifest], T]) -> T | None:
+        """Return what `read` makes of the manifest under a key; None where there is none, or `read` refuses it."""
+        fetched = self.registry.manifest(self.repository.tag(key))
+        if fetched is None:
+            return None
+        try:
+            return read(fetched)
+        except Malformed as error:
+            _log.warning(f"the cached {what} is invalid; rebuilding it", tag=key, why=str(error))
+            return None
+
 
 def pushed_text(
     registry: Registry,
@@ -184,6 +184,8 @@ def pushed_text(
 ) -> bytes:
     """Push the blobs of a text's artifact, and return its manifest, which is the caller's to push.
 
+    The form is the image specification's: manifest.md, "Guidelines for Artifact Usage".
+
     Args:
         registry: where to.
         repository: the repository there.
@@ -194,23 +196,19 @@ def pushed_text(
     """
     registry.push_blob(repository, EMPTY)
     registry.push_blob(repository, BytesBlob(content))
-    return artifact(kind, [Descriptor.of(content, kind)], annotations={TITLE: title}, subject=subject)
+    return manifest_of(EMPTY_CONFIG, [Descriptor.of(content, kind)], {TITLE: title}, kind=kind, subject=subject)
 
 
-def artifact(
-    kind: str, layers: list[Descriptor], *, annotations: dict[str, str], subject: Descriptor | None = None
-) -> bytes:  # fmt: skip
-    """Return the manifest of an artifact that is not an image.
+def _text(content: bytes, kind: str) -> Descriptor:
+    """Return the descriptor of the text of a manifest in the cache.
 
-    The form is the image specification's: manifest.md, "Guidelines for Artifact Usage".
-
-    Args:
-        kind: the artifact's type, a media type.
-        layers: its content.
-        annotations: of the manifest.
-        subject: the manifest that it refers to; None for none.
+    Raises:
+        Malformed: it is not as `keep_text` writes it.
     """
-    return manifest_of(EMPTY_CONFIG, layers, annotations, kind=kind, subject=subject)
+    texts = descriptors(from_bytes(content).get("layers"), "layers")
+    if len(texts) != 1 or texts[0].media_type != kind or texts[0].size > MOST_JSON_BYTES:
+        refuse(f"it does not hold one {kind} of at most {MOST_JSON_BYTES} bytes")
+    return texts[0]
 
 
 def _layer(content: bytes, media_type: str, source: str) -> Layer:

@@ -326,7 +326,7 @@ def test_a_long_record_is_read_in_linear_time():
         b"5 path=x\n",
     ],
 )
-def test_a_length_that_is_none_is_refused(content):
+def test_an_invalid_record_length_is_refused(content):
     with pytest.raises(Malformed, match="malformed pax header"):
         read(extended(content) + header(b"0", 0))
 
@@ -634,7 +634,7 @@ def test_of_a_key_that_stands_twice_one_meaning_is_pushed(tmp_path):
     ],
     ids=range(12),
 )
-def test_what_a_config_says_breaks_a_rule_shortly(tmp_path, runtime):
+def test_a_broken_rule_is_reported_quickly_and_briefly(tmp_path, runtime):
     made = make_layout(tmp_path / "layout")
     content = json.dumps({**CONFIG_OF, "rootfs": rootfs(made), "config": runtime}).encode()
     image = open_layout(with_config(tmp_path / "other", content).folder, AMD64)

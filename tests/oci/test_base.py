@@ -193,7 +193,9 @@ def test_media_types_of_layers_become_ocis(push: Push, told: str, meant: str) ->
         ({"config": {"config": None}}, None),
     ],
 )
-def test_what_cannot_be_joined_is_no_base(push: Push, options: dict[str, Any], message: str | None) -> None:
+def test_a_base_with_unusable_layers_or_config_is_refused(
+    push: Push, options: dict[str, Any], message: str | None
+) -> None:
     pushed = push(ONE, **options)
     if message is None:
         assert pushed.image().environ == {}
@@ -312,7 +314,9 @@ def test_a_copy_whose_source_is_wrong_leaves_nothing(client: Registry) -> None:
         ([program("opt/a\nhome = b/bin/python3.11"), program("opt/'$x'/bin/python3.11")], (), {}),
     ],
 )  # fmt: skip
-def test_interpreters(push: Push, entries: list[Made], env: tuple[str, ...], found: dict[str, str]) -> None:
+def test_which_interpreters_are_found(
+    push: Push, entries: list[Made], env: tuple[str, ...], found: dict[str, str]
+) -> None:
     assert push(layer(*entries), env=env).facts().interpreters == found
 
 
@@ -358,7 +362,7 @@ LOWER = layer(folder("usr/local/bin"), program("usr/local/bin/python3.10"), prog
         ([file("usr/local/bin/.wh..."), file("usr/.wh..wh.plnk")], {"3.10", "3.11"}),
     ],
 )
-def test_an_upper_layer(push: Push, upper: list[Made], found: set[str]) -> None:
+def test_an_upper_layer_adds_replaces_and_deletes(push: Push, upper: list[Made], found: set[str]) -> None:
     assert set(push(LOWER, layer(*upper)).facts().interpreters) == found
     assert set(push(LOWER, layer(), layer(*upper), layer(file("etc/x"))).facts().interpreters) == found
 
@@ -555,7 +559,7 @@ def pax(record: bytes) -> bytes:
         ((GZIP, b"(\xb5/\xfd" + bytes(100)), "not compressed with gzip"),
     ],
 )
-def test_a_layer_that_is_none_is_refused_by_name(push: Push, made: bytes | tuple[str, bytes], message: str) -> None:
+def test_a_damaged_layer_is_refused_by_name(push: Push, made: bytes | tuple[str, bytes], message: str) -> None:
     pushed = push(LOWER, made)
     digest = pushed.image().layers[1].digest
     with pytest.raises(InvalidVersion, match=f"{pushed.reference} .*{digest} cannot be read: .*({message})") as caught:
@@ -668,7 +672,7 @@ def test_libraries_are_found_where_programs_look_for_them(push: Push, path: str)
         "usr/lib/libgomp.so.1/x",
     ],
 )
-def test_libraries_elsewhere_and_what_is_none_are_not_found(push: Push, path: str) -> None:
+def test_other_folders_and_other_files_have_no_libraries(push: Push, path: str) -> None:
     assert push(layer(LIBC, file(path, b"\x7fELF"))).facts().libraries == ("libc.so.6",)
 
 
@@ -730,7 +734,7 @@ def test_java_is_found_where_programs_look_for_it(
 
 
 @pytest.mark.parametrize("version", ["3.11.7", "3.13.0rc1", "3.12"])
-def test_of_a_zstd_layer_the_environment_is_believed(push: Push, version: str) -> None:
+def test_python_version_is_believed_beside_a_zstd_layer(push: Push, version: str) -> None:
     minor = ".".join(version.split(".")[:2])
     facts = push(ONE, (ZSTD, b"x"), env=(f"PYTHON_VERSION={version}",)).facts()
     interpreters = {minor: f"/usr/local/bin/python{minor}"}
@@ -738,7 +742,7 @@ def test_of_a_zstd_layer_the_environment_is_believed(push: Push, version: str) -
 
 
 @pytest.mark.parametrize("env", [(), ("PYTHON_VERSION=",), ("PYTHON_VERSION=3",), ("PYTHON_VERSION=3.11/../x",)])
-def test_a_zstd_layer_without_that_is_refused(push: Push, env: tuple[str, ...]) -> None:
+def test_a_zstd_layer_without_python_version_is_refused(push: Push, env: tuple[str, ...]) -> None:
     pushed = push((ZSTD, b"x"), env=env)
     with pytest.raises(InvalidVersion, match=f"{pushed.reference} .*zstd.*Dockerfile.template"):
         pushed.facts()
@@ -789,7 +793,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
-def test_facts_that_were_not_written_so_are_refused(key: str, value: Any) -> None:
+def test_invalid_facts_are_refused(key: str, value: Any) -> None:
     content = json.dumps({**json.loads(FACTS.to_json()), key: value}).encode()
     with pytest.raises(Malformed):
         BaseFacts.from_json(content)

@@ -87,7 +87,7 @@ def test_its_digests_are_those_of_the_blob_and_of_the_archive(tmp_path):
     assert [entry.path for entry in layer.entries] == sorted(MODEL)
 
 
-def test_it_is_the_same_from_other_folders_times_modes_and_orders(tmp_path):
+def test_a_layer_does_not_depend_on_folders_times_modes_or_order(tmp_path):
     first = FilesLayer.of(make(tmp_path / "a", MODEL))
     other = make(tmp_path / "b", dict(reversed(MODEL.items())))
     for number, entry in enumerate(other):
@@ -97,7 +97,7 @@ def test_it_is_the_same_from_other_folders_times_modes_and_orders(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["content", "name", "program"])
-def test_it_is_another_when_something_of_it_is(tmp_path, what):
+def test_another_content_name_or_mode_gives_another_layer(tmp_path, what):
     files = dict(MODEL)
     first = FilesLayer.of(make(tmp_path / "a", files))
     if what == "content":
@@ -121,7 +121,7 @@ def test_it_is_another_when_something_of_it_is(tmp_path, what):
         "a b/c\td\\e'$x",
     ],
 )
-def test_names_that_tar_does_not_hold_plainly(tmp_path, path):
+def test_names_that_need_a_pax_header(tmp_path, path):
     _, contents = unpacked(FilesLayer.of([one(tmp_path, b"x", path)]))
     assert contents == {path: b"x"}
 
@@ -202,7 +202,7 @@ REPLACED = [a_link, a_linked_folder, a_fifo, a_folder, lambda entry: entry.sourc
 
 
 @pytest.mark.parametrize("replace", REPLACED, ids=["link", "folder is a link", "fifo", "folder", "missing"])
-def test_what_is_no_regular_file_is_refused(tmp_path, replace):
+def test_a_link_fifo_folder_or_missing_file_is_refused(tmp_path, replace):
     entry = one(tmp_path, path="app/the file")
     layer = FilesLayer.of([entry])
     replace(entry)
@@ -306,7 +306,7 @@ def test_paths_that_no_layer_may_have(tmp_path, path):
         (["a", "a!", "a/b"], "'a' is a file"),
     ],
 )
-def test_paths_that_meet(paths, why):
+def test_two_files_at_one_path_are_refused(paths, why):
     entries = [nowhere(path, LARGE) for path in paths]
     for make_layers in (lambda: FilesLayer.of(entries), lambda: split(entries, most=9)):
         with pytest.raises(InvalidVersion, match=why):

@@ -235,13 +235,13 @@ LIES = {
 
 
 @pytest.mark.parametrize("case", LIES)
-def test_a_lie_about_the_content_is_found(case):
+def test_a_wrong_size_checksum_or_stream_is_found(case):
     content, why = LIES[case]
     with pytest.raises(Corrupt, match=why):
         list(LayerWriter().file("a", content))
 
 
-def test_a_stream_cannot_reach_back_into_what_stands_before_it_in_the_member():
+def test_a_stream_cannot_reach_back_into_the_header_before_it():
     """Behind our blocks, a distance beyond its own beginning would be valid: it would copy the header."""
     before = b"secret header bytes, long enough to be repeated"
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, before)

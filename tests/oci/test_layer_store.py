@@ -11,7 +11,8 @@ from builder.clients import Registries
 from builder.errors import BuilderError
 from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.layer import LayerWriter, Plain
-from builder.oci.store import DIFF_ID, EMPTY, SOURCE, UNCOMPRESSED, LayerStore, artifact
+from builder.oci.manifest import manifest_of
+from builder.oci.store import DIFF_ID, EMPTY, EMPTY_CONFIG, SOURCE, UNCOMPRESSED, LayerStore
 from builder.reference import Digest, Repository
 from tests.servers.forwarding import forwarding
 
@@ -46,7 +47,7 @@ def test_a_layer_comes_back_as_it_was(store, kept, crane):
     assert "PASS" in crane("validate", "--remote", f"{store.repository}:key")
 
 
-def test_what_was_never_kept_is_not_there(store):
+def test_an_unknown_key_has_no_layer(store):
     assert store.layer("key", source=WHEEL) is None
     assert store.text("key", kind=KIND) is None
 
@@ -127,7 +128,7 @@ def put(store, manifest, media_type=OCI_MANIFEST):
     store.registry.put_manifest(store.repository, manifest, media_type, "key")
 
 
-def test_a_text_of_another_kind_is_none(store):
+def test_a_text_of_another_kind_is_not_found(store):
     store.keep_text("key", b"text", kind="application/vnd.other", title="a text")
     assert store.text("key", kind=KIND) is None
 
@@ -141,16 +142,16 @@ def test_a_kept_layer_is_no_text(store, kept):
     assert store.text("key", kind=KIND) is None
 
 
-def test_several_texts_are_none(store):
+def test_a_manifest_of_several_texts_is_invalid(store):
     store.keep_text("other", b"text", kind=KIND, title="a text")
-    put(store, artifact(KIND, [Descriptor.of(b"text", KIND)] * 2, annotations={}))
+    put(store, manifest_of(EMPTY_CONFIG, [Descriptor.of(b"text", KIND)] * 2, {}, kind=KIND))
     assert store.text("key", kind=KIND) is None
 
 
 def test_a_text_that_says_another_size_is_never_read_past_its_bound(store):
     store.keep_text("other", b"text", kind=KIND, title="a text")
     large = Descriptor(media_type=KIND, digest=Digest.of(b"text"), size=1 << 40)
-    put(store, artifact(KIND, [large], annotations={}))
+    put(store, manifest_of(EMPTY_CONFIG, [large], {}, kind=KIND))
     assert store.text("key", kind=KIND) is None
 
 

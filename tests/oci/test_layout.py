@@ -302,7 +302,7 @@ def in_an_index(folder: Path) -> Layout:
         (in_an_index, "linux/amd64"),
     ],
 )
-def test_what_engines_write_is_taken(make, platform: str, tmp_path: Path) -> None:
+def test_layouts_of_engines_are_accepted(make, platform: str, tmp_path: Path) -> None:
     image = open_layout(make(tmp_path / "layout").folder, Platform.parse(platform))
     assert image.platform == Platform.parse(platform)
     assert len(image.layers) == len(image.diff_ids)

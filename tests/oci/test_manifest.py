@@ -55,7 +55,7 @@ def finished(folder: Path, **options):
     )
 
 
-def test_what_is_ours_wins_and_the_rest_of_the_config_stays(tmp_path: Path) -> None:
+def test_our_labels_win_and_the_rest_of_the_config_stays(tmp_path: Path) -> None:
     runtime = {
         "Cmd": ["python", "-m", "x"],
         "User": "1000",
@@ -99,7 +99,7 @@ def test_the_config_names_the_planned_variant(tmp_path: Path) -> None:
     assert image.descriptor.platform == ARM
 
 
-def test_the_same_in_gives_the_same_out(tmp_path: Path) -> None:
+def test_a_finished_image_is_reproducible(tmp_path: Path) -> None:
     assert finished(tmp_path / "one") == finished(tmp_path / "two")
 
 
@@ -119,7 +119,7 @@ def test_an_index_names_each_platform_once(platforms) -> None:
         index((Descriptor.of(b"x", OCI_MANIFEST, platform) for platform in platforms), annotations={})
 
 
-def test_statements_and_entries_without_a_platform_are_no_images() -> None:
+def test_attestations_and_entries_without_a_platform_are_ignored() -> None:
     plain = Descriptor.of(b"x", OCI_MANIFEST).to_json()
     unknown = {**plain, "platform": {"os": "unknown", "architecture": "unknown"}}
     linux = {**plain, "platform": {"os": "linux", "architecture": "amd64"}}
@@ -131,7 +131,7 @@ def test_statements_and_entries_without_a_platform_are_no_images() -> None:
 
 
 @pytest.mark.parametrize("told", sorted(MANIFESTS))
-def test_a_document_that_is_two_things_is_refused(told: str) -> None:
+def test_a_document_of_two_media_types_is_refused(told: str) -> None:
     with pytest.raises(Malformed):
         media_type_of(to_bytes({"mediaType": OCI_INDEX}), told)
 

@@ -105,7 +105,7 @@ def test_an_index_of_two_platforms_arrives_whole(server: RegistryServer, tmp_pat
         digest = move_tag(registry, tag, content, OCI_INDEX, None)
         there = published(registry, tag)
     assert there is not None
-    assert (there.digest, there.source_id, there.is_index) == (digest, SOURCE, True)
+    assert (there.digest, there.source_id, there.media_type) == (digest, SOURCE, OCI_INDEX)
     assert set(there.platforms) == {AMD64, ARM}
     for config in judged(server, tag, digest, [AMD64, ARM]):
         assert config["config"]["Labels"] == {SOURCE_ID: SOURCE}
@@ -161,7 +161,7 @@ def test_a_single_image_is_read_back_with_the_platform_of_its_config(token_regis
         base = find_image(registry, tag, ARM)
     assert there is not None
     assert there.platforms == {ARM: image.descriptor}
-    assert (there.source_id, there.is_index) == (SOURCE, False)
+    assert (there.source_id, there.media_type) == (SOURCE, OCI_MANIFEST)
     assert base is not None
     assert (base.digest, base.diff_ids) == (image.descriptor.digest, layout.diff_ids)
 

@@ -104,7 +104,7 @@ def test_ports_that_foundry_refuses(port):
 
 
 @pytest.mark.parametrize("port", ["x", "", "8080/", "8080/http", "-80", "80-", "65536/tcp", "0/tcp", "8" * 5000])
-def test_ports_that_are_none_are_refused_for_any_target(port):
+def test_invalid_ports_are_refused_for_any_target(port):
     assert "port is" in judge(GENERAL, ports=(port,))
     assert "from 1 to 65535" in judge(GENERAL, ports=(port,))
 
@@ -157,7 +157,7 @@ def test_no_target_runs_more_layers_than_docker(profile):
     assert "layers is 126 of them on linux/amd64, and must be 125 at most" in judge(profile, layers=[layer()] * 126)
 
 
-def test_everything_is_said_at_once_and_what_is_the_same_once():
+def test_one_error_names_each_broken_rule_once():
     with pytest.raises(InvalidVersion) as caught:
         check_target(
             FOUNDRY,
