@@ -1,12 +1,13 @@
-# The builder image: Kaniko, and beside it under /kaniko everything the builder is made of. docs/kubernetes.md says how
-# it is used, docs/decisions/0006-everything-under-kaniko.md why it looks like this.
+# The builder image: Kaniko, and under /kaniko everything that the builder needs. docs/kubernetes.md says how to use it,
+# docs/decisions/0006-everything-under-kaniko.md why it looks like this.
 #
 #   docker build -t builder .
 #   docker build -t builder-without-engine --build-arg KANIKO_IMAGE=scratch --build-arg BUILDER_USER=65532 .
 #
-# Behind a proxy that has a CA of its own, or with a private index: put the CA bundle at docker/ca-bundle.pem and a
-# pip.conf at docker/pip.conf. Git ignores both, the build stage alone uses them, and the image has neither.
-# By digest, of the index, since a tag is whatever its registry says today. `crane digest NAME:TAG` prints a new one; see
+# Behind a proxy with its own CA, or with a private index: put the CA bundle at docker/ca-bundle.pem and a
+# pip.conf at docker/pip.conf. Git ignores both, only the build stage uses them, and the image has neither.
+#
+# Images are pinned by the digest of their index, since a tag can move. `crane digest NAME:TAG` prints a new one; see
 # docs/decisions/0034-pinned-images.md.
 ARG KANIKO_IMAGE=ghcr.io/osscontainertools/kaniko:v1.28.3@sha256:779f463aaa3219151ceff518249aa043a60bcb09a17fab58b915f63c678ecde6
 ARG PYTHON_IMAGE=docker.io/library/python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
@@ -24,7 +25,7 @@ RUN export PATH="/build/tools/bin:$PATH" \
  && /kaniko/python/bin/python3 -m venv --without-pip /kaniko/venv \
  && mkdir /kaniko/bin /kaniko/builder /kaniko/workspace /kaniko/tmp \
  && chmod 1777 /kaniko/workspace /kaniko/tmp
-# The packages come before our own code, so that a change of the code leaves this layer as it is.
+# Packages come before our own code, so that a change to the code does not invalidate this layer.
 COPY requirements/builder.txt requirements/
 RUN if [ -f docker/ca-bundle.pem ]; then export PIP_CERT=/build/docker/ca-bundle.pem; fi \
  && python3 -m pip --python /kaniko/venv/bin/python3 install -q --require-hashes --only-binary :all: --no-compile \
@@ -47,7 +48,7 @@ RUN PYTHONPATH=/build/tools python3 -m pip --python /kaniko/venv/bin/python3 ins
 
 FROM ${KANIKO_IMAGE}
 COPY --from=python /kaniko/ /kaniko/
-# TMPDIR: there is no /tmp, and what a build leaves there is deleted. SSL_CERT_FILE stays free for the user's own.
+# TMPDIR: there is no /tmp, and files that a build leaves there are deleted. SSL_CERT_FILE is left to the user.
 ENV PATH=/kaniko/bin:/usr/local/bin:/kaniko \
     HOME=/kaniko/tmp \
     TMPDIR=/kaniko/tmp \
@@ -55,7 +56,7 @@ ENV PATH=/kaniko/bin:/usr/local/bin:/kaniko \
     SSL_CERT_DIR=/kaniko/ssl/certs \
     DOCKER_CONFIG=/kaniko/.docker
 WORKDIR /kaniko/workspace
-# Kaniko has to be root; an image without it does not (--build-arg BUILDER_USER=65532).
+# Kaniko needs root; an image without it does not (--build-arg BUILDER_USER=65532).
 ARG BUILDER_USER=0
 USER ${BUILDER_USER}
 ENTRYPOINT ["/kaniko/bin/builder"]

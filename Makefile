@@ -17,7 +17,7 @@ demo: ## register, publish and run two real models, with real servers, from noth
 	@scripts/setup.sh demo
 	@$(python) -m examples.demo
 
-test: ## run all tests; coverage is reported before the summary (PYTEST_ADDOPTS is taken)
+test: ## run all tests, with coverage before the summary (PYTEST_ADDOPTS is respected)
 	@scripts/setup.sh test
 	@scripts/test.sh
 
@@ -25,11 +25,11 @@ lint: ## check style, types, import contracts and generated documents
 	@scripts/setup.sh python
 	@scripts/lint.sh
 
-format: ## format the code, and mend what ruff can mend
+format: ## format the code, and fix what ruff can fix
 	@scripts/setup.sh python
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
-lock: ## make the lock files anew (UPGRADE=1 takes the newest versions)
+lock: ## regenerate the lock files (UPGRADE=1 takes the newest versions)
 	@scripts/lock.sh
 
 settings: ## write docs/settings.md from the code
@@ -39,15 +39,15 @@ settings: ## write docs/settings.md from the code
 image: ## build the builder image, and report its size (KANIKO_IMAGE=scratch leaves out the engine)
 	@scripts/image.sh
 
-bench: ## time what is worth timing
+bench: ## measure the claims about speed, and write docs/benchmarks.md
 	@scripts/setup.sh test
 	@$(python) -m benchmarks
 
-flavors: ## publish, run and ask a model of every MLflow flavor, and write what came of it into docs/flavors.md
+flavors: ## publish, run and query a model of every MLflow flavor, and write the results into docs/flavors.md
 	@scripts/setup.sh test
 	@$(python) -m scripts.flavors
 
-clean: ## remove what was made in this checkout; caches outside it stay
+clean: ## remove generated files from this checkout; caches outside it stay
 	rm -rf .venv .demo .cache .coverage .coverage.* htmlcov dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,12 +16,26 @@ def compressed_size(reference: str) -> int:
     Args:
         reference: by tag, on a registry of this machine.
     """
+    manifest = _image(reference)
+    return sum(blob["size"] for blob in [*manifest["layers"], manifest["config"]])
+
+
+def layers(reference: str) -> list[str]:
+    """Return the digests of an image's layers, first to last; of an index, its first image's.
+
+    Args:
+        reference: by tag, on a registry of this machine.
+    """
+    return [layer["digest"] for layer in _image(reference)["layers"]]
+
+
+def _image(reference: str) -> Any:  # as the JSON is
     host, _, rest = reference.partition("/")
     repository, _, tag = rest.rpartition(":")
     manifest = _manifest(host, repository, tag)
     if "manifests" in manifest:
         manifest = _manifest(host, repository, manifest["manifests"][0]["digest"])
-    return sum(blob["size"] for blob in [*manifest["layers"], manifest["config"]])
+    return manifest
 
 
 def _manifest(host: str, repository: str, name: str) -> Any:  # as the JSON is

@@ -27,21 +27,21 @@ _HEAD = """\
 
 <!-- Written by `make bench`. -->
 
-Every job is a whole one, from a tagged version in an MLflow server to its image in a registry, both on this machine; so
-the rivals first download with MLflow's own command. All take the same base image, which the rivals have pulled before,
-and the machine's own package index. Ours begins with empty local caches each time: cold, the registry knows none of its
-wheels; warm, it knows all. Each round has a new registry and does every job once; ratios are taken within a round.
+Each job is complete, from a tagged version in an MLflow server to its image in a registry, both on this machine, so the
+rivals first download with MLflow's own command. All use the same base image, which the rivals have pulled before, and
+the machine's own package index. Ours starts with empty local caches each time: cold, the registry has none of its
+wheels; warm, it has all. Each round has a new registry and does every job once; ratios are within a round.
 """
 _TAIL = """\
 ## What the columns mean
 
-- *to better cold rival*: seconds over those of the quicker of docker build and tuned BuildKit, cold.
+- *to better cold rival*: seconds, divided by those of the quicker of docker build and tuned BuildKit, cold.
 - *sent*, *from registry*, *from MLflow*: bytes between the job and the server, HTTP headers included.
-- *from outside*: bytes that the machine received on its outer interface meanwhile: the package index.
-- *peak memory*: the most that the job's processes held together (resident sets, sampled ten times a second), with
-  Docker's daemon and its RUN steps where it is the benchmark's own.
+- *from outside*: bytes that the machine received on its outer interface during the job: the package index.
+- *peak memory*: the maximum of the job's processes together (resident sets, sampled ten times a second), including
+  Docker's daemon and its RUN steps if the benchmark started it.
 - *image*: compressed layers and config.
-- *first prediction*: from `docker run` to an answer to POST /invocations; the image was pulled before.
+- *first prediction*: from `docker run` to an answer to POST /invocations, with the image already pulled.
 """
 
 

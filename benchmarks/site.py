@@ -163,19 +163,23 @@ def load_images(folder: Path) -> None:
     docker("build", "--quiet", f"--tag={UV_IMAGE}", str(context))
 
 
-def installed(folder: Path) -> str:
+def installed(folder: Path, checkout: Path = CHECKOUT) -> str:
     """Install what a user of ours installs, as the builder image has it; return its interpreter.
 
     The tests' own environment has all of MLflow, whose import takes nearly twice as long.
+
+    Args:
+        folder: where to.
+        checkout: of this program, whose requirements are installed.
     """
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    python, locked = str(folder / "bin" / "python"), str(CHECKOUT / "requirements" / "builder.txt")
+    python, locked = str(folder / "bin" / "python"), str(checkout / "requirements" / "builder.txt")
     for command in (
         ["venv", "--quiet", "--python", sys.executable, str(folder)],
         ["pip", "sync", "--quiet", "--python", python, "--compile-bytecode", "--require-hashes", locked],
     ):
         subprocess.run([str(uv()), *command], check=True, env=environ)
-    subprocess.run([python, "-m", "compileall", "-q", str(CHECKOUT / "builder")], check=True, env=environ)
+    subprocess.run([python, "-m", "compileall", "-q", str(checkout / "builder")], check=True, env=environ)
     return python
 
 

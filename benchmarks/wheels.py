@@ -34,8 +34,20 @@ def ours(turn: Round) -> Iterator[Outcome]:
         yield publish(turn, THREE, versions.first, "three", ",".join(PLATFORMS), WHEEL_BYTECODE="true")
 
 
-def publish(turn: Round, job: str, version: Version, namespace: str, platforms: str, **settings: str) -> Outcome:
-    """Publish a version into a namespace of the registry, where its wheel layers are kept too."""
+def publish(
+    turn: Round, job: str, version: Version, namespace: str, platforms: str, *, python: str = "", **settings: str
+) -> Outcome:
+    """Publish a version into a namespace of the registry, where its wheel layers are kept too.
+
+    Args:
+        turn: the round.
+        job: its name.
+        version: what is published.
+        namespace: where to.
+        platforms: TARGET_PLATFORMS.
+        python: the interpreter to run; empty for this checkout's.
+        settings: further ones.
+    """
     with turn.scratch() as folder:
         environ = {
             "MLFLOW_TRACKING_URI": turn.site.uri,
@@ -52,7 +64,9 @@ def publish(turn: Round, job: str, version: Version, namespace: str, platforms: 
             "PYTHONPATH": str(CHECKOUT),
             **settings,
         }
-        step = turn.step(folder, turn.site.python, "-m", "builder", "publish", version.name, version.version, **environ)
+        step = turn.step(
+            folder, python or turn.site.python, "-m", "builder", "publish", version.name, version.version, **environ
+        )
 
         def work() -> Cost:
             return perform([step], turn.registry, turn.site.mlflow)

@@ -240,12 +240,13 @@ def plan(
 ) -> None:
     """Print what a publish would do, and touch nothing."""
     from builder import report
-    from builder.publish.inspect import engine_here, preview
+    from builder.publish import plan as plan_version
+    from builder.publish.inspect import engine_here
     from builder.settings import Settings
     from builder.smoke import SmokeTests
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
-    planned = preview(settings, force=force, rebuild=rebuild, check_push=check_push)
+    planned = plan_version(settings, force=force, rebuild=rebuild, check_push=check_push)
     if as_json:
         invocation.product(json_visible(masked(planned.model_dump_json(indent=2))))
     else:
@@ -429,8 +430,8 @@ def register(invocation: Invocation, /, model: Path, **options: Any) -> None:  #
     Its folder, the client and the templates are checked, logged in the layout that publishing reads, and registered
     with the tags it needs. The version's number is printed.
     """
+    from builder.dockerfile.template import rendered
     from builder.models.register import register as run
-    from builder.publish.fetch import rendered
     from builder.settings import CatalogSettings
 
     settings = invocation.settings(CatalogSettings)

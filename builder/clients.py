@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import functools
-import logging
-import re
-import ssl
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import httpx
-
-from builder import __version__
-from builder.errors import InvalidSettings
-from builder.http import RetryPolicy, proxy_for
+from builder.http import Client, RetryPolicy
+from builder.log import stage
 from builder.models.catalog import MlflowCatalog
 from builder.models.version import Catalog
 from builder.oci.authn import Credential, Credentials
 from builder.oci.registry import Registry
-from builder.oci.transport import Transport
+from builder.oci.transport import REGISTRY, Transport
 from builder.settings import CommonSettings, Settings
-from builder.smoke import SmokeTests
 
-_TIMEOUT = httpx.Timeout(60, connect=15)
-_LIMITS = httpx.Limits(max_connections=32, max_keepalive_connections=16, keepalive_expiry=30)
+if TYPE_CHECKING:
+    from builder.smoke import SmokeTests
+    from builder.wheels.recipe import WheelsMethod
 
 
 class Registries:
     """Gives the client of a registry; a context manager that closes their connections. For several threads.
 
     Args:
-        credentials: asked when a registry asks.
+        credentials: asked at a registry's first challenge.
         ca_bundle: file of the authorities to trust, in PEM; None for the system's.
         proxies: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, those that are set.
         insecure: hosts reached over plain HTTP, beside this machine's own.
-        policy: how long a registry is waited for.
+        policy: how often and how long a request is tried.
 
     Raises:
-        InvalidSettings: the bundle is none, or a proxy's address.
+        InvalidSettings: the bundle or the address of a proxy cannot be used.
     """
 
     def __init__(
@@ -60,17 +53,7 @@ class Registries:
         self._policy = policy or RetryPolicy()
         self._lock = threading.Lock()
         self._registries: dict[str, Registry] = {}
-        for name in ("httpx", "httpcore"):
-            # They log whole URLs, and that of a redirect may be signed.
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = httpx.Client(
-            transport=_Routes(_context(ca_bundle), dict(proxies or {})),
-            trust_env=False,
-            follow_redirects=False,
-            timeout=_TIMEOUT,
-            headers={"User-Agent": f"model-image-builder/{__version__}"},
-        )
-        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._client = Client(REGISTRY, ca_bundle=ca_bundle, proxies=proxies)
 
     @classmethod
     def from_settings(
@@ -81,7 +64,7 @@ class Registries:
         Args:
             settings: those of a phase; only `Settings` name a registry credential.
             docker_config: folder of a Docker config.json, in place of DOCKER_CONFIG.
-            policy: how long a registry is waited for.
+            policy: how often and how long a request is tried.
         """
         explicit, credential = "", None
         if isinstance(settings, Settings):
@@ -126,71 +109,42 @@ class Registries:
         self.close()
 
 
-class _Routes(httpx.BaseTransport):
-    """Sends each request directly, or through the proxy that the settings name for its host."""
-
-    def __init__(self, context: ssl.SSLContext, proxies: Mapping[str, str]) -> None:
-        self._proxies = proxies
-        self._direct = httpx.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS)
-        self._through: dict[str, httpx.HTTPTransport] = {}
-        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-            address = proxies.get(name, "")
-            if address and address not in self._through:
-                self._through[address] = _through(name, address, context)
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url
-        port = url.port or (443 if url.scheme == "https" else 80)
-        proxy = proxy_for(url.scheme, url.host, port, self._proxies)
-        return self._through.get(proxy, self._direct).handle_request(request)
-
-    def close(self) -> None:
-        for transport in (self._direct, *self._through.values()):
-            transport.close()
-
-
-def _through(name: str, address: str, context: ssl.SSLContext) -> httpx.HTTPTransport:
-    try:
-        proxy = _proxy(address, context)
-    except (ValueError, httpx.InvalidURL):
-        # The address may hold a password, so neither it nor the cause is shown.
-        message = f"{name} is not the address of a proxy that can be used."
-        raise InvalidSettings(message, remedy="It is a URL such as http://proxy.example.com:3128.") from None
-    return httpx.HTTPTransport(verify=context, trust_env=False, limits=_LIMITS, proxy=proxy)
-
-
-def _proxy(address: str, context: ssl.SSLContext) -> httpx.Proxy:
-    url = httpx.URL(address if "://" in address else f"http://{address}")
-    if url.scheme not in {"http", "https"} or not re.fullmatch(r"[A-Za-z0-9._:-]+", url.host):
-        raise ValueError
-    return httpx.Proxy(url, ssl_context=context if url.scheme == "https" else None)
-
-
-@functools.lru_cache(maxsize=4)
-def _context(bundle: Path | None) -> ssl.SSLContext:
-    """Return what connections trust; to read the authorities takes 30 ms, so it is done once."""
-    try:
-        return ssl.create_default_context(cafile=str(bundle) if bundle else None)
-    except (OSError, ssl.SSLError) as error:
-        message = f"SSL_CERT_FILE is {str(bundle)!r}, which holds no certificates that can be read."
-        raise InvalidSettings(message, remedy="It is a file of the authorities to trust, in PEM.") from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Services:
-    """The clients that everything here talks through.
+    """The clients that everything here talks through, each opened once, and not before it is used.
 
     Attributes:
+        settings: what they are opened with.
         catalog: the model registry.
-        registries: where images go, and what stands there.
+        registries: where images go, and what is there.
         bases: the registries of base images, which an engine may reach another way: they are not waited for.
-        smoke_tests: runs images before their tags move.
     """
 
+    settings: Settings = field(repr=False)
     catalog: Catalog
     registries: Registries
     bases: Registries
-    smoke_tests: SmokeTests
+
+    @functools.cached_property
+    def smoke_tests(self) -> SmokeTests:
+        """What runs images before their tags move."""
+        from builder.smoke import SmokeTests
+
+        return SmokeTests(self.settings)
+
+    @functools.cached_property
+    def wheels(self) -> WheelsMethod:
+        """The wheels method."""
+        # What it imports takes a while, and most runs have nothing to do.
+        with stage("imports"):
+            from builder.wheels.recipe import WheelsMethod
+
+        return WheelsMethod.from_settings(self.settings, self.registries)
+
+    def close(self) -> None:
+        """Close what was opened since."""
+        if "wheels" in self.__dict__:
+            self.wheels.close()
 
 
 @contextmanager
@@ -200,4 +154,6 @@ def connected(settings: Settings) -> Iterator[Services]:
         registries = stack.enter_context(Registries.from_settings(settings))
         bases = stack.enter_context(Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=20)))
         catalog = MlflowCatalog.from_settings(settings)
-        yield Services(catalog=catalog, registries=registries, bases=bases, smoke_tests=SmokeTests(settings))
+        services = Services(settings=settings, catalog=catalog, registries=registries, bases=bases)
+        stack.callback(services.close)
+        yield services

@@ -1,30 +1,34 @@
-"""HTTP, whatever the server: hosts, proxies, and retries with their bounds."""
+"""One HTTP client for registries and package indexes: hosts, proxies, TLS, retries, resumed downloads."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import ipaddress
+import itertools
+import logging
+import random
+import re
+import ssl
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Protocol, TypeVar
+from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+from urllib.parse import urlsplit
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_before_delay,
-    wait_exponential,
-    wait_random,
-)
-from tenacity.stop import stop_base
+import httpx2
 
-from builder import reference
-from builder.errors import BuilderError
+from builder import __version__, reference
+from builder.errors import BuilderError, InvalidSettings, ServiceUnavailable, cause_of
 from builder.log import get_logger
+from builder.masking import one_line
 
 DOCKER_HUB = reference.DOCKER_HUB
 # The host that serves Docker Hub's API, and the name under which Docker keeps its credential.
@@ -64,7 +68,7 @@ def is_named(host: str, names: Iterable[str]) -> bool:
 
 
 def proxy_for(scheme: str, name: str, port: int, proxies: Mapping[str, str]) -> str:
-    """Return the URL of the proxy to reach a host through; empty for none.
+    """Return the URL of the proxy to reach a host through; empty for a direct connection.
 
     NO_PROXY's entries are hosts, domains (with or without a leading dot, and all below them), addresses and networks,
     each perhaps with a port, or `*` for everything. This machine is never reached through a proxy.
@@ -103,8 +107,8 @@ def _excepts(entry: str, name: str, port: int) -> bool:
     return name == domain or name.endswith(f".{domain}")
 
 
-_log = get_logger("registry")
-# A server that does not know what it was asked will not know it later either.
+_log = get_logger("http")
+# A server that does not implement a request does not implement it later either.
 _FINAL = frozenset({HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.HTTP_VERSION_NOT_SUPPORTED})
 
 Result = TypeVar("Result")
@@ -112,15 +116,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long a registry is waited for.
+    """How often and how long a request is tried.
 
     Attributes:
         attempts: how often a request is made at most.
         first: seconds before the second attempt; they double with each further one, and some chance is added.
-        longest: seconds between two attempts at most; a registry's Retry-After is heard up to this.
-        deadline: seconds for an operation with all its attempts, unless it is of a large blob.
+        longest: seconds between two attempts at most; a server's Retry-After is heard up to this.
+        deadline: seconds for an operation with all its attempts, unless it is of a large file.
         unanswered: how often a request is made at most that is accepted and not answered at all.
-        slowest: bytes per second below which a large blob's upload is given up.
+        slowest: bytes per second below which the transfer of a large file is given up.
         sleep: waits for some seconds.
     """
 
@@ -136,63 +140,47 @@ class RetryPolicy:
         """Return the seconds that an operation on `size` bytes may take, with all its attempts."""
         return self.deadline + size / self.slowest
 
-
-class Refusal(Protocol):
-    """An answer that is not what was hoped for; what it means is known where the protocol is."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The answer's headers."""
-        ...
-
-    @property
-    def reason(self) -> str:
-        """What the server says, on one line that people may see."""
-        ...
-
-    def error(self, what: str) -> BuilderError:
-        """Return the error it stands for; `what` is the beginning of a sentence."""
-        ...
+    def pause(self, attempt: int, wanted: float | None = None) -> float:
+        """Return the seconds to wait after an attempt, counted from 1; `wanted` is what the server asks for."""
+        if wanted is None:
+            return min(self.first * 2.0 ** (attempt - 1), self.longest) + random.uniform(0, self.first)  # noqa: S311
+        return min(wanted, self.longest)
 
 
 class Retry(Exception):
-    """An attempt failed in a way that may pass; it never reaches a caller of `retried`.
+    """An attempt failed in a way that may pass; `retried` turns it into its error when no attempt is left.
 
     Args:
-        failure: the answer that says so, or the error where there was no answer.
+        error: that error, or a function that makes it of what was done: the beginning of a sentence.
+        retry_after: the seconds that the server asks to wait; None where it does not say.
         unanswered: whether the request was accepted, and an answer did not begin in time.
     """
 
-    def __init__(self, failure: Refusal | BuilderError, *, unanswered: bool = False) -> None:
+    def __init__(
+        self,
+        error: BuilderError | Callable[[str], BuilderError],
+        *,
+        retry_after: float | None = None,
+        unanswered: bool = False,
+    ) -> None:
         super().__init__("an attempt failed")
-        self.failure = failure
+        self._error = error
+        self.retry_after = retry_after
         self.unanswered = unanswered
 
-    @property
-    def retry_after(self) -> float | None:
-        """The seconds that the server asks to wait; None where it does not say."""
-        if isinstance(self.failure, BuilderError):
-            return None
-        return retry_after(self.failure.headers.get("Retry-After", ""))
-
-    @property
-    def reason(self) -> str:
-        """Why it failed, on one line that people may see."""
-        return str(self.failure) if isinstance(self.failure, BuilderError) else self.failure.reason
-
     def error(self, what: str) -> BuilderError:
-        """Return the error for when it did not pass; `what` is the beginning of a sentence."""
-        return self.failure if isinstance(self.failure, BuilderError) else self.failure.error(what)
+        """Return the error for when no attempt is left; `what` is the beginning of a sentence."""
+        return self._error if isinstance(self._error, BuilderError) else self._error(what)
 
 
-def passes(status: int) -> bool:
-    """Return whether a request that was answered with `status` may be answered otherwise later."""
+def is_transient(status: int) -> bool:
+    """Return whether the same request may have another answer than `status` later."""
     server_error = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _FINAL
     return server_error or status == HTTPStatus.TOO_MANY_REQUESTS
 
 
 def retry_after(value: str) -> float | None:
-    """Return the seconds that a Retry-After header (RFC 9110, section 10.2.3) asks to wait; None where it says none."""
+    """Return the seconds that a Retry-After header (RFC 9110, section 10.2.3) asks to wait; None if it is malformed."""
     if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
@@ -208,53 +196,399 @@ def retried(what: str, act: Callable[[float], Result], *, policy: RetryPolicy, s
 
     Args:
         what: what is done and on what, the beginning of a sentence for the log and the error.
-        act: does it; is given the time, as of `time.monotonic`, at which it has to be over.
-        policy: how long to go on.
-        seconds: for all attempts together, where it is not `patience.deadline`.
+        act: does it; its argument is the time, as of `time.monotonic`, at which it has to end.
+        policy: how often and how long to try.
+        seconds: for all attempts together, where it is not `policy.deadline`.
 
     Raises:
-        BuilderError: it did not pass.
+        BuilderError: no attempt succeeded.
     """
-    budget = policy.deadline if seconds is None else seconds
-    backoff = wait_exponential(multiplier=policy.first, max=policy.longest) + wait_random(0, policy.first)
+    until = time.monotonic() + (policy.deadline if seconds is None else seconds)
+    unanswered = 0
+    for attempt in itertools.count(1):
+        try:
+            return act(until)
+        except Retry as failure:
+            unanswered += failure.unanswered
+            error, pause = failure.error(what), policy.pause(attempt, failure.retry_after)
+            over = attempt >= policy.attempts or unanswered >= policy.unanswered
+            if over or time.monotonic() + pause >= until:
+                raise error from failure.__cause__
+        _log.warning("trying again", what=what, why=error.what, attempt=attempt, seconds=round(pause, 1))
+        policy.sleep(pause)
+    raise AssertionError
 
-    def wait(state: RetryCallState) -> float:
-        again = _failure(state)
-        asked = again.retry_after if again else None
-        return backoff(state) if asked is None else min(asked, policy.longest)
 
-    def log(state: RetryCallState) -> None:
-        again = _failure(state)
-        why = again.reason if again else None
-        seconds = state.next_action.sleep if state.next_action else 0
-        _log.warning("trying again", what=what, why=why, attempt=state.attempt_number, seconds=round(seconds, 1))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerKind:
+    """What errors say of the servers of a client.
 
-    retrying = Retrying(
-        sleep=policy.sleep,
-        retry=retry_if_exception_type(Retry),
-        stop=stop_after_attempt(policy.attempts) | stop_before_delay(budget) | _Unanswered(policy.unanswered),
-        wait=wait,
-        before_sleep=log,
-        reraise=True,
-    )
+    Attributes:
+        name: what they are: `registry`.
+        unreachable: what to do where one cannot be reached.
+        unexpected: what to do where one answers what none of them should.
+        plain: what to do where one speaks plain HTTP on purpose; `{host}` is its host.
+    """
+
+    name: str
+    unreachable: str
+    unexpected: str
+    plain: str
+
+    def unreachable_error(self, host: str, why: str) -> ServiceUnavailable:
+        """Return the error for a server that cannot be reached; `why` is a clause."""
+        return ServiceUnavailable(f"The {self.name} at {host} cannot be reached: {why}.", remedy=self.unreachable)
+
+    def unexpected_error(self, host: str, detail: str) -> ServiceUnavailable:
+        """Return the error for an answer that no such server gives; `detail` says `with` what."""
+        return ServiceUnavailable(f"The {self.name} at {host} answered {detail}.", remedy=self.unexpected)
+
+
+_TIMEOUT = httpx2.Timeout(60, connect=15)
+_LIMITS = httpx2.Limits(max_connections=32, max_keepalive_connections=24, keepalive_expiry=30)
+_NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class Client:
+    """Pooled connections to servers of one kind; a context manager that closes them. For several threads.
+
+    It follows no redirect, keeps no cookie, and reads nothing of the environment.
+
+    Args:
+        kind: what errors say of the servers.
+        ca_bundle: file of the authorities to trust, in PEM; None for the system's.
+        proxies: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, those that are set.
+        trusts: whether a host, perhaps with its port, is believed without a certificate.
+
+    Raises:
+        InvalidSettings: the bundle or the address of a proxy cannot be used.
+    """
+
+    def __init__(
+        self,
+        kind: ServerKind,
+        *,
+        ca_bundle: Path | None = None,
+        proxies: Mapping[str, str] | None = None,
+        trusts: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self.kind = kind
+        for name in ("httpx2", "httpcore2"):
+            # They log whole URLs, and that of a redirect may be signed.
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._client = httpx2.Client(
+            transport=_Routes(ca_bundle, dict(proxies or {}), trusts),
+            trust_env=False,
+            follow_redirects=False,
+            timeout=_TIMEOUT,
+            headers={"User-Agent": f"model-image-builder/{__version__}", "Accept-Encoding": "identity"},
+        )
+        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+
+    def send(
+        self,
+        method: str,
+        url: str | httpx2.URL,
+        *,
+        until: float,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | Iterable[bytes] | None = None,
+        basic: tuple[str, str] | None = None,
+        timeout: httpx2.Timeout | None = None,
+    ) -> Response:
+        """Return the answer to a request, its body not read yet.
+
+        Args:
+            method: HTTP's.
+            url: whole.
+            until: when everything has to be over, as of `time.monotonic`.
+            headers: of the request; a body that is not bytes needs its Content-Length.
+            body: of the request.
+            basic: user and password for basic authentication.
+            timeout: of each step, where it is not the usual one.
+
+        Raises:
+            Retry: there was no answer.
+            BuilderError: there is no hope for one: a certificate that is not trusted, an address that is malformed.
+        """
+        host = urlsplit(str(url)).netloc.rpartition("@")[2]
+        deadline = _Deadline(host, until)
+        content = body if body is None or isinstance(body, bytes) else deadline.enforced(body)
+        with self.errors(host):
+            request = self._client.build_request(
+                method, url, headers=headers, content=content, timeout=timeout or _TIMEOUT
+            )
+            return Response(self, self._client.send(request, stream=True, auth=basic), deadline)
+
+    @contextlib.contextmanager
+    def errors(self, host: str, *, answered: bool = False) -> Iterator[None]:
+        """Turn what fails between here and `host`, before or after its answer began, into errors of ours."""
+        try:
+            yield
+        except httpx2.TransportError as error:
+            raise self._failure(host, error, answered=answered) from error
+        except (httpx2.InvalidURL, httpx2.DecodingError) as error:
+            raise self.kind.unexpected_error(host, "in a form that HTTP does not have") from error
+
+    def _failure(self, host: str, error: httpx2.TransportError, *, answered: bool) -> Exception:
+        certificate = cause_of(error, ssl.SSLCertVerificationError)
+        if certificate:
+            why = one_line(certificate.verify_message, 200)
+            message = f"The certificate of the {self.kind.name} at {host} is not trusted: {why}."
+            remedy = "Name a bundle with the authority that signed it in SSL_CERT_FILE, or renew the certificate."
+            return InvalidSettings(message, remedy=remedy)
+        tls = cause_of(error, ssl.SSLError)
+        if tls and tls.reason in _NOT_TLS:
+            message = f"The {self.kind.name} at {host} does not speak TLS."
+            return InvalidSettings(message, remedy=self.kind.plain.format(host=host))
+        return Retry(
+            self.kind.unreachable_error(host, one_line(str(error), 200) or type(error).__name__),
+            unanswered=not answered and isinstance(error, httpx2.ReadTimeout),
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all connections."""
+        self.close()
+
+
+class Response:
+    """The answer to a request, its body not read yet; a context manager that closes it.
+
+    Args:
+        client: asked.
+        response: as it came.
+        deadline: when the body has to be read.
+    """
+
+    def __init__(self, client: Client, response: httpx2.Response, deadline: _Deadline) -> None:
+        self._client, self._response, self._deadline = client, response, deadline
+        self.status = response.status_code
+        self.headers = response.headers
+        self.url = response.request.url
+        self.host = deadline.host
+        self._content: bytes | None = None
+
+    @property
+    def media_type(self) -> str:
+        """The media type of the body, without parameters, lower-case."""
+        return str(self.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
+
+    @property
+    def is_redirect(self) -> bool:
+        """Whether it names another place to ask."""
+        return self.status in _REDIRECTS and "Location" in self.headers
+
+    @property
+    def retry_after(self) -> float | None:
+        """The seconds that the server asks to wait; None where it does not say."""
+        return retry_after(self.headers.get("Retry-After", ""))
+
+    @property
+    def version(self) -> str:
+        """What the server says to tell versions of a file apart; empty where it says nothing."""
+        return str(self.headers.get("ETag") or self.headers.get("Last-Modified") or "")
+
+    def starts_at(self, position: int) -> bool:
+        """Return whether it is the part of a file that begins at `position`."""
+        part = str(self.headers.get("Content-Range", "")).replace(" ", "")
+        return self.status == HTTPStatus.PARTIAL_CONTENT and part.startswith(f"bytes{position}-")
+
+    def chunks(self, *, decoded: bool = False) -> Iterator[bytes]:
+        """Yield the body piece by piece, as it was sent or without its Content-Encoding.
+
+        Raises:
+            Retry: the connection broke.
+            ServiceUnavailable: it took too long, or cannot be decoded.
+        """
+        with self._client.errors(self.host, answered=True):
+            for chunk in self._response.iter_bytes() if decoded else self._response.iter_raw():
+                self._deadline.check()
+                yield chunk
+
+    def content(self, limit: int) -> bytes:
+        """Return the whole body without its Content-Encoding, which is closed and kept.
+
+        Raises:
+            Retry: the connection broke.
+            ServiceUnavailable: it has more than `limit` bytes, took too long, or cannot be decoded.
+        """
+        if self._content is None:
+            content = bytearray()
+            with self:
+                for chunk in self.chunks(decoded=True):
+                    content += chunk
+                    if len(content) > limit:
+                        raise self._client.kind.unexpected_error(self.host, f"with more than {limit:,} bytes")
+            self._content = bytes(content)
+        return self._content
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back; one that was not read to its end is closed."""
+        self._response.close()
+
+
+class _Deadline:
+    """When a request to `host` has to be over, as of `time.monotonic`."""
+
+    def __init__(self, host: str, until: float) -> None:
+        self.host = host
+        self._begun, self._until = time.monotonic(), until
+
+    def check(self) -> None:
+        now = time.monotonic()
+        if now > self._until:
+            message = f"Request to {self.host} timed out after {now - self._begun:.0f} s."
+            raise ServiceUnavailable(message, remedy="Check the network, or retry later.")
+
+    def enforced(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self.check()
+            yield chunk
+
+
+def resumed(
+    what: str,
+    open_at: Callable[[int, float], tuple[Response, int]],
+    *,
+    policy: RetryPolicy,
+    size: int | None,
+    seconds: float,
+    verified: bool,
+) -> Iterator[bytes]:
+    """Yield a file's bytes. A connection that breaks is taken up where it broke, as often as a request may be tried.
+
+    Args:
+        what: what is done and on what, the beginning of a sentence.
+        open_at: asks for the bytes from a position on, with a time at which all has to be over; gives the answer, and
+            where its content begins: 0 where the server knows no ranges.
+        policy: how often to try.
+        size: bytes that the file has; None where that is not known.
+        seconds: for all of it.
+        verified: whether its hash is checked afterwards; if not, a file that changes on the way is refused here.
+
+    Raises:
+        BuilderError: it cannot be had.
+    """
+    position, broken, until = 0, 0, time.monotonic() + seconds
+    version: str | None = None
+    while True:
+        begun = position
+        response, start = retried(
+            what,
+            lambda limit: open_at(begun, min(limit, until)),  # noqa: B023 -- called before the loop goes on
+            policy=policy,
+            seconds=until - time.monotonic(),
+        )
+        skipped = position - start
+        try:
+            with response:
+                if not verified and response.version != version is not None:
+                    message = f"{what} broke off, and the file changed meanwhile."
+                    raise ServiceUnavailable(message, remedy="Retry later.")
+                version = response.version
+                for chunk in response.chunks():
+                    rest = chunk[skipped:]
+                    skipped -= len(chunk) - len(rest)
+                    position += len(rest)
+                    if rest:
+                        yield rest
+            if size is None or position >= size:
+                return
+            # Without a length, an end too early looks like an end.
+            message = f"{what} ended after {position:,} of {size:,} bytes."
+            raise Retry(ServiceUnavailable(message, remedy="Retry later."))  # noqa: TRY301 -- as if it broke
+        except Retry as failure:
+            broken += 1
+            if broken >= policy.attempts:
+                raise failure.error(what) from failure.__cause__
+            _log.warning("resuming", what=what, at=position, attempt=broken)
+            if position == begun:
+                policy.sleep(policy.pause(broken))
+
+
+class _Routes(httpx2.BaseTransport):
+    """Sends each request directly, or through the proxy that the settings name for its host."""
+
+    def __init__(self, ca_bundle: Path | None, proxies: Mapping[str, str], trusts: Callable[[str], bool]) -> None:
+        self._ca_bundle, self._proxies, self._trusts = ca_bundle, proxies, trusts
+        self._lock = threading.Lock()
+        self._transports: dict[tuple[str, bool], httpx2.HTTPTransport] = {}
+        for address in ("", *(proxies[name] for name in ("HTTP_PROXY", "HTTPS_PROXY") if proxies.get(name))):
+            self._through(address, trusted=False)
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = request.url
+        port = url.port or (443 if url.scheme == "https" else 80)
+        proxy = proxy_for(url.scheme, url.host, port, self._proxies)
+        trusted = self._trusts(url.netloc.decode("ascii", "replace"))
+        return self._through(proxy, trusted=trusted).handle_request(request)
+
+    def _through(self, proxy: str, *, trusted: bool) -> httpx2.HTTPTransport:
+        with self._lock:
+            if (proxy, trusted) not in self._transports:
+                context = _unverified() if trusted else _authorities(self._ca_bundle)
+                self._transports[proxy, trusted] = httpx2.HTTPTransport(
+                    # A context of our own, so httpx2 looks for no authorities by itself.
+                    verify=context,
+                    trust_env=False,
+                    limits=_LIMITS,
+                    proxy=_proxy(proxy, context) if proxy else None,
+                )
+            return self._transports[proxy, trusted]
+
+    def close(self) -> None:
+        for transport in self._transports.values():
+            transport.close()
+
+
+def _proxy(address: str, context: ssl.SSLContext) -> httpx2.Proxy:
     try:
-        return retrying(act, time.monotonic() + budget)
-    except Retry as again:
-        raise again.error(what) from again.__cause__
+        url = httpx2.URL(address if "://" in address else f"http://{address}")
+        if url.scheme in {"http", "https"} and re.fullmatch(r"[A-Za-z0-9._:-]+", url.host):
+            return httpx2.Proxy(url, ssl_context=context if url.scheme == "https" else None)
+    except (ValueError, httpx2.InvalidURL):
+        pass
+    # The address may hold a password, so neither it nor the cause is shown.
+    message = "HTTP_PROXY or HTTPS_PROXY is not the address of a proxy that can be used."
+    raise InvalidSettings(message, remedy="Give it as a URL such as http://proxy.example.com:3128.")
 
 
-class _Unanswered(stop_base):
-    """Stops when so many attempts had no answer at all."""
+@functools.lru_cache(maxsize=4)
+def _authorities(bundle: Path | None) -> ssl.SSLContext:
+    """Return what connections trust; it is kept because reading the authorities takes 30 ms.
 
-    def __init__(self, most: int) -> None:
-        self._left = most
+    Without a bundle these are OpenSSL's default paths, or what SSL_CERT_FILE and SSL_CERT_DIR name in their place.
+    """
+    try:
+        return ssl.create_default_context(cafile=str(bundle) if bundle else None)
+    except (OSError, ssl.SSLError) as error:
+        message = f"SSL_CERT_FILE is {str(bundle)!r}, which holds no certificates that can be read."
+        raise InvalidSettings(message, remedy="Name a file of the authorities to trust, in PEM.") from error
 
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        again = _failure(retry_state)
-        self._left -= bool(again and again.unanswered)
-        return self._left <= 0
 
-
-def _failure(state: RetryCallState) -> Retry | None:
-    error = state.outcome.exception() if state.outcome else None
-    return error if isinstance(error, Retry) else None
+def _unverified() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context

@@ -68,28 +68,43 @@ class Layers(BaseModel):
     lacks: tuple[str, ...] = ()
 
 
-class PlatformPlan(BaseModel):
-    """What happens for one platform: `build` makes its image, `keep` leaves the one that stands in the registry.
+class Keep(BaseModel):
+    """A platform whose image is in the registry already, and is left as it is.
 
     Attributes:
         platform: which.
-        action: what of the two.
-        method: how an image that is built is made.
-        kept: digest of the image that is kept.
-        base: what an image that is built stands on.
-        layers: what is known of its wheel layers, in a plan that is only looked at.
-        notes: what was added to its environment, and why.
+        kept: digest of the image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    action: Literal["keep"] = "keep"
     platform: AsPlatform
-    action: Literal["build", "keep"]
+    kept: AsDigest
+
+
+class Build(BaseModel):
+    """A platform whose image is made.
+
+    Attributes:
+        platform: which.
+        method: how.
+        base: the image it is based on; None where nobody can tell beforehand.
+        layers: what the registry knows of its wheel layers; only in a plan for people.
+        notes: what was added to its environment, and why, for people.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    action: Literal["build"] = "build"
+    platform: AsPlatform
     method: Method = "dockerfile"
-    kept: AsDigest | None = None
     base: Base | None = None
     layers: Layers | None = None
     notes: tuple[str, ...] = ()
+
+
+Step = Annotated[Keep | Build, Field(discriminator="action")]
 
 
 class Plan(BaseModel):
@@ -107,6 +122,7 @@ class Plan(BaseModel):
         wanted: the platforms that were asked for.
         platforms: what happens for each platform.
         artifacts: the version's files, of which the context has those that are needed; empty where nothing is built.
+        changes: what is no longer as it was when the image was made, although nothing is built; for people.
         dockerfile: the rendered Dockerfile; empty where none is run.
         content_digest: digest of the downloaded files; None before they are.
     """
@@ -122,8 +138,9 @@ class Plan(BaseModel):
     observed: AsDigest | None
     observed_annotations: dict[str, str] = Field(default_factory=dict)
     wanted: tuple[AsPlatform, ...]
-    platforms: tuple[PlatformPlan, ...]
+    platforms: tuple[Step, ...]
     artifacts: tuple[Artifact, ...] = ()
+    changes: tuple[str, ...] = ()
     dockerfile: str = ""
     content_digest: AsDigest | None = None
 
@@ -135,16 +152,21 @@ class Plan(BaseModel):
     @property
     def builds(self) -> tuple[Platform, ...]:
         """The platforms whose image has to be made."""
-        return tuple(step.platform for step in self.platforms if step.action == "build")
+        return tuple(step.platform for step in self.platforms if isinstance(step, Build))
+
+    @property
+    def keeps(self) -> tuple[Keep, ...]:
+        """The platforms whose image is left as it is."""
+        return tuple(step for step in self.platforms if isinstance(step, Keep))
 
     @property
     def all_platforms(self) -> tuple[Platform, ...]:
         """The platforms that stand under the tag afterwards."""
         return tuple(step.platform for step in self.platforms)
 
-    def made_by(self, method: Method) -> tuple[PlatformPlan, ...]:
+    def made_by(self, method: Method) -> tuple[Build, ...]:
         """Return the steps whose image has to be made by a method."""
-        return tuple(step for step in self.platforms if step.action == "build" and step.method == method)
+        return tuple(step for step in self.platforms if isinstance(step, Build) and step.method == method)
 
 
 class Decision(BaseModel):
@@ -154,7 +176,7 @@ class Decision(BaseModel):
 
     action: Action
     reason: str
-    platforms: tuple[PlatformPlan, ...]
+    platforms: tuple[Step, ...]
 
 
 def decide(
@@ -179,7 +201,7 @@ def decide(
     Raises:
         InvalidVersion: the tag holds an image that we made from another source, and `force` is not given.
     """
-    everything = tuple(PlatformPlan(platform=platform, action="build") for platform in wanted)
+    everything = tuple(Build(platform=platform) for platform in wanted)
     if existing is None:
         return Decision(action="publish", reason="nothing stands under the tag", platforms=everything)
     if existing.source_id is None:
@@ -201,11 +223,10 @@ def decide(
     if rebuild:
         # A platform that nobody asks for now may still be pulled, so it is made again too; --force drops it.
         others = () if force else tuple(platform for platform in sorted(existing.platforms) if platform not in wanted)
-        again = (*everything, *(PlatformPlan(platform=platform, action="build") for platform in others))
+        again = (*everything, *(Build(platform=platform) for platform in others))
         return Decision(action="publish", reason="--rebuild makes every platform again", platforms=again)
     kept = tuple(
-        PlatformPlan(platform=platform, action="keep", kept=descriptor.digest)
-        for platform, descriptor in sorted(existing.platforms.items())
+        Keep(platform=platform, kept=descriptor.digest) for platform, descriptor in sorted(existing.platforms.items())
     )
     missing = tuple(step for step in everything if step.platform not in existing.platforms)
     if not missing:

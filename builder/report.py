@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from builder.log import get_logger, metered
 from builder.masking import masked, one_line, shown, visible
+from builder.plan import Keep
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -61,8 +62,11 @@ def plan(planned: Plan, *, engine: str, push_checked: bool, smoke_test: str) -> 
         ("source id", planned.source_id),
     ]
     for step in planned.platforms:
+        if isinstance(step, Keep):
+            rows.append((str(step.platform), f"keep {step.kept}"))
+            continue
         base = f", base {step.base.name} at {step.base.digest}" if step.base else ""
-        how = f"keep {step.kept}" if step.kept else "assemble" if step.method == "wheels" else f"build with {engine}"
+        how = "assemble" if step.method == "wheels" else f"build with {engine}"
         rows.append((str(step.platform), how + base))
         rows += [("", one_line(note, 300)) for note in step.notes]
         if step.layers:
@@ -74,10 +78,11 @@ def plan(planned: Plan, *, engine: str, push_checked: bool, smoke_test: str) -> 
                 rows.append(("", f"  … and {len(layers.missing) - _MOST_FILES} more; --json lists them all"))
             rows += [("", f"warning: {line}") for line in layers.lacks[:_MOST_FILES]]
             rows.append(("", f"model: {size(layers.model)} to send, less what is there"))
+    rows += [("", f"warning: {change}") for change in planned.changes]
     if planned.builds:
         rows.append(("smoke test", smoke_test))
-    known = sum(artifact.size or 0 for artifact in planned.artifacts)
-    rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
+        known = sum(artifact.size or 0 for artifact in planned.artifacts)
+        rows.append(("context", f"{len(planned.artifacts)} files, {size(known)}"))
     width = max(len(name) for name, _ in rows)
     rows += [("", f"{artifact.path}  {size(artifact.size)}") for artifact in planned.artifacts[:_MOST_FILES]]
     if len(planned.artifacts) > _MOST_FILES:

@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the settings themselves; with --check, say whether it is what it should be."""
+"""Write docs/settings.md from the settings themselves; with --check, compare it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-<!-- Made by `python -m scripts.settings_table` from builder/settings.py; `make lint` holds it against the code. -->
+<!-- Made by `python -m scripts.settings_table` from builder/settings.py; `make lint` compares it with the code. -->
 
-Settings are environment variables, read once when a command starts. Everything that is missing or malformed is
-reported together, with exit code 78. Each can come from a file named after it in SECRETS_DIR, as a Kubernetes Secret is
-mounted; the environment wins. A variable that is empty counts as not set.
+Settings are environment variables, read once when a command starts. All missing and malformed ones are reported
+together, with exit code 78. Each can come from a file of its name in SECRETS_DIR, such as a mounted Kubernetes
+Secret; the environment wins. An empty variable counts as not set.
 
 """
 GROUPS: tuple[tuple[str, type[CommonSettings], str], ...] = (
@@ -77,7 +77,7 @@ def main() -> int:
         return 0
     if PAGE.is_file() and PAGE.read_text() == text:
         return 0
-    print("docs/settings.md is not what the settings are: run 'python -m scripts.settings_table'", file=sys.stderr)
+    print("docs/settings.md is outdated. Run 'python -m scripts.settings_table'.", file=sys.stderr)
     return 1
 
 

@@ -13,7 +13,7 @@ from tests.versions import register, seed_layout
 WITHOUT_ENGINE = """
 import os, ssl, tempfile, mlflow
 from pathlib import Path
-from builder.build.kaniko import Kaniko
+from builder.dockerfile.kaniko import Kaniko
 Path("/kaniko/workspace/x").touch()
 tempfile.TemporaryFile().close()
 certificates = [path for path in Path(ssl.get_default_verify_paths().capath).iterdir() if path.suffix == ".0"]

@@ -4,7 +4,7 @@ import base64
 import json
 import ssl
 
-import httpx
+import httpx2
 import pytest
 
 from scripts.launch import ambient, clean_environ
@@ -13,7 +13,7 @@ from tests.servers.registries import PASSWORD, PULL_PASSWORD, PULL_USER, USER
 
 def upload(server, *, auth=None, headers=None):
     verify = ssl.create_default_context(cafile=server.ca) if server.ca else True
-    with httpx.Client(verify=verify, trust_env=False) as client:
+    with httpx2.Client(verify=verify, trust_env=False) as client:
         return client.post(f"{server.url}/v2/smoke/blobs/uploads/", auth=auth, headers=headers)
 
 
@@ -38,7 +38,10 @@ def test_the_basic_registry_asks_for_its_password(basic_registry, auth, status):
 
 def test_the_private_authority_is_needed_to_trust_the_tls_registry(tls_registry):
     assert upload(tls_registry, auth=(USER, PASSWORD)).status_code == 202
-    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"), httpx.Client(trust_env=False) as client:
+    with (
+        pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
+        httpx2.Client(trust_env=False) as client,
+    ):
         client.get(f"{tls_registry.url}/v2/")
 
 
@@ -50,14 +53,14 @@ def test_a_token_allows_what_its_user_may(token_registry, auth, status):
     assert f'realm="{token_registry.tokens.realm}"' in challenge
     assert 'scope="repository:smoke:pu' in challenge  # the registry tells the two actions in any order
     query = {"service": "registry.test", "scope": "repository:smoke:pull,push"}
-    answer = httpx.get(token_registry.tokens.realm, params=query, auth=auth, trust_env=False)
+    answer = httpx2.get(token_registry.tokens.realm, params=query, auth=auth, trust_env=False)
     headers = {"Authorization": f"Bearer {answer.json()['token']}"}
     assert upload(token_registry, headers=headers).status_code == status
     assert token_registry.tokens.asked[-1] == (auth[0], ("repository:smoke:pull,push",))
 
 
 def test_the_token_server_refuses_a_wrong_password(token_registry):
-    answer = httpx.get(token_registry.tokens.realm, auth=(USER, "wrong"), trust_env=False)
+    answer = httpx2.get(token_registry.tokens.realm, auth=(USER, "wrong"), trust_env=False)
     assert answer.status_code == 401
 
 

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 
-import httpx
+import httpx2
 import pytest
 
 from builder.clients import Registries
@@ -56,9 +56,8 @@ def silent():
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """Let requests wait for tenths of a second, as often as they do else."""
-    waits = httpx.Timeout(0.3, connect=15)
-    monkeypatch.setattr("builder.clients._TIMEOUT", waits)
-    monkeypatch.setattr("builder.package_index.client._TIMEOUT", waits)
+    waits = httpx2.Timeout(0.3, connect=15)
+    monkeypatch.setattr("builder.http._TIMEOUT", waits)
     monkeypatch.setattr("builder.wheels.uv.HTTP_SECONDS", 1)
     monkeypatch.setattr("builder.wheels.uv.HTTP_RETRIES", 0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")

@@ -24,7 +24,6 @@ BUILDS = {
     "builder.wheels.requirements",
     "builder.wheels.install",
 }
-# `import httpx` brings rich and pygments, for a command of its own; see docs/decisions/0024-start-up.md.
 
 
 def modules(code: str, environ: dict[str, str] | None = None) -> set[str]:
@@ -54,7 +53,7 @@ def test_help_needs_click_alone():
     "ours", ["builder.publish", "builder.publish.inspect", "builder.batch.sweep", "builder.batch.download"]
 )
 def test_no_heavy_package_is_imported_before_it_is_used(ours):
-    new = modules(f"import builder.show, builder.settings, {ours}") - modules("")
+    new = modules(f"import builder.report, builder.settings, {ours}") - modules("")
     assert packages(new) & HEAVY == set()
     assert new & BUILDS == set()
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from builder.batch.children import Children
 from builder.budget import Budget, check_listing
-from builder.dockerfile.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE
+from builder.dockerfile.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, rendered
 from builder.errors import BuilderError, Defect, ExitCode, InvalidVersion, VersionNotFound, of_kind
 from builder.log import get_logger
 from builder.masking import masked
@@ -28,7 +28,6 @@ from builder.models.catalog import MlflowCatalog
 from builder.models.context import listing_digest, write_context
 from builder.models.errors import on_disk
 from builder.models.version import Artifact, Catalog, Inputs, ModelVersion, check_version_text, natural_order
-from builder.publish.fetch import rendered
 from builder.reference import repository_component
 from builder.settings import CatalogSettings
 

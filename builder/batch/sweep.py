@@ -25,7 +25,7 @@ from builder.workspace import Workspace
 
 log = get_logger("sweep")
 # What takes long to import, and every publish needs.
-MODULES = ("mlflow", "builder.batch.sweep", "builder.publish.fetch", "builder.publish.push")
+MODULES = ("mlflow", "builder.batch.sweep", "builder.publish.prepare", "builder.publish.assemble")
 
 # What is wrong with a version says nothing of the publisher, and a sweep that told it did its work.
 _OWN = frozenset({ExitCode.DATA, ExitCode.NO_INPUT, ExitCode.CANNOT_CREATE})
@@ -175,9 +175,7 @@ def _published(settings: Settings, options: Options, version: ModelVersion) -> S
     """Publish a version: this is what a child does."""
     try:
         with connected(settings) as services, workspace_of(settings) as workspace:
-            published = publish_version(
-                settings, services, workspace, version, force=options.force, rebuild=options.rebuild
-            )
+            published = publish_version(services, workspace, version, force=options.force, rebuild=options.rebuild)
     except VersionNotFound as error:
         log.info("gone", version=str(version), detail=error.what)
         return Swept(version=version, state="gone", detail=error.one_line())

@@ -22,14 +22,13 @@ from builder.oci.base_image import BaseImage
 from builder.oci.descriptor import Malformed
 from builder.oci.registry import Registry
 from builder.oci.rootfs import BaseFacts, inspect_base
-from builder.package_index.client import IndexClient
 from builder.reference import Platform, Reference
 from builder.settings import Settings
 from builder.wheels import recipe as recipes
 from builder.wheels.inputs import Source, chosen_method
 from builder.wheels.layer_cache import Verdict
 from builder.wheels.lock import Lock
-from builder.wheels.recipe import Recipe
+from builder.wheels.recipe import Recipe, WheelsMethod
 from builder.wheels.resolve import Resolver
 from builder.wheels.uv import NoWheel, Unsatisfiable
 
@@ -75,15 +74,17 @@ class Verification:
     """Checks environments; what they share is checked once.
 
     Args:
-        settings: what the environment says.
+        wheels: the wheels method.
         registries: those of the layers and of base images.
         seen: what was checked of other environments, by its tag.
     """
 
-    def __init__(self, settings: Settings, registries: Registries, seen: Mapping[str, Check] | None = None) -> None:
-        self._settings = settings
+    def __init__(
+        self, wheels: WheelsMethod, registries: Registries, seen: Mapping[str, Check] | None = None
+    ) -> None:  # fmt: skip
+        self._wheels = wheels
         self._registries = registries
-        self._store = recipes.layer_store(settings, registries)
+        self._store = wheels.store
         self._seen: dict[str, Check] = dict(seen or {})
 
     def environment(self, source: Source, platforms: Sequence[Platform]) -> Verified:
@@ -102,14 +103,14 @@ class Verification:
         found = [self._base(source, platform) for platform in platforms]
         if any(check.verdict.state == "different" for check in found):
             return Verified(checks=tuple(found))
-        planned = recipes.planned(self._settings, self._registries, source, platforms, keep=False)
+        planned = self._wheels.environments(source, platforms, keep=False)
         locks = self._locks(source, planned.recipe)
         layers = self._layers(planned.recipe)
         return Verified(checks=(*found, *locks, *layers), impossible=planned.impossible)
 
     def _base(self, source: Source, platform: Platform) -> Check:
         registry = self._registries.for_host(source.base.repository.host)
-        base = recipes.existing_base(registry, source, platform)
+        base = self._wheels.existing_base(source, platform)
         key = recipes.facts_key(base)
         if key not in self._seen:
             kept = self._store.text(key, kind=recipes.FACTS)
@@ -119,21 +120,20 @@ class Verification:
 
     def _locks(self, source: Source, recipe: Recipe) -> list[Check]:
         checks = []
-        with IndexClient(source.indexes) as client:
-            resolver = recipes.resolver_of(self._settings, self._store, source, client)
-            for part in recipe.platforms:
-                kept = resolver.kept(part.platform, part.lock.glibc)
-                if kept is None or kept.as_of is None:
-                    continue
-                key = resolver.tag(part.platform, part.lock.glibc, kept.as_of)
-                if key not in self._seen:
-                    self._note(key, "lock", str(part.platform), _again(resolver, kept))
-                checks.append(self._seen[key])
+        resolver = self._wheels.resolver(source)
+        for part in recipe.platforms:
+            kept = resolver.kept(part.platform, part.lock.glibc)
+            if kept is None or kept.as_of is None:
+                continue
+            key = resolver.tag(part.platform, part.lock.glibc, kept.as_of)
+            if key not in self._seen:
+                self._note(key, "lock", str(part.platform), _again(resolver, kept))
+            checks.append(self._seen[key])
         return checks
 
     def _layers(self, recipe: Recipe) -> list[Check]:
         groups = {group.source: group for part in recipe.platforms for group in part.groups}
-        with recipes.wheel_layers(self._settings, self._store, recipe) as layers:
+        with self._wheels.layers(recipe) as layers:
             keys = {source: layers.key(group) for source, group in groups.items()}
             new = [group for source, group in groups.items() if keys[source] not in self._seen]
             for group, verdict in layers.verified(new):
@@ -281,7 +281,7 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
         (folder / "python_env.yaml").write_text(f"python: {python}\n")
         paths = [f"model/{path.name}" for path in folder.iterdir()]
         try:
-            source = Source.of(settings, version, folder.parent, paths)
+            source = Source.of(services.wheels.inputs, version, folder.parent, paths)
         except InvalidVersion as error:
             message = f"The requirements file {str(file)!r} cannot be used. {error.what}"
             raise InvalidVersion(message, remedy=_CORRECT) from error
@@ -303,19 +303,19 @@ class _Warming:
     ) -> None:
         self._settings = settings
         self._services = services
-        self._verification = Verification(settings, services.registries, seen) if verify else None
+        self._verification = Verification(services.wheels, services.registries, seen) if verify else None
 
     def version(self, version: ModelVersion) -> Warmed:
         """Make, or verify, what a version's images are made of."""
         artifacts = self._services.catalog.artifacts(version)
         check_listing(self._settings, version, artifacts)
         paths = [artifact.path for artifact in artifacts]
-        if chosen_method(self._settings, version, paths) != "wheels":
+        if chosen_method(self._settings.build_method, version, paths) != "wheels":
             return Warmed(name=str(version), state="passed over", detail="an engine builds it")
         platforms = wanted_platforms(version, self._settings.target_platforms)
         with tempfile.TemporaryDirectory(prefix="builder-warm-") as name:
             sketch_context(self._services.catalog, version, artifacts, Path(name))
-            source = Source.of(self._settings, version, Path(name), paths)
+            source = Source.of(self._services.wheels.inputs, version, Path(name), paths)
             return self.environment(str(version), source, platforms)
 
     def environment(self, name: str, source: Source, platforms: Sequence[Platform]) -> Warmed:
@@ -324,17 +324,15 @@ class _Warming:
         log.info(doing, of=name, platforms=[str(platform) for platform in platforms])
         if self._verification:
             return _told(name, self._verification.environment(source, platforms))
-        registries = self._services.registries
-        planned = recipes.planned(self._settings, registries, source, platforms)
-        store = recipes.layer_store(self._settings, registries)
-        with recipes.wheel_layers(self._settings, store, planned.recipe) as layers:
+        planned = self._services.wheels.environments(source, platforms)
+        with self._services.wheels.layers(planned.recipe) as layers:
             placed = layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
-            traffic = layers.traffic
+            transfers = layers.transfers
         for part in planned.recipe.platforms:
             for warning in recipes.check_wheels(part, planned.bases[part.platform].name, placed):
                 log.warning("a library is not there", of=name, platform=str(part.platform), why=warning)
         without = _without(planned.impossible)
-        return Warmed(name=name, state="warm", known=traffic.known, made=traffic.made, detail=without)
+        return Warmed(name=name, state="warm", known=transfers.known, made=transfers.made, detail=without)
 
 
 def _told(name: str, verified: Verified) -> Warmed:

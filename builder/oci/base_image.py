@@ -1,4 +1,4 @@
-"""Base images, and images assembled on them: a base's layers, ours, and a config, joined by digest."""
+"""Base images, published images, and images assembled on a base: its layers, ours and a config, joined by digest."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from builder.oci.descriptor import (
     MOST_JSON_BYTES,
     Descriptor,
     Malformed,
+    descriptors,
     from_bytes,
     refuse,
     sequence,
 )
-from builder.oci.errors import unexpected
 from builder.oci.layer import Layer
 from builder.oci.manifest import (
-    PREFIX,
     Image,
     Published,
     config_of,
     engine_config,
     image_of,
     images_of,
+    labelled,
     read_config,
     read_published,
+    stamped,
     timestamp,
 )
 from builder.oci.registry import FetchedManifest, Registry
+from builder.oci.transport import unexpected
 from builder.reference import Digest, Platform, Reference, Repository
 
 _ARM = re.compile(r"v([0-9]{1,3})")
@@ -43,31 +45,14 @@ _OLDEST_ARM = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundImage:
-    """An image for one platform, as a registry has it.
-
-    Attributes:
-        digest: of what the reference names, an index or a manifest.
-        manifest: the platform's image manifest.
-        config: the image config's bytes.
-        diff_ids: digests of its layers when not compressed, first to last.
-    """
-
-    digest: Digest
-    manifest: FetchedManifest
-    config: bytes = field(repr=False)
-    diff_ids: tuple[Digest, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseImage:
     """A base image whose layers can be joined with others.
 
     Attributes:
-        reference: as it was asked for.
+        reference: as it was requested.
         digest: of what the reference names, an index or a manifest.
         manifest: of the platform's image manifest.
-        platform: as it was asked for; the config may name an older variant of it.
+        platform: as it was requested; the config may name an older variant of it.
         layers: name the layers, first to last, by OCI's media types.
         diff_ids: digests of the layers when not compressed, in the same order.
         config: the whole image config.
@@ -88,39 +73,66 @@ class BaseImage:
         return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundImage:
+    """An image for one platform, as a registry has it: an engine can build on it, whatever its layers are.
+
+    Attributes:
+        reference: as it was requested.
+        digest: of what the reference names, an index or a manifest.
+        platform: as it was requested.
+        manifest: the platform's image manifest.
+        config: the image config's bytes.
+        diff_ids: digests of its layers when not compressed, first to last.
+    """
+
+    reference: Reference
+    digest: Digest
+    platform: Platform
+    manifest: FetchedManifest
+    config: bytes = field(repr=False)
+    diff_ids: tuple[Digest, ...]
+
+    def to_base(self) -> BaseImage:
+        """Return it as a base whose layers can be joined with others; no request is sent.
+
+        Raises:
+            InvalidVersion: its layers are of an unknown kind, or its config does not fit them.
+        """
+        try:
+            layers, config = _layers(self.manifest.content), _config(self.config)
+            if len(layers) != len(self.diff_ids):
+                refuse(f"it has {len(layers)} layers, and its config lists {len(self.diff_ids)}")
+        except Malformed as error:
+            raise _no_image(self.reference, error) from error
+        return BaseImage(
+            reference=self.reference,
+            digest=self.digest,
+            manifest=self.manifest.digest,
+            platform=self.platform,
+            layers=layers,
+            diff_ids=self.diff_ids,
+            config=config,
+        )
+
+
 def base_image(registry: Registry, reference: Reference, platform: Platform) -> BaseImage | None:
-    """Return a base image as it stands for a platform, or None where the registry says that there is none.
+    """Return a base image for a platform, or None where the registry says that there is none.
 
     Raises:
-        InvalidVersion: it is no image, has none for the platform, or has layers that nothing can be joined with.
-        BuilderError: it cannot be told; see `Registry`.
+        InvalidVersion: it is not an image, has none for the platform, or has layers that nothing can be joined with.
+        BuilderError: the registry does not answer; see `Registry`.
     """
     found = find_image(registry, reference, platform)
-    if found is None:
-        return None
-    try:
-        layers, config = _layers(found.manifest.content), _config(found.config)
-        if len(layers) != len(found.diff_ids):
-            refuse(f"it has {len(layers)} layers, and its config tells of {len(found.diff_ids)}")
-    except Malformed as error:
-        raise _no_image(reference, error) from error
-    return BaseImage(
-        reference=reference,
-        digest=found.digest,
-        manifest=found.manifest.digest,
-        platform=platform,
-        layers=layers,
-        diff_ids=found.diff_ids,
-        config=config,
-    )
+    return found.to_base() if found else None
 
 
 def find_image(registry: Registry, reference: Reference, platform: Platform) -> FoundImage | None:
     """Return the image for a platform that a reference leads to, or None where the registry says that there is none.
 
     Raises:
-        InvalidVersion: it is no image, or has none for the platform.
-        BuilderError: it cannot be told; see `Registry`.
+        InvalidVersion: it is not an image, or has none for the platform.
+        BuilderError: the registry does not answer; see `Registry`.
     """
     fetched = registry.manifest(reference)
     if fetched is None:
@@ -139,7 +151,14 @@ def find_image(registry: Registry, reference: Reference, platform: Platform) -> 
     except Malformed as error:
         raise _no_image(reference, error) from error
     _entry({own: config_of(manifest.content)}, platform, reference)
-    return FoundImage(digest=fetched.digest, manifest=manifest, config=config, diff_ids=diff_ids)
+    return FoundImage(
+        reference=reference,
+        digest=fetched.digest,
+        platform=platform,
+        manifest=manifest,
+        config=config,
+        diff_ids=diff_ids,
+    )
 
 
 def config_bytes(registry: Registry, repository: Repository, manifest: FetchedManifest) -> bytes:
@@ -147,16 +166,16 @@ def config_bytes(registry: Registry, repository: Repository, manifest: FetchedMa
 
     Raises:
         Malformed: it names none.
-        BuilderError: it cannot be read; see `Registry`.
+        BuilderError: the registry does not give it; see `Registry`.
     """
     return registry.blob_bytes(repository, config_of(manifest.content), MOST_JSON_BYTES)
 
 
 def _layers(manifest: bytes) -> tuple[Descriptor, ...]:
-    layers = [Descriptor.from_json(entry) for entry in sequence(from_bytes(manifest).get("layers"), "layers")]
+    layers = descriptors(from_bytes(manifest).get("layers"), "layers")
     for layer in layers:
         if layer.media_type not in LAYERS:
-            refuse(f"it has a layer of the unknown kind {layer.media_type}")
+            refuse(f"it has a layer of the unknown media type {layer.media_type}")
     return tuple(replace(layer, media_type=LAYERS[layer.media_type]) for layer in layers)
 
 
@@ -178,42 +197,29 @@ def _entry(images: Mapping[Platform, Descriptor], platform: Platform, reference:
     if exact is not None:
         return exact
     wanted = _arm(platform)
-    # What is there is looked through, not what could be: a variant's number is an author's, and may be any.
+    # Of the variants there are, not of all below the wanted one: an author may write any number.
     older = {_arm(each): each for each in images if each.os == platform.os and _OLDEST_ARM <= _arm(each) < wanted}
     if older:
         return images[older[max(older)]]
-    there = ", ".join(str(each) for each in sorted(images)) or "no platform that it names"
+    there = ", ".join(str(each) for each in sorted(images)) or "none that names a platform"
     message = f"The base image {reference} has no image for {platform}; it has {there}."
-    raise InvalidVersion(message, remedy="Take another base image, or leave the platform out of MODEL_PLATFORMS.")
+    raise InvalidVersion(message, remedy="Use another base image, or remove the platform from MODEL_PLATFORMS.")
 
 
 def _arm(platform: Platform) -> int:
-    """Return the number of arm's variant; 0 where the platform is another, or names none."""
+    """Return the number of arm's variant; 0 for another platform, or one without a variant."""
     found = _ARM.fullmatch(platform.variant) if platform.architecture == "arm" else None
     return int(found[1]) if found else 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedBase:
-    """A base image as it stands for one platform.
-
-    Attributes:
-        digest: of what the reference names, an index or a manifest.
-        diff_ids: digests of its layers when not compressed, first to last.
-    """
-
-    digest: Digest
-    diff_ids: tuple[Digest, ...]
-
-
 def published(registry: Registry, reference: Reference) -> Published | None:
-    """Return what stands under a reference, or None where the registry says that nothing does.
+    """Return what a reference names, or None where the registry says that it names nothing.
 
-    What is no image of ours (a chart, an artifact, an index of an unknown form) is there all the same, with no source
-    id and perhaps without platforms.
+    Something else than an image of ours (a chart, an artifact, an index of an unknown form) has no source id, and
+    perhaps no platforms.
 
     Raises:
-        BuilderError: it cannot be told; see `Registry`.
+        BuilderError: the registry does not answer; see `Registry`.
     """
     fetched = registry.manifest(reference)
     if fetched is None:
@@ -225,17 +231,6 @@ def published(registry: Registry, reference: Reference) -> Published | None:
         return Published(
             digest=fetched.digest, media_type=fetched.media_type, source_id=None, platforms={}, annotations={}
         )
-
-
-def resolve_base(registry: Registry, reference: Reference, platform: Platform) -> ResolvedBase | None:
-    """Return a base image as it stands for a platform, or None where the registry says that there is none.
-
-    Raises:
-        InvalidVersion: it is no image, or has none for the platform.
-        BuilderError: it cannot be told; see `Registry`.
-    """
-    found = find_image(registry, reference, platform)
-    return ResolvedBase(digest=found.digest, diff_ids=found.diff_ids) if found else None
 
 
 def _platforms(registry: Registry, repository: Repository, fetched: FetchedManifest) -> dict[Platform, Descriptor]:
@@ -253,7 +248,7 @@ MOST_LAYERS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
-    """A layer that is put on the base.
+    """A layer on top of the base.
 
     Attributes:
         layer: the layer.
@@ -266,11 +261,11 @@ class Addition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """How a container of the image is started, as a Dockerfile would say it.
+    """How a container of the image is started, in the terms of a Dockerfile.
 
     Attributes:
         environment: variables beside the base's; they win.
-        path: folders that stand before those of the base's PATH.
+        path: folders to put before those of the base's PATH.
         user: numeric user and group: `10001:0`.
         workdir: the working directory, absolute.
         command: CMD.
@@ -294,12 +289,12 @@ def assembled(
     annotations: Mapping[str, str],
     created: datetime,
 ) -> Image:
-    """Return the image of a base and what is put on it.
+    """Return the image of a base and the layers on top of it.
 
     Args:
         base: the base; its config's environment, entry point and labels stay, as under a Dockerfile's FROM.
-        additions: the layers put on it, first to last.
-        runtime: how it is started.
+        additions: the layers on top, first to last.
+        runtime: how a container is started.
         labels: to set in the config.
         annotations: of the manifest.
         created: when the image was made, with a time zone.
@@ -309,15 +304,11 @@ def assembled(
     """
     layers = (*base.layers, *(addition.layer.descriptor for addition in additions))
     if len(layers) > MOST_LAYERS:
-        message = f"The image on {base.reference} would have {len(layers)} layers; {MOST_LAYERS} are the most."
-        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
+        message = f"The image on {base.reference} would have {len(layers)} layers. The limit is {MOST_LAYERS}."
+        raise InvalidVersion(message, remedy="Use a base image with fewer layers, or ship a Dockerfile.template.")
     time = timestamp(created)
     config = {
-        **{name: value for name, value in base.config.items() if name not in {"author", "container"}},
-        "created": time,
-        "os": base.platform.os,
-        "architecture": base.platform.architecture,
-        **({"variant": base.platform.variant} if base.platform.variant else {}),
+        **stamped(base.config, base.platform, created),
         "config": _runtime(base.config.get("config") or {}, runtime, labels),
         "rootfs": {
             "type": "layers",
@@ -329,22 +320,20 @@ def assembled(
             {"created": time, "created_by": "config of the model image builder", "empty_layer": True},
         ],
     }
+    for name in ("author", "container"):
+        config.pop(name, None)
     return image_of(base.platform, config, layers, annotations)
 
 
 def _runtime(base: Mapping[str, Any], runtime: Runtime, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Return the config's `config`; what a base says that is not of the form it should have is left out."""
+    """Return the config's `config`; malformed values of a base are left out."""
     env = base.get("Env")
     entries = [entry for entry in env if isinstance(entry, str)] if isinstance(env, list) else []
     environment = dict(entry.partition("=")[::2] for entry in entries)
     inherited = environment.get("PATH") or "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     environment |= {**runtime.environment, "PATH": ":".join([*runtime.path, inherited])}
     kept = base.get("Labels")
-    own = {
-        name: text
-        for name, text in (kept if isinstance(kept, dict) else {}).items()
-        if isinstance(text, str) and not name.startswith(PREFIX)
-    }
+    kept = {name: text for name, text in (kept if isinstance(kept, dict) else {}).items() if isinstance(text, str)}
     return {
         **{name: value for name, value in base.items() if name not in {"OnBuild", "Image"}},
         "Env": [f"{name}={value}" for name, value in environment.items()],
@@ -352,7 +341,7 @@ def _runtime(base: Mapping[str, Any], runtime: Runtime, labels: Mapping[str, str
         "WorkingDir": runtime.workdir,
         "Cmd": list(runtime.command),
         "ExposedPorts": {port: {} for port in runtime.ports},
-        "Labels": {**own, **labels},
+        "Labels": labelled(kept, labels),
     }
 
 

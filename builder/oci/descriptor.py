@@ -1,4 +1,4 @@
-"""Descriptors, media types, JSON and blobs that others wrote, each checked while it is read."""
+"""Descriptors, media types, JSON and blobs of others, each checked while it is read."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ LAYERS: Mapping[str, str] = {
     "application/vnd.docker.image.rootfs.diff.tar.zstd": f"{OCI_LAYER}+zstd",
 }
 
-# What a manifest, an index or a config may be; the distribution specification asks registries for 4 MiB at least.
+# The most bytes of a manifest, an index or a config; the distribution specification asks registries for 4 MiB at least.
 MOST_JSON_BYTES = 4 << 20
 _MOST_BLOB_BYTES = 1 << 50
-# Nothing that is read here is nested deeper than ten; what can be read but not written again would be a defect.
+# No document of the specifications is nested deeper than ten. What can be read must not be too deep to be written.
 _DEEPEST = 50
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 
 
 class Malformed(ValueError):
-    """A document is not of the form its specification gives; whoever reads it says which document and whose."""
+    """A document does not have the form of its specification; the caller adds which document and whose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Descriptor:
         media_type: what the content is.
         digest: of the content.
         size: bytes.
-        platform: of an image in an index; None where nothing says it.
+        platform: of an image in an index; None where it is unknown.
         annotations: of the descriptor, not of what it names.
     """
 
@@ -78,7 +78,7 @@ class Descriptor:
         """Return the descriptor that a JSON value holds.
 
         Raises:
-            Malformed: it is none, or its content is to be fetched from other places than the repository.
+            Malformed: it is not a descriptor, or names other places than the repository.
         """
         entry = mapping(value, "a descriptor")
         media_type, digest, size = entry.get("mediaType"), entry.get("digest"), entry.get("size")
@@ -97,7 +97,7 @@ class Descriptor:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON value that names this content in a manifest or an index."""
+        """Return the descriptor as the JSON value of a manifest or an index."""
         value: dict[str, Any] = {"mediaType": self.media_type, "digest": str(self.digest), "size": self.size}
         if self.platform:
             value["platform"] = {"architecture": self.platform.architecture, "os": self.platform.os}
@@ -115,7 +115,7 @@ class Descriptor:
 
 
 def refuse(why: str, cause: Exception | None = None) -> NoReturn:
-    """Raise `Malformed`, which says `why` and came from `cause`."""
+    """Raise `Malformed` with `why` as its message and `cause` as its cause."""
     raise Malformed(why) from cause
 
 
@@ -170,6 +170,11 @@ def sequence(value: object, what: str) -> list[Any]:
     if not isinstance(value, list):
         refuse(f"{what} is not a list")
     return value
+
+
+def descriptors(value: object, what: str) -> list[Descriptor]:
+    """Return the descriptors in a JSON array; raises `Malformed`, which names it by `what`, for another value."""
+    return [Descriptor.from_json(entry) for entry in sequence(value, what)]
 
 
 def strings(value: object, what: str) -> dict[str, str]:
@@ -257,7 +262,7 @@ class BytesBlob:
 class LayoutBlob:
     """A blob of an OCI image layout that a hostile process may have written.
 
-    It is opened again at each reading, without following links; what is read is checked by whoever reads it.
+    It is opened again at each reading, without following links; `verified` checks its content.
     """
 
     layout: Path
@@ -280,7 +285,7 @@ class LayoutBlob:
 
 
 class Around:
-    """A blob that reads another one, whose digest and size it has; `blob` is that."""
+    """A blob that reads another one, `blob`, and has its digest and size."""
 
     __slots__ = ()
     blob: Blob
@@ -319,29 +324,29 @@ class Counted(Around):
 def verified(blob: Blob) -> Iterator[bytes]:
     """Yield a blob's bytes, the last of them only when digest and size are what they must be.
 
-    So nobody who waits for `blob.size` bytes ever gets them all of a blob that is not what it says.
+    So a receiver that waits for `blob.size` bytes never gets all of a blob with another content.
 
     Raises:
-        BuildFailed: the content is not what its digest says.
+        BuildFailed: the content does not match its digest.
     """
-    state, size, held = hashlib.sha256(), 0, b""
+    state, size, last = hashlib.sha256(), 0, b""
     for chunk in blob.stream():
         state.update(chunk)
         size += len(chunk)
         if size > blob.size:
             break
-        if held:
-            yield held
-        held = chunk
+        if last:
+            yield last
+        last = chunk
     if size != blob.size or state.hexdigest() != blob.digest.hex:
-        message = f"Blob {blob.digest} of {blob.size} bytes holds something else."
-        raise BuildFailed(message, remedy="The engine wrote it so, or it was changed after the build: build again.")
-    if held:
-        yield held
+        message = f"The content of blob {blob.digest} of {blob.size} bytes does not match its digest."
+        raise BuildFailed(message, remedy="The engine wrote it so, or it was changed after the build. Build again.")
+    if last:
+        yield last
 
 
 def check(blob: Blob) -> None:
-    """Read a blob to its end; raises `BuildFailed` where it is not what its digest says."""
+    """Read a blob to its end; raises `BuildFailed` where it does not match its digest."""
     for _ in verified(blob):
         pass
 

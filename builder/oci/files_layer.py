@@ -1,9 +1,9 @@
-"""Layers made from files on disk: not compressed, written nowhere, made again from the files whenever they are read.
+"""Layers made from files on disk: not compressed, and made again from the files at each reading.
 
-A model's weights do not compress, so the archive stands in the gzip format as it is, in stored blocks: that takes what
-a checksum takes, and there are tools that read no other layers (docs/decisions/0026-stored-layers.md). What is in it is
-a function of paths, contents and which files are programs: not of times, owners, modes or the order in which a folder
-lists them.
+A model's weights do not compress, so the archive is in the gzip format without compression, in stored blocks: that
+costs no more than a checksum, and some tools read no other layers (docs/decisions/0026-stored-layers.md). A layer is a
+function of paths, contents and which files are programs: not of times, owners, modes, the order in which a folder lists
+them, or zlib.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _FIRST = 1 << 20
 _NO_LIMIT = 1 << 100
 # The longest name of a file, in bytes, on every file system of Linux that images are unpacked to.
 _LONGEST_NAME = 255
-# A file of such a name says that another is deleted: image specification, layer.md, "Whiteouts".
+# A file with such a name deletes another one: image specification, layer.md, "Whiteouts".
 _WHITEOUT = ".wh."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """A file of an image, and where its content is.
+    """A file of an image, and its source on disk.
 
     Attributes:
         path: in the image: relative to its root, with forward slashes, `app/mymodel/model.pkl`.
@@ -78,15 +78,15 @@ class FilesLayer:
             entries: at least one, in any order.
 
         Raises:
-            InvalidVersion: a path cannot stand in a layer, or twice; a file is missing, unreadable or a link.
-            TryAgain: a file has another size than its entry says.
+            InvalidVersion: a path is not allowed in a layer, or twice there; a file is missing, unreadable or a link.
+            TryAgain: a file has another size than its entry.
             ValueError: there is no entry, so there should be no layer.
         """
         ordered = _ordered(entries)
         if not ordered:
             message = "a layer of no files"
             raise ValueError(message)
-        writer, times = LayerWriter(), dict[str, int]()
+        writer, times = LayerWriter(compresses=False), dict[str, int]()
         for _ in _archive(writer, ordered, times):
             pass
         return cls(entries=ordered, layer=writer.layer, _times=times)
@@ -106,9 +106,9 @@ class FilesLayer:
 
         Raises:
             TryAgain: a file has another size or modification time than when it was hashed, or cannot be read any more.
-                A change that shows in neither is found by whoever checks the digest, as a push does.
+                A check of the digest, as in a push, finds all other changes.
         """
-        yield from _archive(LayerWriter(measures=False), self.entries, self._times)
+        yield from _archive(LayerWriter(compresses=False, measures=False), self.entries, self._times)
 
 
 def split(*folders: Iterable[FileEntry], most: int, limit: int | None = None) -> list[tuple[FileEntry, ...]]:
@@ -129,10 +129,10 @@ def split(*folders: Iterable[FileEntry], most: int, limit: int | None = None) ->
     Args:
         folders: the files of each folder.
         most: layers there may be.
-        limit: bytes that every layer has to be smaller than, as it is sent; None where any size will do.
+        limit: every layer must be smaller than so many bytes, as it is sent; None for no limit.
 
     Raises:
-        InvalidVersion: a path cannot stand in a layer, two files have the same, one is a folder of another; or the
+        InvalidVersion: a path is not allowed in a layer, two files have the same, one is a folder of another; or the
             files do not fit into so many layers of that size.
     """
     members = [[*folder] for folder in folders]
@@ -140,7 +140,7 @@ def split(*folders: Iterable[FileEntry], most: int, limit: int | None = None) ->
     if not ordered:
         return []
     if most < 1:
-        message = f"{len(ordered)} files, {ordered[0].path!r} the first, are to be put into an image that is full."
+        message = f"There is no layer left in the image for {len(ordered)} files, {ordered[0].path!r} the first."
         raise InvalidVersion(message, remedy="Use a base image that has fewer layers.")
     limit = _NO_LIMIT if limit is None else limit
     whole = sorted((_key(number, entry), entry) for number, folder in enumerate(members) for entry in folder)
@@ -152,7 +152,7 @@ def split(*folders: Iterable[FileEntry], most: int, limit: int | None = None) ->
 
 
 def _key(folder: int, entry: FileEntry) -> int:
-    """Return bits that say where a file stands: its folder, whether it is large, its magnitude, its path's hash.
+    """Return a file's sort key as bits: its folder, whether it is large, its magnitude, its path's hash.
 
     Files are divided at the highest bit in which they differ, so that the first of these counts most.
     """
@@ -180,7 +180,7 @@ def _divided(groups: list[_Group], most: int, limit: int) -> list[_Group]:
 
 
 def _urgency(group: _Group, limit: int) -> int:
-    """Return what decides which group is divided next; 0 where it does not pay.
+    """Return the priority of a group for being divided; 0 where it does not pay.
 
     It is the size of the group in steps of 19 %: files of about one size should not change places for a few bytes.
     """
@@ -198,10 +198,10 @@ def _spread(group: _Group) -> int:
 
 
 def _packed(files: _Group, most: int, limit: int) -> list[_Group]:
-    """Return the files in groups below the limit: the largest first, each where there is room for it.
+    """Return the files in groups below the limit: the largest first, each in the first group with room for it.
 
     Raises:
-        InvalidVersion: there is none.
+        InvalidVersion: they do not fit.
     """
     groups: list[_Group] = []
     filled: list[int] = []
@@ -224,9 +224,9 @@ def _packed(files: _Group, most: int, limit: int) -> list[_Group]:
 
 
 def _sent(group: _Group) -> int:
-    """Return bytes that a group's layer never exceeds: contents in stored blocks, headers of files and of folders."""
-    return sum(
-        entry.size + (entry.size >> 13) + (1 + entry.path.count("/")) * (2048 + 2 * len(entry.path.encode()))
+    """Return bytes that a group's layer never exceeds: contents, headers of files and of folders, and the end."""
+    return 2048 + sum(
+        entry.size + (entry.size >> 13) + (1 + entry.path.count("/")) * (2100 + 2 * len(entry.path.encode()))
         for _, entry in group
     )
 
@@ -262,12 +262,12 @@ def _content(entry: FileEntry, times: dict[str, int]) -> Iterator[bytes]:
 
 
 def _changed(entry: FileEntry, cause: Exception | None = None) -> NoReturn:
-    message = f"The file {entry.path!r} of {entry.size} bytes has changed since it was looked at first."
-    raise TryAgain(message, remedy="Something else writes into the workspace: stop that, and publish again.") from cause
+    message = f"The file {entry.path!r} of {entry.size} bytes has changed while it was being published."
+    raise TryAgain(message, remedy="Another program writes into the workspace. Stop it, and publish again.") from cause
 
 
 def _ordered(entries: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
-    """Return the files by path, all of which can stand in one image."""
+    """Return the files by path, all of which are allowed in one image."""
     ordered = tuple(sorted(entries, key=lambda entry: entry.path))
     paths: set[str] = set()
     for entry in ordered:
@@ -297,7 +297,7 @@ def _check(path: str) -> None:
         except UnicodeEncodeError:
             why = "it cannot be written as UTF-8"
     if why:
-        message = f"The path {path[:1000]!r} cannot stand in an image: {why}."
+        message = f"The path {path[:1000]!r} is not allowed in an image: {why}."
         raise InvalidVersion(message, remedy="Rename the file.")
 
 

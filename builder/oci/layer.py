@@ -3,89 +3,60 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from builder.oci.descriptor import OCI_LAYER, Descriptor
 from builder.reference import Digest
 
-# An empty block without compression behind `fixed`'s open one: all that follows stands on a byte boundary.
-ALIGN = b"\x00\x00\xff\xff"
-# The last block of a stream: fixed codes, and nothing in it.
+# The last block of a deflate stream: fixed codes, and nothing in it.
 LAST = b"\x03\x00"
 LARGEST_STORED = 0xFFFF
 
-# The fixed code of a byte below 144 is eight bits, 0x30 more than the byte, most significant bit first; turned round,
-# it is a byte again, so that text is encoded by a table.
-_SHORT = 144
-_LITERAL = bytes(int(f"{0x30 + byte:08b}"[::-1], 2) if byte < _SHORT else 0 for byte in range(256))
-_LONG = re.compile(rb"[\x90-\xff]")
-# Shorter runs cost more as repetition than as literals.
-_RUN = re.compile(rb"\x00{5,}")
-_LONGEST_MATCH = 258
-_SHORTEST_MATCH = 3
-# (first length, extra bits) of the length codes 257 to 284; 285 is 258 and nothing else.
-_LENGTHS = [(3 + n, 0) for n in range(8)] + [
-    ((4 << extra) + 3 + (n << extra), extra) for extra in range(1, 6) for n in range(4)
-]
-
 
 class Corrupt(Exception):
-    """A deflate stream is not what was declared; the message says how."""
+    """A deflate stream differs from what was declared of it; the message says how."""
 
 
-def fixed(content: bytes) -> bytes:
-    """Return one block that is not the last, with fixed codes, and the opening of a block without compression.
+def deflated(content: bytes) -> bytes:
+    """Return content as deflate blocks that are not the last of a stream and end on a byte boundary.
 
-    What follows must be that block's length, its complement and its bytes: those of `stored`, or `ALIGN`.
-
-    Args:
-        content: bytes below 144 only, as in a tar header without a foreign name.
-
-    Raises:
-        ValueError: there is a byte that has no short code.
+    The blocks refer to nothing before them. Their bytes depend on zlib: see `zlib_identity`.
     """
-    if _LONG.search(content):
-        message = "only bytes below 144 have a short code"
-        raise ValueError(message)
-    bits, length = 0b010, 3  # not the last block; fixed codes
-    position = 0
-    for run in _RUN.finditer(content):
-        text = content[position : run.start()].translate(_LITERAL)
-        bits |= int.from_bytes(text, "little") << length
-        length += 8 * len(text)
-        position = run.end()
-        zeros, size = _zeros(position - run.start())
-        bits |= zeros << length
-        length += size
-    text = content[position:].translate(_LITERAL)
-    bits |= int.from_bytes(text, "little") << length
-    # Seven bits end the block, and three open the next: not the last, no compression. All of them are zeros.
-    length += 8 * len(text) + 7 + 3
-    return bits.to_bytes((length + 7) // 8, "little")
+    # A window and tables for a few headers: with zlib's own defaults, most of the time would go into clearing memory.
+    compressor = zlib.compressobj(6, zlib.DEFLATED, -10, 4)
+    return compressor.compress(content) + compressor.flush(zlib.Z_SYNC_FLUSH)
 
 
-def encodable(content: bytes) -> bool:
-    """Return whether `fixed` takes the content."""
-    return not _LONG.search(content)
+@cache
+def zlib_identity() -> str:
+    """Return a word of eight hexadecimal digits for what this process's zlib makes of headers.
+
+    Versions and builds of zlib (zlib-ng, Intel's, those of s390x) differ in what they write.
+    """
+    names = (hashlib.sha256(b"%d" % number).hexdigest() for number in range(64))
+    headers = [file_header(f"opt/model/{name[: 2 + number]}", 97 * number) for number, name in enumerate(names)]
+    state = hashlib.sha256()
+    for sample in (*headers, b"".join(headers)):
+        state.update(deflated(sample))
+    return state.hexdigest()[:8]
 
 
 def stored(content: bytes | memoryview) -> bytes:
-    """Return the length, its complement and the bytes of a block without compression, whose opening stands before it.
+    """Return a deflate block without compression, which is not the last of a stream.
 
     Args:
         content: at most 65,535 bytes.
     """
     size = len(content)
-    return b"".join((size.to_bytes(2, "little"), (size ^ LARGEST_STORED).to_bytes(2, "little"), content))
+    return b"".join((b"\x00", size.to_bytes(2, "little"), (size ^ LARGEST_STORED).to_bytes(2, "little"), content))
 
 
 class Inflater:
-    """Reads a raw deflate stream piece by piece, and believes nothing that was said about it.
+    """Reads a raw deflate stream piece by piece, and checks its declared size and checksum.
 
     Args:
         size: bytes that it must give.
@@ -102,7 +73,7 @@ class Inflater:
         self._sum = 0
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
-        """Take more of the stream, and yield what it holds.
+        """Take more of the stream, and yield its content.
 
         Raises:
             Corrupt: it is not a deflate stream, gives more than was declared, or goes on behind its end.
@@ -112,16 +83,16 @@ class Inflater:
             if self._inflate.eof:
                 message = "bytes follow the end of its deflate stream"
                 raise Corrupt(message)
-            # One byte more than declared is enough to know the lie.
-            room = min(self._chunk, self._size - self._got + 1)
+            # One byte more than declared is enough to see that it is too long.
+            most = min(self._chunk, self._size - self._got + 1)
             try:
-                content = self._inflate.decompress(compressed, room)
+                content = self._inflate.decompress(compressed, most)
             except zlib.error as error:
                 message = f"its deflate stream is broken ({error})"
                 raise Corrupt(message) from error
             compressed = self._inflate.unconsumed_tail or self._inflate.unused_data
             # A repetition may have more to give although every byte of it was taken.
-            full = len(content) == room and not self._inflate.eof
+            full = len(content) == most and not self._inflate.eof
             self._got += len(content)
             if self._got > self._size:
                 message = f"it holds more than the {self._size} bytes declared"
@@ -131,7 +102,7 @@ class Inflater:
                 yield content
 
     def end(self) -> None:
-        """Say that the stream has been given whole.
+        """Check the stream at its end.
 
         Raises:
             Corrupt: it is cut off, or its size or checksum is another one.
@@ -143,42 +114,12 @@ class Inflater:
             message = f"it holds {self._got} bytes, and {self._size} are declared"
             raise Corrupt(message)
         if self._sum != self._crc:
-            message = "its CRC-32 is another one than declared"
+            message = "its CRC-32 is not the declared one"
             raise Corrupt(message)
 
 
-@lru_cache(maxsize=4096)
-def _zeros(count: int) -> tuple[int, int]:
-    """Return the bits of so many zero bytes, and how many bits there are: a literal, and repetitions of it."""
-    bits, length = _LITERAL[0], 8
-    count -= 1
-    while count:
-        take = min(count, _LONGEST_MATCH)
-        if 0 < count - take < _SHORTEST_MATCH:
-            take -= _SHORTEST_MATCH
-        match, size = _match(take)
-        bits |= match << length
-        length += size
-        count -= take
-    return bits, length
-
-
-def _match(length: int) -> tuple[int, int]:
-    """Return the bits of a repetition of the byte before it, and how many bits there are."""
-    if length == _LONGEST_MATCH:
-        code, extra, rest = 285, 0, 0
-    else:
-        code, (first, extra) = max((257 + n, entry) for n, entry in enumerate(_LENGTHS) if entry[0] <= length)
-        rest = length - first
-    # Codes from 256 to 279 have seven bits, those from 280 on have eight, beginning at 11000000.
-    text = f"{code - 256:07b}" if code < 280 else f"{0xC0 + code - 280:08b}"  # noqa: PLR2004  # as RFC 1951, 3.2.6
-    bits = int(text[::-1], 2) | rest << len(text)
-    # Distance 1 is code 0, five zero bits.
-    return bits, len(text) + extra + 5
-
-
 BLOCK = 512
-# 1980-01-02T00:00:00Z: zip files know no time before 1980, and so it is none in any time zone.
+# 1980-01-02T00:00:00Z, which is not before 1980 in any time zone: zip files know no earlier time.
 MTIME = 315_619_200
 END = bytes(2 * BLOCK)
 FILE_MODE = 0o644
@@ -192,7 +133,7 @@ _NUMBER = b"0000000\x00"
 
 
 def file_header(path: str, size: int, *, executable: bool = False) -> bytes:
-    """Return what stands before a file's content: one block, or three where its name or size needs a pax header.
+    """Return the header of a file: one block, or three where its name or size needs a pax header.
 
     Args:
         path: relative, with forward slashes.
@@ -216,13 +157,13 @@ def symlink_header(path: str, target: str) -> bytes:
 
     Args:
         path: relative, with forward slashes.
-        target: what it leads to, as it stands in the link.
+        target: of the link.
     """
     return _entry(path, b"2", mode=0o777, target=target)
 
 
 def padding(size: int) -> bytes:
-    """Return what stands behind a content of `size` bytes, up to the next block."""
+    """Return the zeros between a content of `size` bytes and the next block."""
     return bytes(-size % BLOCK)
 
 
@@ -243,7 +184,7 @@ def _entry(path: str, kind: bytes, *, mode: int, size: int = 0, target: str = ""
         before = (
             _block(name=b"PaxHeader", kind=b"x", mode=FILE_MODE, size=len(records)) + records + padding(len(records))
         )
-    # Whoever reads the pax header ignores the size here, and nobody else can read a file of that size.
+    # Readers of the pax header ignore the size here, and others cannot read a file of that size.
     shown = size if size < _LONGEST_SIZE else 0
     return before + _block(prefix=prefix, name=name, kind=kind, mode=mode, size=shown, link=link)
 
@@ -300,10 +241,10 @@ def _block(*, prefix: bytes = b"", name: bytes, kind: bytes, mode: int, size: in
 
 
 MEDIA_TYPE = f"{OCI_LAYER}+gzip"
-# What is yielded, and what is inflated, at a time.
+# Bytes that are yielded, or inflated, at a time.
 CHUNK = 1 << 18
-# The most bytes of headers in one block: the encoder's work grows with their square.
-_HEADERS = 1 << 13
+# The most bytes of headers that wait for a file.
+_MOST_HEADERS = 1 << 15
 # No name, no time, no flags; "unknown" operating system, as other layers have it (RFC 1952, 2.3).
 _MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 
@@ -312,15 +253,15 @@ Observer = Callable[[bytes], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What is known of a layer when it has been written.
+    """A layer that was written.
 
     Attributes:
         digest: of the blob, compressed or not.
         size: of the blob, bytes.
         diff_id: digest of the archive.
         uncompressed: the archive's size in bytes.
-        media_type: what the blob is.
-        note: what its maker says of it beside; no part of its bytes.
+        media_type: of the blob.
+        note: a remark of its maker; no part of its bytes.
     """
 
     digest: Digest
@@ -332,7 +273,7 @@ class Layer:
 
     @property
     def descriptor(self) -> Descriptor:
-        """What names the layer in a manifest."""
+        """The layer's entry in a manifest."""
         return Descriptor(media_type=self.media_type, digest=self.digest, size=self.size)
 
 
@@ -365,16 +306,18 @@ class Plain:
 
 
 class LayerWriter:
-    """Writes a layer: each method yields what there is of it, in chunks of about 256 KiB, to be sent in that order.
+    """Writes a layer: each method yields the next part of it, in chunks of about 256 KiB, to be sent in that order.
 
-    The order of the entries is the caller's. A directory that was not written stands before the first entry below it,
-    with mode 0755: without an entry of its own, its mode would be a matter of who unpacks the layer.
+    The order of the entries is the caller's. A directory that was not written gets an entry before the first one below
+    it, with mode 0755: without one, its mode would depend on the program that unpacks the layer.
 
     Args:
+        compresses: whether the headers are compressed, so that the layer depends on this process's zlib.
         measures: whether the digests are wanted; without them, `layer` is never there.
     """
 
-    def __init__(self, *, measures: bool = True) -> None:
+    def __init__(self, *, compresses: bool = True, measures: bool = True) -> None:
+        self._compresses = compresses
         self._measures = measures
         self._out: list[bytes] = []
         self._waiting = 0
@@ -391,7 +334,7 @@ class LayerWriter:
 
     @property
     def layer(self) -> Layer:
-        """What was written.
+        """The layer that was written.
 
         Raises:
             RuntimeError: it has no end yet.
@@ -402,7 +345,7 @@ class LayerWriter:
         return self._layer
 
     def directory(self, path: str) -> Iterator[bytes]:
-        """Write a directory, and those above it, unless they stand there already.
+        """Write a directory, and those above it, unless they are there already.
 
         Args:
             path: relative, without a slash at its end.
@@ -439,7 +382,7 @@ class LayerWriter:
         """Write the end; from then on `layer` is there."""
         self._headers += END
         self._write_headers()
-        self._put(ALIGN + LAST)
+        self._put(LAST)
         self._close()
         if self._out:
             yield self._flush()
@@ -464,7 +407,6 @@ class LayerWriter:
 
     def _deflated(self, content: Deflated, observe: Observer | None) -> Iterator[bytes]:
         self._write_headers()
-        self._put(ALIGN)
         inflater = Inflater(content.size, content.crc, CHUNK)
         for chunk in content.chunks:
             for piece in inflater.feed(chunk):
@@ -478,50 +420,46 @@ class LayerWriter:
 
     def _plain(self, content: Plain, observe: Observer | None) -> Iterator[bytes]:
         self._write_headers()
-        # Blocks are cut at the same places however the content comes, and an empty one aligns what follows.
-        held, got, opening = b"", 0, b""
+        # Blocks are cut at the same places, however the content comes.
+        rest, got = b"", 0
         for chunk in content.chunks:
             got += len(chunk)
             if observe:
                 observe(chunk)
-            waiting, start = memoryview(held + chunk if held else chunk), 0
+            waiting, start = memoryview(rest + chunk if rest else chunk), 0
             while len(waiting) - start >= LARGEST_STORED:
-                end = start + LARGEST_STORED
-                self._store(opening, waiting[start:end])
-                start, opening = end, b"\x00"
+                self._store(waiting[start : start + LARGEST_STORED])
+                start += LARGEST_STORED
                 yield from self._drain()
-            held = bytes(waiting[start:])
-            yield from self._drain()
+            rest = bytes(waiting[start:])
         if got != content.size:
             message = f"it holds {got} bytes, and {content.size} are declared"
             raise Corrupt(message)
-        if held or not opening:
-            self._store(opening, held)
+        if rest:
+            self._store(rest)
+        yield from self._drain()
 
-    def _store(self, opening: bytes, block: bytes | memoryview) -> None:
+    def _store(self, block: bytes | memoryview) -> None:
         self._account(block)
-        self._put(opening + stored(block))
+        self._put(stored(block))
 
     def _write_headers(self) -> None:
-        """Write the headers that wait, and the opening of a block that holds its bytes as they are."""
+        """Write the headers that wait; what follows begins on a byte boundary."""
         if not self._open:
             self._open = True
             self._put(_MEMBER)
-        self._account(self._headers)
-        for start in range(0, len(self._headers), _HEADERS):
-            headers = self._headers[start : start + _HEADERS]
-            if start:
-                self._put(ALIGN)
-            # A name in another script has no short codes.
-            short = encodable(headers)
-            self._put(fixed(headers) if short else b"\x00" + stored(headers) + b"\x00")
-        self._headers = b""
+        headers, self._headers = self._headers, b""
+        if self._compresses:
+            self._account(headers)
+            self._put(deflated(headers))
+        else:
+            for start in range(0, len(headers), LARGEST_STORED):
+                self._store(headers[start : start + LARGEST_STORED])
 
     def _flush_headers(self) -> Iterator[bytes]:
         """Write headers that no file follows, when many of them wait."""
-        if len(self._headers) >= _HEADERS:
+        if len(self._headers) >= _MOST_HEADERS:
             self._write_headers()
-            self._put(ALIGN)
         yield from self._drain()
 
     def _close(self) -> None:

@@ -1,8 +1,8 @@
-"""OCI image layouts, as a process that is not trusted left them.
+"""OCI image layouts that an untrusted process wrote.
 
 An author's Dockerfile ran as root beside the engine that wrote the layout, so nothing in it is believed: files are
-opened without following links, exactly one image of the planned platform is taken, and every blob is read against its
-digest, here and again while it is sent.
+opened without following links, exactly one image of the planned platform is accepted, and every blob is compared with
+its digest, here and again while it is sent.
 
 The layout is specified in https://github.com/opencontainers/image-spec/blob/main/image-layout.md.
 """
@@ -29,11 +29,11 @@ from builder.oci.descriptor import (
     LayoutBlob,
     Malformed,
     check,
+    descriptors,
     from_bytes,
     refuse,
-    sequence,
 )
-from builder.oci.manifest import PREFIX, Image, engine_config, image_of, media_type_of, read_config, timestamp
+from builder.oci.manifest import Image, engine_config, image_of, labelled, media_type_of, read_config, stamped
 from builder.reference import Digest, Platform
 
 
@@ -42,24 +42,18 @@ def finished_image(
 ) -> Image:
     """Return an engine's image as we publish it: OCI media types, our labels and annotations, our time.
 
-    The engine's own annotations go, and so do labels of the Dockerfile that begin with our prefix: nobody but us says
-    what an image was published from.
+    The engine's own annotations are removed, and so are labels of the Dockerfile that begin with our prefix: only ours
+    say what an image was published from.
 
     Args:
-        image: what the engine left.
+        image: the engine's image.
         labels: to set in the config; others of the Dockerfile stay.
         annotations: of the manifest.
         created: when the image was made, with a time zone.
     """
-    config = dict(image.config)
-    config["created"] = timestamp(created)
-    config["os"], config["architecture"] = image.platform.os, image.platform.architecture
-    if image.platform.variant:
-        config["variant"] = image.platform.variant
-    runtime = dict(config.get("config") or {})
-    kept = {name: text for name, text in (runtime.get("Labels") or {}).items() if not name.startswith(PREFIX)}
-    runtime["Labels"] = {**kept, **labels}
-    config["config"] = runtime
+    config = stamped(image.config, image.platform, created)
+    runtime = config.get("config") or {}
+    config["config"] = {**runtime, "Labels": labelled(runtime.get("Labels") or {}, labels)}
     layers = tuple(
         Descriptor(media_type=LAYERS[layer.media_type], digest=layer.digest, size=layer.size) for layer in image.layers
     )
@@ -77,9 +71,9 @@ class LayoutImage:
 
     Attributes:
         folder: the layout.
-        platform: the planned platform, which the image says it has.
+        platform: the planned platform, which is the image's.
         config: the image config's JSON.
-        layers: descriptors of the layers, first to last, with the media types the engine gave them.
+        layers: descriptors of the layers, first to last, with the engine's media types.
         diff_ids: digests of the layers when not compressed, as the config says; as many as layers.
     """
 
@@ -104,13 +98,13 @@ def open_layout(folder: Path, platform: Platform, *, most_bytes: int = MOST_BYTE
 
     Args:
         folder: the layout; the folders above it are trusted.
-        platform: what the image was planned for.
-        most_bytes: what the layers may have together, by their sizes whatever a file takes on the disk. A file that is
-            mostly holes costs its author nothing and is refused.
+        platform: the planned platform.
+        most_bytes: the most that the layers may have together, by their sizes, whatever a file takes on the disk. A
+            file that is mostly holes costs its author nothing and is refused.
 
     Raises:
         BuildFailed: there is no layout, it does not hold exactly one image, the image is not for the platform, or
-            anything in it is not what it says.
+            a blob does not match its descriptor.
     """
     try:
         return _open(folder, platform, most_bytes)
@@ -121,7 +115,7 @@ def open_layout(folder: Path, platform: Platform, *, most_bytes: int = MOST_BYTE
 
 def _open(folder: Path, platform: Platform, most_bytes: int) -> LayoutImage:
     if from_bytes(safe_open.read(folder, "oci-layout", limit=1 << 12)).get("imageLayoutVersion") != "1.0.0":
-        refuse("oci-layout names no version that is known")
+        refuse("oci-layout has an unknown version")
     entry = _only_image(safe_open.read(folder, "index.json", limit=MOST_JSON_BYTES), platform)
     if entry.media_type in INDEXES:
         entry = _only_image(_json(folder, entry), platform)
@@ -129,12 +123,12 @@ def _open(folder: Path, platform: Platform, most_bytes: int) -> LayoutImage:
         refuse("it holds an index within an index, or something that is not an image")
     content = _json(folder, entry)
     if media_type_of(content, entry.media_type) not in MANIFESTS:
-        refuse("its manifest is none of an image")
+        refuse("its manifest is not an image's")
     manifest = from_bytes(content)
     config_descriptor = Descriptor.from_json(manifest.get("config"))
-    layers = tuple(Descriptor.from_json(layer) for layer in sequence(manifest.get("layers"), "layers"))
+    layers = tuple(descriptors(manifest.get("layers"), "layers"))
     if config_descriptor.media_type not in CONFIGS:
-        refuse("its config is none of an image")
+        refuse("its config is not an image's")
     _check_layers(layers, most_bytes)
     config = _json(folder, config_descriptor)
     found, diff_ids = read_config(config)
@@ -152,8 +146,8 @@ def _open(folder: Path, platform: Platform, most_bytes: int) -> LayoutImage:
 
 
 def _only_image(index: bytes, platform: Platform) -> Descriptor:
-    """Return the one image, or index, of an index; statements about images do not count."""
-    entries = [Descriptor.from_json(entry) for entry in sequence(from_bytes(index).get("manifests"), "manifests")]
+    """Return the one image, or index, of an index; attestations do not count."""
+    entries = descriptors(from_bytes(index).get("manifests"), "manifests")
     # An engine that gave the image two names lists it twice.
     images = {entry.digest: entry for entry in entries if not entry.is_attestation}
     if len(images) != 1:
@@ -165,7 +159,7 @@ def _only_image(index: bytes, platform: Platform) -> Descriptor:
 
 
 def _check_platform(found: Platform, planned: Platform, *, said: bool) -> None:
-    """Refuse another platform than the planned one; where no variant was said, none is contradicted."""
+    """Refuse another platform than the planned one; an image without a variant of its own fits any."""
     # `Platform.parse` gives an arm without a variant v7.
     unsaid = {replace(planned, variant=""), Platform.parse(f"{planned.os}/{planned.architecture}")}
     if found != planned and (said or found not in unsaid):
@@ -177,7 +171,7 @@ def _check_layers(layers: Sequence[Descriptor], most_bytes: int) -> None:
         refuse(f"it has more than {_MOST_LAYERS} layers")
     for layer in layers:
         if layer.media_type not in LAYERS:
-            refuse(f"it has a layer of the media type {layer.media_type}, which no registry would have to keep")
+            refuse(f"it has a layer of the media type {layer.media_type}, which registries need not accept")
     sizes: dict[Digest, int] = {}
     for layer in layers:
         if sizes.setdefault(layer.digest, layer.size) != layer.size:

@@ -1,4 +1,4 @@
-"""Image configs, manifests and indexes: how ours are written, how others' are read, what a target accepts. All pure."""
+"""Image configs, manifests and indexes, ours and others', and the rules of a target. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from builder.oci.descriptor import (
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
+    descriptors,
     digest_of,
     from_bytes,
     mapping,
@@ -34,7 +35,7 @@ TITLE = "org.opencontainers.image.title"
 VERSION = "org.opencontainers.image.version"
 BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
-# Ours. Nobody else's label or annotation may begin so.
+# Ours. Labels and annotations of others must not begin so.
 PREFIX = "io.modelimage."
 SOURCE_ID = f"{PREFIX}source-id"
 CONTENT_DIGEST = f"{PREFIX}content-digest"
@@ -75,12 +76,12 @@ class Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What stands under a tag.
+    """What a tag names.
 
     Attributes:
-        digest: of the manifest or index that the tag names.
-        media_type: what of the two it is.
-        source_id: what it was published from; None where we did not make it.
+        digest: of the manifest or index.
+        media_type: which of the two it is.
+        source_id: what it was published from; None for an image that is not ours.
         platforms: the images in it.
         annotations: its annotations.
     """
@@ -110,15 +111,7 @@ def image_of(
     """
     content = to_bytes(config)
     descriptor = Descriptor.of(content, OCI_CONFIG)
-    manifest = to_bytes(
-        {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": descriptor.to_json(),
-            "layers": [layer.to_json() for layer in layers],
-            "annotations": dict(annotations),
-        }
-    )
+    manifest = manifest_of(descriptor, layers, annotations)
     return Image(
         platform=platform,
         manifest=manifest,
@@ -128,6 +121,48 @@ def image_of(
         layers=layers,
         annotations=dict(annotations),
     )
+
+
+def manifest_of(
+    config: Descriptor,
+    layers: Sequence[Descriptor],
+    annotations: Mapping[str, str],
+    *,
+    kind: str = "",
+    subject: Descriptor | None = None,
+) -> bytes:
+    """Return the bytes of a manifest.
+
+    Args:
+        config: names the config.
+        layers: name the layers, first to last.
+        annotations: of the manifest.
+        kind: the type of an artifact, a media type; empty for an image.
+        subject: the manifest that it refers to; None for none.
+    """
+    return to_bytes(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            **({"artifactType": kind} if kind else {}),
+            "config": config.to_json(),
+            "layers": [layer.to_json() for layer in layers],
+            "annotations": dict(annotations),
+            **({"subject": subject.to_json()} if subject else {}),
+        }
+    )
+
+
+def stamped(config: Mapping[str, Any], platform: Platform, created: datetime) -> dict[str, Any]:
+    """Return an image config with our time and the planned platform."""
+    variant = {"variant": platform.variant} if platform.variant else {}
+    time = timestamp(created)
+    return {**config, "created": time, "os": platform.os, "architecture": platform.architecture, **variant}
+
+
+def labelled(labels: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+    """Return labels together with ours; others that begin with our prefix are left out."""
+    return {**{name: text for name, text in labels.items() if not name.startswith(PREFIX)}, **ours}
 
 
 def index(images: Iterable[Descriptor], *, annotations: Mapping[str, str]) -> bytes:
@@ -161,18 +196,18 @@ def timestamp(time: datetime) -> str:
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def media_type_of(content: bytes, told: str = "") -> str:
-    """Return what a manifest or an index says it is, or what it was served as where it says nothing.
+def media_type_of(content: bytes, declared: str = "") -> str:
+    """Return the media type that a manifest or an index has in it, or the declared one where it has none.
 
     Raises:
-        Malformed: it is not JSON, or says something else than what it was served as.
+        Malformed: it is not JSON, or the two differ.
     """
     inside = from_bytes(content).get("mediaType")
     known = MANIFESTS | INDEXES
-    if inside is not None and told in known and inside != told:
-        # CVE-2021-41190: one document that is two things, depending on who reads it.
-        refuse("it says to be something else than what it was served as")
-    return inside if isinstance(inside, str) else told
+    if inside is not None and declared in known and inside != declared:
+        # CVE-2021-41190: one document that is two things, depending on the reader.
+        refuse("its mediaType is not the declared one")
+    return inside if isinstance(inside, str) else declared
 
 
 def read_config(content: bytes) -> tuple[Platform, tuple[Digest, ...]]:
@@ -197,7 +232,7 @@ def images_of(content: bytes) -> dict[Platform, Descriptor]:
     Raises:
         Malformed: it is not an index.
     """
-    entries = [Descriptor.from_json(entry) for entry in sequence(from_bytes(content).get("manifests"), "manifests")]
+    entries = descriptors(from_bytes(content).get("manifests"), "manifests")
     images: dict[Platform, Descriptor] = {}
     for entry in entries:
         if entry.platform and entry.media_type in MANIFESTS and not entry.is_attestation:
@@ -206,7 +241,7 @@ def images_of(content: bytes) -> dict[Platform, Descriptor]:
 
 
 def read_published(content: bytes, media_type: str, platforms: Mapping[Platform, Descriptor]) -> Published:
-    """Return what a manifest or an index says of itself.
+    """Return a manifest or an index with what its annotations say.
 
     Args:
         content: its bytes.
@@ -227,10 +262,10 @@ def read_published(content: bytes, media_type: str, platforms: Mapping[Platform,
 
 
 def engine_config(content: bytes) -> dict[str, Any]:
-    """Return an engine's image config if it is one that `finished_image` can work on.
+    """Return an engine's image config, in a form that `finished_image` can work on.
 
     Raises:
-        Malformed: `config` or its labels are not of the form they should have.
+        Malformed: `config` or its labels are malformed.
     """
     value = from_bytes(content)
     runtime = mapping(value.get("config") or {}, "config")
@@ -243,22 +278,22 @@ _MOST_LAYERS = 125
 _PORTS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:/(?:tcp|udp|sctp))?", re.IGNORECASE)
 # The range that container runtimes take (moby, `user.GetExecUser`); a larger number might wrap round to 0.
 _USERS = range(1, 1 << 31)
-# What is looked at, and shown, of what a stranger's config says.
+# The most ports of a config that are examined, and the most characters of a value that are shown.
 _MOST_PORTS = 1000
 _MOST_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class TargetRules:
     """The rules of a target.
 
     Attributes:
-        name: how messages call the target.
-        source: the address of the document that gives the rules; empty where there is none.
-        platform: must be among the image's platforms; None where any will do.
+        name: of the target in messages.
+        source: the address of the document that gives the rules; empty for none.
+        platform: must be among the image's platforms; None for any.
         numeric_user: whether the user must be a number other than 0.
         refuses_latest: whether the tag may not be `latest`.
-        most_layer_bytes: what every layer must be smaller than, as it is sent; None where nobody says.
+        most_layer_bytes: every layer must be smaller, as it is sent; None for no limit.
         ports: those that an image may expose.
         most_layers: layers of one image.
     """
@@ -273,9 +308,9 @@ class Profile:
     most_layers: int = _MOST_LAYERS
 
 
-# Names may be users, and tags may be latest, where nobody says otherwise: an image of such runs.
-GENERAL = Profile(name="any target")
-FOUNDRY = Profile(
+# A user may be a name, and a tag may be latest: such an image runs.
+GENERAL = TargetRules(name="any target")
+FOUNDRY = TargetRules(
     name="Foundry",
     source="https://www.palantir.com/docs/foundry/transforms-container/container-overview",
     platform=Platform("linux", "amd64"),
@@ -284,7 +319,7 @@ FOUNDRY = Profile(
     most_layer_bytes=10 * 10**9,
     ports=range(1024, 1 << 16),
 )
-_PROFILES = {"pltr_foundry": FOUNDRY}
+_TARGETS = {"pltr_foundry": FOUNDRY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,27 +329,27 @@ class Violation:
     Attributes:
         rule: its name: platform, tag, user, ports, layers or layer size.
         value: what breaks it.
-        asked: what the rule asks for.
+        required: what the rule requires.
         remedy: what its author can do about it.
     """
 
     rule: str
     value: str
-    asked: str
+    required: str
     remedy: str
 
 
-def profile_for(target: str) -> Profile:
+def target_rules(target: str) -> TargetRules:
     """Return the rules of a target.
 
     Args:
-        target: its name, `pltr_foundry`; one that is not known gets the general rules.
+        target: its name, `pltr_foundry`; the general rules apply to an unknown one.
     """
-    return _PROFILES.get(target, GENERAL)
+    return _TARGETS.get(target, GENERAL)
 
 
-def check(
-    profile: Profile,
+def check_target(
+    rules: TargetRules,
     *,
     reference: Reference,
     platforms: Iterable[Platform],
@@ -323,17 +358,17 @@ def check(
     """Refuse an image that breaks a rule of its target.
 
     Args:
-        profile: the rules.
+        rules: the rules.
         reference: what it is pushed to.
-        platforms: all that will stand under the reference, those that are there already included.
+        platforms: all that the reference will name, those that are there already included.
         images: platform, image config as JSON and layers of each image that is to be pushed.
 
     Raises:
-        InvalidVersion: it breaks rules; all of them are named, each with the value and what to do about it.
+        InvalidVersion: it breaks rules; the message has each with the value and a remedy.
     """
-    found: dict[Violation, list[Platform]] = {violation: [] for violation in _of_all(profile, reference, platforms)}
+    found: dict[Violation, list[Platform]] = {violation: [] for violation in _of_all(rules, reference, platforms)}
     for platform, config, layers in images:
-        for violation in _of_image(profile, config, layers):
+        for violation in _of_image(rules, config, layers):
             found.setdefault(violation, []).append(platform)
     if not found:
         return
@@ -341,79 +376,79 @@ def check(
     for violation, where in found.items():
         on = f" on {', '.join(map(str, where))}" if where else ""
         sentences.append(
-            f"{violation.rule} is {violation.value}{on}, and must be {violation.asked}: {violation.remedy}"
+            f"{violation.rule} is {violation.value}{on}, and must be {violation.required}: {violation.remedy}"
         )
     count = "a rule" if len(sentences) == 1 else f"{len(sentences)} rules"
-    message = f"{reference} breaks {count} of {profile.name}: {'; '.join(sentences)}."
-    raise InvalidVersion(message, remedy=f"The rules are those of {profile.source}" if profile.source else "")
+    message = f"{reference} breaks {count} of {rules.name}: {'; '.join(sentences)}."
+    raise InvalidVersion(message, remedy=f"The rules are those of {rules.source}" if rules.source else "")
 
 
-def _of_all(profile: Profile, reference: Reference, platforms: Iterable[Platform]) -> Iterator[Violation]:
-    """Yield what is wrong with an image whatever is in it."""
+def _of_all(rules: TargetRules, reference: Reference, platforms: Iterable[Platform]) -> Iterator[Violation]:
+    """Yield the rules that an image breaks by its platforms and its tag."""
     names = {str(platform) for platform in platforms}
-    if profile.platform and str(profile.platform) not in names:
+    if rules.platform and str(rules.platform) not in names:
         yield Violation(
             rule="platform",
             value=", ".join(sorted(names)) or "none",
-            asked=f"{profile.platform}, alone or among others",
+            required=f"{rules.platform}, alone or among others",
             remedy="add it to the version's tag MODEL_PLATFORMS, or to TARGET_PLATFORMS",
         )
-    if profile.refuses_latest and reference.tag == "latest":
+    if rules.refuses_latest and reference.tag == "latest":
         yield Violation(
-            rule="tag", value="latest", asked="one that does not move", remedy="publish a version under its number"
+            rule="tag", value="latest", required="one that does not move", remedy="publish a version under its number"
         )
 
 
-def _of_image(profile: Profile, config: Mapping[str, Any], layers: Sequence[Descriptor]) -> Iterator[Violation]:
-    """Yield what is wrong with one platform's image; its config may be a stranger's."""
+def _of_image(rules: TargetRules, config: Mapping[str, Any], layers: Sequence[Descriptor]) -> Iterator[Violation]:
+    """Yield the rules that one platform's image breaks; its config may be a stranger's."""
     runtime = config.get("config") or {}
-    if profile.numeric_user:
+    if rules.numeric_user:
         yield from _of_user(runtime.get("User") or "")
-    yield from _of_ports(profile, runtime.get("ExposedPorts") or {})
-    if len(layers) > profile.most_layers:
+    yield from _of_ports(rules, runtime.get("ExposedPorts") or {})
+    if len(layers) > rules.most_layers:
         yield Violation(
             rule="layers",
             value=f"{len(layers)} of them",
-            asked=f"{profile.most_layers} at most",
+            required=f"{rules.most_layers} at most",
             remedy="join RUN and COPY instructions, or use a base image that has fewer",
         )
     for layer in layers:
-        if profile.most_layer_bytes is not None and layer.size >= profile.most_layer_bytes:
+        if rules.most_layer_bytes is not None and layer.size >= rules.most_layer_bytes:
             yield Violation(
                 rule="layer size",
                 value=f"{layer.size} bytes of {layer.digest}",
-                asked=f"below {profile.most_layer_bytes}",
-                remedy="divide what is copied into several COPY instructions, and a file that is as large into shards",
+                required=f"below {rules.most_layer_bytes}",
+                remedy="divide COPY into several instructions, and save a file of that size in shards",
             )
 
 
 def _of_user(user: object) -> Iterator[Violation]:
-    """Yield what is wrong with a user that must be a number: `10001`, `10001:0`, `10001:app` are right."""
+    """Yield the rule that a user breaks: it must be a number, as `10001`, `10001:0` and `10001:app` are."""
     number = user.partition(":")[0] if isinstance(user, str) else ""
     if re.fullmatch(r"[0-9]{1,10}", number) and int(number) in _USERS:
         return
     yield Violation(
         rule="user",
         value=_shown(user) if user else "not set, so root",
-        asked="a number other than 0",
+        required="a number other than 0",
         remedy="make the line `USER 10001` the last USER of the Dockerfile",
     )
 
 
-def _of_ports(profile: Profile, exposed: object) -> Iterator[Violation]:
-    asked = f"from {profile.ports.start} to {profile.ports.stop - 1}"
+def _of_ports(rules: TargetRules, exposed: object) -> Iterator[Violation]:
+    required = f"from {rules.ports.start} to {rules.ports.stop - 1}"
     remedy = (
         "EXPOSE one of those and serve there, 8080 for one; a port of the base image stays, "
         "so another base is needed where it is that one's"
     )
     if not isinstance(exposed, Mapping):
-        yield Violation(rule="port", value=_shown(exposed), asked=asked, remedy=remedy)
+        yield Violation(rule="port", value=_shown(exposed), required=required, remedy=remedy)
         return
     for name in sorted(exposed)[:_MOST_PORTS]:
         match = _PORTS.fullmatch(name)
         ports = [int(port) for port in match.groups() if port] if match else []
-        if not ports or any(port not in profile.ports for port in ports):
-            yield Violation(rule="port", value=_shown(name), asked=asked, remedy=remedy)
+        if not ports or any(port not in rules.ports for port in ports):
+            yield Violation(rule="port", value=_shown(name), required=required, remedy=remedy)
 
 
 def _shown(value: object) -> str:

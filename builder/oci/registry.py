@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 
-import httpx
+import httpx2
 
 from builder.errors import BuilderError, BuildFailed, PermissionRefused, TryAgain
 from builder.log import get_logger, moved
-from builder.oci.authn import scope
 from builder.oci.descriptor import INDEXES, MANIFESTS, Around, Blob, BytesBlob, Counted, Descriptor, Malformed, verified
-from builder.oci.errors import Answer, refusal, unexpected
 from builder.oci.layout import LayoutImage
 from builder.oci.manifest import Image, media_type_of
-from builder.oci.transport import Download, Transport
+from builder.oci.transport import Answer, Transport, scope, unexpected
 from builder.parallel import in_background
 from builder.reference import Digest, Reference, Repository
 
@@ -115,15 +113,15 @@ class Registry:
             descriptor: names it.
         """
         what = _reading(repository, descriptor)
-        download = Download(
-            what=what,
-            transport=self._transport,
-            path=self._path(repository, f"blobs/{descriptor.digest}"),
-            scopes=_pull(repository),
-            refusal=lambda answer: self._refusal(what, answer),
-            digest=descriptor.digest,
-            size=descriptor.size,
-        )
+        path, scopes = self._path(repository, f"blobs/{descriptor.digest}"), _pull(repository)
+
+        def refusal(answer: Answer) -> BuilderError:
+            return self._refusal(what, answer)
+
+        def stream() -> Iterator[bytes]:
+            return self._transport.stream(what, path, scopes=scopes, size=descriptor.size, refusal=refusal)
+
+        download = _Download(descriptor.digest, descriptor.size, stream)
         try:
             yield from verified(download)
         except BuildFailed as error:
@@ -249,13 +247,13 @@ class Registry:
 
         self._transport.retried(f"Opening an upload to {repository}", check)
 
-    def _started(self, repository: Repository, until: float) -> httpx.URL:
+    def _started(self, repository: Repository, until: float) -> httpx2.URL:
         """Return the URL of a new upload."""
         path, scopes = self._path(repository, "blobs/uploads/"), _push(repository)
         answer = self._transport.send("POST", path, until=until, scopes=scopes, body=BytesBlob(b""))
         return self._upload(repository, answer)
 
-    def _begin(self, repository: Repository, until: float, digest: Digest, source: Repository) -> httpx.URL | None:
+    def _begin(self, repository: Repository, until: float, digest: Digest, source: Repository) -> httpx2.URL | None:
         """Return None where the registry mounted a blob, and else the URL of the upload that it opened instead."""
         path = self._path(repository, f"blobs/uploads/?mount={digest}&from={source.path}")
         scopes = _push(repository) | _pull(source)
@@ -270,7 +268,7 @@ class Registry:
             return self._started(repository, until)
         return self._upload(repository, answer)
 
-    def _upload(self, repository: Repository, answer: Answer) -> httpx.URL:
+    def _upload(self, repository: Repository, answer: Answer) -> httpx2.URL:
         what = f"Opening an upload to {repository}"
         if answer.status != HTTPStatus.ACCEPTED or answer.is_page:
             raise self._refusal(what, answer, repository)
@@ -278,7 +276,7 @@ class Registry:
             raise unexpected(what, "without the place to upload to")
         return self._transport.location(answer)
 
-    def _put(self, what: str, repository: Repository, blob: Blob, upload: httpx.URL, until: float) -> None:
+    def _put(self, what: str, repository: Repository, blob: Blob, upload: httpx2.URL, until: float) -> None:
         # Joined by hand: the registry's own query may be signed, and must stay as it is.
         joined = f"{upload}{'&' if upload.query else '?'}digest=sha256%3A{blob.digest.hex}"
         answer = self._transport.send("PUT", joined, until=until, scopes=_push(repository), headers=_BINARY, body=blob)
@@ -287,7 +285,7 @@ class Registry:
             raise self._refusal(what, answer)
         _check_digest(what, answer, blob.digest)
 
-    def _cancel(self, repository: Repository, upload: httpx.URL, until: float) -> None:
+    def _cancel(self, repository: Repository, upload: httpx2.URL, until: float) -> None:
         """Tell the registry that an upload will not be finished; it forgets it sooner or later anyway."""
         try:
             self._transport.send("DELETE", upload, until=until, scopes=_push(repository))
@@ -295,13 +293,28 @@ class Registry:
             _log.debug("an upload was not cancelled", repository=str(repository), why=type(error).__name__)
 
     def _refusal(self, what: str, answer: Answer, repository: Repository | None = None) -> BuilderError:
-        return refusal(what, answer, repository=str(repository or ""), credential=self._transport.has_credential)
+        return answer.error(what, repository=str(repository or ""), credential=self._transport.has_credential)
 
     def _path(self, repository: Repository, rest: str) -> str:
         if repository.host != self.host:
             message = f"{repository} is not at {self.host}"
             raise ValueError(message)
         return f"/v2/{repository.path}/{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Download:
+    """A `Blob` as a registry sends it, not checked yet.
+
+    Attributes:
+        digest: that the blob should have.
+        size: that it should have, bytes.
+        stream: yields its bytes from the beginning.
+    """
+
+    digest: Digest
+    size: int
+    stream: Callable[[], Iterator[bytes]] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,74 +1,56 @@
-"""What must be known of the files in a base image before packages can be laid out for it.
+"""The facts of a base image that decide which packages fit: interpreters, C library, shared libraries, Java.
 
-Layers are read as they stream by; names are kept in memory, and no file is written or followed.
+Layers are read as they stream by. Only names are kept, in memory: no file is written, and no link is followed on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import re
+import tarfile
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import NoReturn
+from tarfile import TarInfo
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
 
 from builder.errors import InvalidVersion
 from builder.oci.base_image import BaseImage
-from builder.oci.descriptor import (
-    OCI_LAYER,
-    Descriptor,
-    Malformed,
-    from_bytes,
-    mapping,
-    refuse,
-    sequence,
-    strings,
-    to_bytes,
-)
+from builder.oci.descriptor import OCI_LAYER, Descriptor, Malformed, from_bytes, refuse, to_bytes
 from builder.oci.layer import BLOCK
 from builder.oci.registry import Registry
 
-REGULAR, HARD_LINK, SYMBOLIC_LINK, DIRECTORY = b"0", b"1", b"2", b"5"
-# What is inflated at a time; the rest is copied where a gzip member ends, so it is kept small.
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+# Bytes that are inflated at a time; the rest is copied where a gzip member ends, so it is kept small.
 _INPUT, _OUTPUT = 1 << 14, 1 << 20
 _GZIP = 31
 # Go's limit for one extended header that precedes an entry; here for all of them together.
 _MOST_EXTRA = 1 << 20
-# Gzip members, headers and pax records in an image: what costs time and need not hold a byte. The largest images have
+# Gzip members, headers and pax records in an image: each costs time and need not hold a byte. The largest images have
 # about a million entries, each with a pax header of a few records.
 _MOST_READS = 8_000_000
-_NO_CONTENT = frozenset({HARD_LINK, SYMBOLIC_LINK, b"3", b"4", DIRECTORY, b"6"})
-_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK, _SPARSE = b"x", b"g", b"L", b"K", b"S"
-_EXTRA = frozenset({_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK})
-_SPARSE_NAME = "GNU.sparse.name"
+_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_EXTENDED = frozenset({_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK})
+_SPARSE, _SPARSE_NAME = "GNU.sparse.", "GNU.sparse.name"
 _MOST_SIZE = 1 << 50
+# Octal digits, or GNU's binary form. `tarfile` takes signs, underscores and whatever follows a NUL as well.
+_NUMBER = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].*", re.DOTALL)
 _LONGEST_LENGTH = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An entry of a tar archive.
-
-    Attributes:
-        path: as it stands there.
-        kind: its type flag; `REGULAR` for each way to say it.
-        target: of a link, as it stands there.
-        mode: its permissions.
-        size: of its content in the archive, bytes.
-        sparse: whether that content is not the file's.
-    """
-
-    path: str
-    kind: bytes
-    target: str
-    mode: int
-    size: int
-    sparse: bool
-
-
 class Budget:
-    """What reading all layers of an image may cost."""
+    """The work that all layers of an image may take together."""
 
     def __init__(self, steps: int = _MOST_READS) -> None:
         self._left = steps
@@ -81,7 +63,7 @@ class Budget:
 
 
 def inflated(chunks: Iterable[bytes], most: int, budget: Budget) -> Generator[bytes, None, None]:
-    """Yield what gzip members hold, at most 1 MiB at a time.
+    """Yield the content of gzip members, at most 1 MiB at a time.
 
     Args:
         chunks: the members, one after the other, in pieces of any size.
@@ -89,7 +71,7 @@ def inflated(chunks: Iterable[bytes], most: int, budget: Budget) -> Generator[by
         budget: each member is a step.
 
     Raises:
-        Malformed: they are no gzip members, end too early, or hold more.
+        Malformed: they are not gzip members, end too early, or hold more.
     """
     member, size = zlib.decompressobj(_GZIP), 0
     for chunk in chunks:
@@ -110,130 +92,150 @@ def inflated(chunks: Iterable[bytes], most: int, budget: Budget) -> Generator[by
                     yield piece
                 data = member.unused_data or member.unconsumed_tail
     if not member.eof:
-        refuse("it ends in the midst of its compressed content")
+        refuse("its compressed content is cut off")
+
+
+class _Stream(io.RawIOBase):
+    """Pieces of bytes as a file.
+
+    Attributes:
+        size: bytes that were read.
+    """
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+        self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        with memoryview(buffer) as room:
+            size = min(len(room), len(self._rest))
+            room[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        self.size += size
+        return size
 
 
 class Archive:
-    """A tar archive that is read once; contents are passed over where nobody asks for them.
+    """A tar archive that is read once; contents that nobody takes are skipped.
+
+    `tarfile` reads the headers, not the archive: its `TarFile` takes a damaged header for the end of the archive, keeps
+    each member in memory, and reads extended headers of any size and number in quadratic time
+    (docs/decisions/0047-zlib-and-tarfile.md).
 
     Args:
-        pieces: the archive, in pieces of any size but none that is empty.
+        pieces: the archive, in pieces of any size.
         budget: each header and each pax record is a step; None for one of this archive's own.
     """
 
     def __init__(self, pieces: Iterator[bytes], budget: Budget | None = None) -> None:
-        self._pieces = pieces
+        self._raw = _Stream(pieces)
+        self._file = io.BufferedReader(self._raw)
         self._budget = budget or Budget()
-        self._piece = next(pieces, b"")
-        self._at = 0
         self._left = 0
 
-    def __iter__(self) -> Iterator[Entry]:
+    @property
+    def size(self) -> int:
+        """Bytes of the archive, as far as it was read."""
+        return self._raw.size
+
+    def __iter__(self) -> Iterator[TarInfo]:
         """Yield the entries, up to the end of the archive.
 
+        An entry's `size` is that of its content in the archive, which is not the file's where it has `pax_headers` for
+        a sparse file, or the type of one.
+
         Raises:
-            Malformed: it is no tar archive, or ends too early.
+            Malformed: it is not a tar archive, or ends too early.
         """
         extra: dict[str, str] = {}
         left = _MOST_EXTRA
         while header := self._header():
-            kind, size = header[156:157], _number(header[124:136])
-            if kind in _EXTRA:
-                left -= size
+            entry = _parsed(header)
+            if entry.type in _EXTENDED:
+                left -= entry.size
                 if left < 0:
                     refuse("an extended header is too large, or there are too many before one entry")
-                content = self._read(size)
-                self._pass(-size % BLOCK)
-                extra.update(_records(content, self._budget) if kind == _PAX else _named(kind, content))
+                content = self._read(entry.size)
+                self._skip(-entry.size % BLOCK)
+                extra |= self._extended(entry.type, content)
                 continue
-            entry = _entry(header, extra, size)
+            _extend(entry, extra)
             extra, left = {}, _MOST_EXTRA
-            if header[156:157] == _SPARSE:
-                more = header[482]
-                while more:
-                    self._budget.spend()
-                    more = self._read(BLOCK)[504]
+            more = entry.type == tarfile.GNUTYPE_SPARSE and header[482]
+            while more:
+                self._budget.spend()
+                more = self._read(BLOCK)[504]
             self._left = entry.size
             yield entry
-            self._pass(self._left + -entry.size % BLOCK)
+            self._skip(self._left + -entry.size % BLOCK)
 
     def content(self) -> bytes:
-        """Return the content of the entry that was yielded last; asked for once at most."""
+        """Return the content of the entry that was yielded last; to be called once at most."""
         size, self._left = self._left, 0
         return self._read(size)
 
     def _header(self) -> bytes:
         """Return the next header; empty at the end of the archive: two blocks of zeros, or simply nothing more."""
         self._budget.spend()
-        header = self._some(BLOCK)
+        header = self._file.read(BLOCK)
         if header and not any(header):
-            header = self._some(BLOCK)
-            if any(header):
-                refuse("it is no tar archive, or is damaged")
+            if any(self._file.read(BLOCK)):
+                refuse("it is not a tar archive, or is damaged")
             return b""
-        if not header:
-            return b""
-        if len(header) < BLOCK:
-            refuse("it ends in the midst of a header")
-        # The field itself counts as blanks; some have summed signed bytes.
-        told = _number(header[148:156])
-        summed = sum(header) - sum(header[148:156]) + 8 * 32
-        if told != summed and told != summed - 256 * sum(byte >> 7 for byte in header[:148] + header[156:]):
-            refuse("it is no tar archive, or is damaged")
         return header
 
+    def _extended(self, kind: bytes, content: bytes) -> dict[str, str]:
+        """Return what an extended header says of the next entry; a global one is ignored, as in Go."""
+        if kind == _PAX:
+            return _records(content, self._budget)
+        return {} if kind == _GLOBAL else {"path" if kind == _LONG_NAME else "linkpath": _text(content)}
+
     def _read(self, size: int) -> bytes:
-        content = self._some(size)
+        content = self._file.read(size)
         if len(content) < size:
-            refuse("it ends in the midst of a file")
+            refuse("it ends in the middle of a file")
         return content
 
-    def _some(self, size: int) -> bytes:
-        """Return the next bytes, fewer only where there are no more."""
-        parts = []
-        while size and self._piece:
-            part = self._piece[self._at : self._at + size]
-            self._at += len(part)
-            size -= len(part)
-            parts.append(part)
-            if size:
-                self._piece, self._at = next(self._pieces, b""), 0
-        return b"".join(parts)
-
-    def _pass(self, size: int) -> None:
-        self._at += size
-        while self._at > len(self._piece):
-            self._at -= len(self._piece)
-            self._piece = next(self._pieces, b"")
-            if not self._piece:
-                refuse("it ends in the midst of a file")
+    def _skip(self, size: int) -> None:
+        while size > 0:
+            size -= len(self._read(min(size, _OUTPUT)))
 
 
-def _entry(header: bytes, extra: dict[str, str], size: int) -> Entry:
-    path, kind = _text(header[:100]), header[156:157]
-    if header[257:263] == b"ustar\0" and header[345]:
-        path = f"{_text(header[345:500])}/{path}"
-    path = extra.get(_SPARSE_NAME) or extra.get("path") or path
+def _parsed(header: bytes) -> TarInfo:
+    """Return the entry of a header."""
+    try:
+        entry = TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        refuse(f"it is not a tar archive, or is damaged: {error}", error)
+    for number, stored in ((entry.mode, header[100:108]), (entry.size, header[124:136])):
+        if not 0 <= number <= _MOST_SIZE or not _NUMBER.fullmatch(stored):
+            refuse("it has a header with an impossible number")
+    if header[257:263] != b"ustar\0":
+        # What `tarfile` takes for the beginning of the path are times in archives of GNU's older form.
+        entry.name = _text(header[:100])
+    return entry
+
+
+def _extend(entry: TarInfo, extra: dict[str, str]) -> None:
+    """Change an entry by what extended headers say of it."""
+    entry.name = extra.get(_SPARSE_NAME) or extra.get("path") or entry.name
+    entry.linkname = extra.get("linkpath") or entry.linkname
+    entry.pax_headers = extra
     if "size" in extra:
-        size = _decimal(extra["size"])
-    if kind == b"\0":
-        kind = DIRECTORY if path.endswith("/") else REGULAR
-    sparse = kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in extra)
-    return Entry(
-        path=path,
-        kind=REGULAR if kind in {b"7", _SPARSE} else kind,
-        target=extra.get("linkpath") or _text(header[157:257]),
-        mode=_number(header[100:108]) & 0o7777,
-        size=0 if kind in _NO_CONTENT else size,
-        sparse=sparse,
-    )
-
-
-def _named(kind: bytes, content: bytes) -> dict[str, str]:
-    """Return what GNU's header for a long name says; a global one is of no use here, as in Go."""
-    if kind == _GLOBAL:
-        return {}
-    return {"path" if kind == _LONG_NAME else "linkpath": _text(content)}
+        entry.size = _decimal(extra["size"])
+    if entry.type == tarfile.AREGTYPE and entry.name.endswith("/"):
+        entry.type = tarfile.DIRTYPE
+    if entry.type in tarfile.SUPPORTED_TYPES and not entry.isreg():
+        entry.size = 0
 
 
 def _records(content: bytes, budget: Budget) -> dict[str, str]:
@@ -247,27 +249,13 @@ def _records(content: bytes, budget: Budget) -> dict[str, str]:
         end = at + int(length) if length.isdigit() else at
         key, equals, value = content[blank + 1 : max(blank, end - 1)].partition(b"=")
         if not equals or content[end - 1 : end] != b"\n" or b"\0" in key:
-            refuse("it has a pax header that is none")
-        if key in {b"path", b"linkpath", b"size"} or key.startswith(b"GNU.sparse."):
+            refuse("it has a malformed pax header")
+        if key in {b"path", b"linkpath", b"size"} or key.startswith(_SPARSE.encode()):
             if b"\0" in value:
                 refuse("it has a name with a NUL in it")
             found[_text(key)] = _text(value)
         at = end
     return found
-
-
-def _number(field: bytes) -> int:
-    """Return a header's number: octal, or GNU's binary form."""
-    if field[0] & 0x80:
-        value = int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
-        # 0xff is of a negative number, which makes it too large here.
-        if value > _MOST_SIZE:
-            refuse("it has a header with an impossible number")
-        return value
-    digits = field.strip(b" \0").partition(b"\0")[0]
-    if digits.strip(b"01234567"):
-        refuse("it has a header with a number that is none")
-    return int(digits or b"0", 8)
 
 
 def _decimal(text: str) -> int:
@@ -282,37 +270,33 @@ def _text(field: bytes) -> str:
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
-# What Linux allows: bytes of a path and of a name, and links on the way to a file.
+# The limits of Linux: bytes of a path and of a name, and links on the way to a file.
 _LONGEST_PATH, _LONGEST_NAME, _MOST_LINKS = 4096, 255, 40
-# About what an entry takes in memory beside its names, and what an image may take.
+# The memory of an entry beside its names, roughly, and of an image.
 _ENTRY_BYTES, _MOST_BYTES = 300, 256 << 20
 # Steps from name to name in all paths together.
 _MOST_STEPS = 50_000_000
 _PROGRAM = 0o111
 
-Release = tuple[int, int]
-
 
 @dataclass(slots=True)
 class File:
-    """A file that is no directory and no symbolic link.
+    """A file that is neither a directory nor a symbolic link.
 
     Attributes:
-        layer: the number of the layer that put it there.
+        layer: the number of the layer it comes from.
         program: whether it is a regular file that somebody may execute.
-        release: version of the C library that its content names; None where that was not looked for or found.
-        text: its content, of the few files whose content matters.
+        content: the part of its content that matters: see `_content`.
     """
 
     layer: int
     program: bool = False
-    release: Release | None = None
-    text: bytes = b""
+    content: bytes = b""
 
 
 @dataclass(slots=True)
 class Link:
-    """A symbolic link and where it leads to."""
+    """A symbolic link and its target."""
 
     layer: int
     target: str
@@ -323,9 +307,9 @@ class Folder:
     """A directory.
 
     Attributes:
-        layer: the number of the last layer that put it, or something in it, there.
-        opaque: the number of the last layer that hides what those below put in it; -1 for none.
-        children: what is in it.
+        layer: the number of the last layer that has it, or something in it.
+        opaque: the number of the last layer that hides what those below have in it; -1 for none.
+        children: by their names.
     """
 
     layer: int
@@ -349,38 +333,36 @@ class RootFs:
         """Begin the next layer."""
         self._layer += 1
 
-    def add(self, entry: Entry, release: Release | None = None, text: bytes = b"") -> None:
+    def add(self, entry: TarInfo, content: bytes = b"") -> None:
         """Add an entry of the layer.
 
         Args:
-            entry: as it stands in the layer's archive.
-            release: of the C library in a regular file.
-            text: of a regular file, as far as it matters.
+            entry: as the layer's archive has it.
+            content: of a regular file, the part that matters.
 
         Raises:
             Malformed: nobody could unpack it, or the image has too many names for the memory.
         """
-        *parents, name = _parts(entry.path) or [""]
+        *parents, name = _parts(entry.name) or [""]
         if not name:
             return
+        folder, _ = self._at(parents, make=not name.startswith(_WHITEOUT))
         if name.startswith(_WHITEOUT):
-            folder, _ = self._at(parents)
             if isinstance(folder, Folder):
                 self._whiteout(folder, name)
             return
-        folder, _ = self._at(parents, make=True)
         if not isinstance(folder, Folder):
             refuse("it has a path that leads in a circle")
-        there = folder.children.get(name)
-        if entry.kind != DIRECTORY:
-            self._put(folder, name, self._leaf(entry, release, text))
-        elif isinstance(there, Folder):
-            there.layer = self._layer
+        existing = folder.children.get(name)
+        if not entry.isdir():
+            self._put(folder, name, self._leaf(entry, content))
+        elif isinstance(existing, Folder):
+            existing.layer = self._layer
         else:
             self._put(folder, name, Folder(self._layer, opaque=self._layer))
 
     def find(self, path: str, *, last: bool = True) -> tuple[Node | None, str]:
-        """Return what a path leads to, or None, and where that is without any link.
+        """Return what a path leads to, or None, and its path without any link.
 
         Args:
             path: from the root.
@@ -388,6 +370,16 @@ class RootFs:
         """
         node, names = self._at(path.split("/"), last=last)
         return node, "/" + "/".join(names)
+
+    def file(self, path: str) -> File | None:
+        """Return the file that a path leads to; None where it leads to none."""
+        found, _ = self.find(path)
+        return found if isinstance(found, File) else None
+
+    def names(self, path: str) -> list[str]:
+        """Return the names in the directory that a path leads to."""
+        folder, _ = self.find(path)
+        return list(folder.children) if isinstance(folder, Folder) else []
 
     def folders(self, name: str) -> Iterator[str]:
         """Yield the paths of all directories of a name, in no order."""
@@ -400,19 +392,17 @@ class RootFs:
                     if each == name:
                         yield f"{path}/{each}"
 
-    def _leaf(self, entry: Entry, release: Release | None, text: bytes) -> File | Link:
-        if entry.kind == SYMBOLIC_LINK:
-            if len(entry.target) > _LONGEST_PATH:
+    def _leaf(self, entry: TarInfo, content: bytes) -> File | Link:
+        if entry.issym():
+            if len(entry.linkname) > _LONGEST_PATH:
                 refuse("it has a link that is too long")
-            self._bytes += len(entry.target)
-            return Link(self._layer, entry.target)
-        if entry.kind == HARD_LINK:
-            other, _ = self._at(_parts(entry.target), last=False)
-            return (
-                File(self._layer) if other is None or isinstance(other, Folder) else replace(other, layer=self._layer)
-            )
-        self._bytes += len(text)
-        return File(self._layer, entry.kind == REGULAR and bool(entry.mode & _PROGRAM), release, text)
+            self._bytes += len(entry.linkname)
+            return Link(self._layer, entry.linkname)
+        if entry.islnk():
+            other, _ = self._at(_parts(entry.linkname), last=False)
+            return replace(other, layer=self._layer) if isinstance(other, File | Link) else File(self._layer)
+        self._bytes += len(content)
+        return File(self._layer, entry.isreg() and bool(entry.mode & _PROGRAM), content)
 
     def _put(self, folder: Folder, name: str, node: Node) -> None:
         if len(name) > _LONGEST_NAME:
@@ -436,7 +426,7 @@ class RootFs:
             self._hide(node)
 
     def _hide(self, folder: Folder) -> None:
-        """Take away what the layers below put into a directory; what this layer put there stays."""
+        """Remove what the layers below have in a directory; what this layer has there stays."""
         todo = [folder]
         while todo:
             each = todo.pop()
@@ -451,7 +441,7 @@ class RootFs:
 
         Args:
             parts: of the path.
-            make: whether the whole path is of directories, which are made where there are none, for this layer.
+            make: whether the whole path is of directories, which are made where they are missing, for this layer.
             last: whether to follow a link at its end.
         """
         names: list[str] = []
@@ -459,7 +449,7 @@ class RootFs:
         todo, links = parts[::-1], 0
         while todo:
             name = todo.pop()
-            self._spend(1)
+            self._step()
             if name in {"", "."}:
                 continue
             if name == "..":
@@ -486,8 +476,8 @@ class RootFs:
             folders.append(node)
         return folders[-1], names
 
-    def _spend(self, steps: int) -> None:
-        self._steps += steps
+    def _step(self) -> None:
+        self._steps += 1
         if self._steps > _MOST_STEPS:
             refuse("its paths and links are too long")
 
@@ -505,24 +495,22 @@ def _parts(path: str) -> list[str]:
     return found
 
 
-_VERSION = 3
-_ZSTD, _PLAIN = f"{OCI_LAYER}+zstd", OCI_LAYER
-# What a base's layers may hold, not compressed: all together, and each beside a hundred times what it is compressed.
-_MOST_FACTS_BYTES, _MOST_EACH, _MOST_RATIO = 32 << 30, 256 << 20, 100
+_ZSTD = f"{OCI_LAYER}+zstd"
+# The most bytes in a base's layers, not compressed: in all, and in each beyond a hundred times its compressed size.
+_MOST_CONTENT, _MOST_EACH, _MOST_RATIO = 32 << 30, 256 << 20, 100
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PYTHON = re.compile(r"python(\d{1,2}\.\d{1,3})")
-_MINOR = re.compile(r"\d{1,2}\.\d{1,3}")
-_FULL = re.compile(r"(\d{1,2}\.\d{1,3})(?:\.\d+)?(?:[a-z]+\d+)?")
-# What may stand in a file of Python's own settings, and in a link.
-_SAFE = re.compile(r"(?:/[A-Za-z0-9._+@~-]{1,255})+")
+_PYTHON = re.compile(r"python([0-9]{1,2}\.[0-9]{1,3})")
+_FULL = re.compile(r"([0-9]{1,2}\.[0-9]{1,3})(?:\.[0-9]+)?(?:[a-z]+[0-9]+)?")
+# Paths that are safe in a file of Python's own settings, and in a link.
+_SAFE = r"(?:/[A-Za-z0-9._+@~-]{1,255})+"
 _OTHERS = re.compile(r"pypy|graalpy")
 _LIBC = re.compile(r"(?:.*/)?libc(?:\.so\.6|-2\.\d+\.so)")
-_RELEASE = re.compile(rb"release version (\d{1,3})\.(\d{1,3})")
+_RELEASE = re.compile(rb"release version ([0-9]{1,3}\.[0-9]{1,3})")
 _MOST_LIBC = 16 << 20
 _LIBRARIES = ("/lib64", "/lib", "/usr/lib64", "/usr/lib")
-_LIBRARY = re.compile(r"(?=[^/]*\.so)[A-Za-z0-9._+-]{1,255}")
-# What ldconfig reads: a folder a line. What is no folder's path (a comment, `include`, `hwcap`) is passed over.
+_LIBRARY = r"[A-Za-z0-9._+-]*\.so[A-Za-z0-9._+-]*"
+# Files that ldconfig reads: a folder a line. Other lines (a comment, `include`, `hwcap`) are skipped.
 _LOADER = re.compile(r"(?:\./|/)?etc/ld\.so\.conf(?:\.d/[^/]+\.conf)?")
 _MOST_LOADER = 1 << 14
 _MOST_FOLDERS = 1000
@@ -532,41 +520,38 @@ _MUSL = re.compile(r"ld-musl-[A-Za-z0-9_-]+\.so\.1")
 # Where the model's environment goes.
 _MODEL = "/opt/model"
 
+_Minor = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}\.[0-9]{1,3}$")]
+_Path = Annotated[str, StringConstraints(pattern=f"^{_SAFE}$")]
+_Library = Annotated[str, StringConstraints(pattern=f"^{_LIBRARY}$", max_length=_LONGEST_NAME)]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseFacts:
-    """What there is in a base image.
+
+class BaseFacts(BaseModel):
+    """What a base image has in it.
 
     Attributes:
         interpreters: for each minor version of CPython, such as `3.11`, the absolute path of its interpreter, without
             links on the way.
         glibc: major and minor version; the lowest where there are several, None where there is none.
         musl: whether musl's dynamic loader is there.
-        occupied: whether something stands at /opt/model, or in the way to it: an /opt that is no directory.
+        occupied: whether there is something at /opt/model, or in the way to it: an /opt that is not a directory.
         java: whether there is a Java to be run: a program `java` in PATH or JAVA_HOME; None where that is not known.
         libraries: the names of the shared libraries where programs look for them; None where they are not known.
+        version: of this form.
     """
 
-    interpreters: Mapping[str, str]
-    glibc: tuple[int, int] | None
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    interpreters: dict[_Minor, _Path]
+    glibc: tuple[NonNegativeInt, NonNegativeInt] | None
     musl: bool
     occupied: bool
     java: bool | None = None
-    libraries: tuple[str, ...] | None = None
+    libraries: tuple[_Library, ...] | None = None
+    version: Literal[3] = 3
 
     def to_json(self) -> bytes:
         """Return the facts as JSON, the same bytes for the same facts."""
-        return to_bytes(
-            {
-                "version": _VERSION,
-                "interpreters": dict(self.interpreters),
-                "glibc": list(self.glibc) if self.glibc else None,
-                "musl": self.musl,
-                "occupied": self.occupied,
-                "java": self.java,
-                "libraries": None if self.libraries is None else list(self.libraries),
-            }
-        )
+        return to_bytes(self.model_dump(mode="json"))
 
     @classmethod
     def from_json(cls, content: bytes) -> BaseFacts:
@@ -575,35 +560,16 @@ class BaseFacts:
         Raises:
             Malformed: it did not write this.
         """
-        value = from_bytes(content)
-        keys = {"version", "interpreters", "glibc", "musl", "occupied", "java", "libraries"}
-        if set(value) != keys or type(value["version"]) is not int or value["version"] != _VERSION:
-            refuse("it does not hold the facts of a base image, or those of another version")
-        interpreters = strings(mapping(value["interpreters"], "interpreters"), "interpreters")
-        if not all(_MINOR.fullmatch(minor) and _SAFE.fullmatch(path) for minor, path in interpreters.items()):
-            refuse("interpreters are not paths by minor version")
-        glibc = None if value["glibc"] is None else sequence(value["glibc"], "glibc")
-        if glibc is not None and ([type(each) for each in glibc] != [int, int] or min(glibc) < 0):
-            refuse("glibc is not a version")
-        if not isinstance(value["musl"], bool) or not isinstance(value["occupied"], bool):
-            refuse("musl or occupied is not true or false")
-        if not isinstance(value["java"], bool | None):
-            refuse("java is not true, false or null")
-        libraries = None if value["libraries"] is None else sequence(value["libraries"], "libraries")
-        if libraries and not all(isinstance(each, str) and _LIBRARY.fullmatch(each) for each in libraries):
-            refuse("libraries are not names")
-        return cls(
-            interpreters=interpreters,
-            glibc=(glibc[0], glibc[1]) if glibc else None,
-            musl=value["musl"],
-            occupied=value["occupied"],
-            java=value["java"],
-            libraries=None if libraries is None else tuple(libraries),
-        )
+        if set(from_bytes(content)) != set(cls.model_fields):
+            refuse("it does not hold the facts of a base image")
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            refuse("it does not hold the facts of a base image, or those of another version", error)
 
 
 def inspect_base(registry: Registry, base: BaseImage) -> BaseFacts:
-    """Return what there is in a base image; each of its layers is read once, as it streams by.
+    """Return what a base image has in it; each of its layers is read once, as it streams by.
 
     Layers compressed with zstd cannot be read. Of an image that has one, PYTHON_VERSION in its environment is believed,
     as the images of docker.io/library/python have it, and nothing more is known.
@@ -614,9 +580,9 @@ def inspect_base(registry: Registry, base: BaseImage) -> BaseFacts:
     """
     if any(layer.media_type == _ZSTD for layer in base.layers):
         return _believed(base)
-    if sum(layer.size for layer in base.layers) > _MOST_FACTS_BYTES:
-        _unusable(base, f"its layers are larger than {_MOST_FACTS_BYTES} bytes")
-    rootfs, budget, left = RootFs(), Budget(), _MOST_FACTS_BYTES
+    if sum(layer.size for layer in base.layers) > _MOST_CONTENT:
+        _unusable(base, f"its layers are larger than {_MOST_CONTENT} bytes")
+    rootfs, budget, left = RootFs(), Budget(), _MOST_CONTENT
     for layer in base.layers:
         try:
             with contextlib.closing(registry.blob_stream(base.reference.repository, layer)) as chunks:
@@ -626,35 +592,28 @@ def inspect_base(registry: Registry, base: BaseImage) -> BaseFacts:
     try:
         return _facts(rootfs, base)
     except Malformed as error:
-        _unusable(base, f"its files cannot be told: {error}", error)
+        _unusable(base, f"its files cannot be examined: {error}", error)
 
 
 def _add(rootfs: RootFs, chunks: Iterator[bytes], layer: Descriptor, left: int, budget: Budget) -> int:
     """Add a layer and return the size of its archive, as far as it was read, in bytes."""
-    size = 0
-
-    def counted(pieces: Iterator[bytes]) -> Iterator[bytes]:
-        nonlocal size
-        for piece in pieces:
-            size += len(piece)
-            yield piece
-
     rootfs.begin_layer()
+    if layer.media_type == OCI_LAYER:
+        if layer.size > left:
+            refuse(f"the image has more than {_MOST_CONTENT} bytes")
+        pieces = chunks
+    else:
+        pieces = inflated(chunks, min(left, _MOST_EACH + _MOST_RATIO * layer.size), budget)
+    archive = Archive(pieces, budget)
     try:
-        if layer.media_type == _PLAIN:
-            pieces: Iterator[bytes] = _plain(chunks, left)
-        else:
-            pieces = inflated(chunks, min(left, _MOST_EACH + _MOST_RATIO * layer.size), budget)
-        archive = Archive(counted(pieces), budget)
         for entry in archive:
-            release = _release(entry, archive)
-            rootfs.add(entry, release, b"" if release else _text_of(entry, archive))
+            rootfs.add(entry, _content(entry, archive))
     except Malformed:
-        # What was damaged on the way is no fault of the image: its digest is checked at its end.
+        # What was damaged on the way is not the image's fault: its digest is checked at its end.
         _drain(chunks)
         raise
     _drain(chunks)
-    return size
+    return archive.size
 
 
 def _drain(chunks: Iterator[bytes]) -> None:
@@ -662,28 +621,18 @@ def _drain(chunks: Iterator[bytes]) -> None:
         pass
 
 
-def _plain(chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
-    for chunk in chunks:
-        most -= len(chunk)
-        if most < 0:
-            refuse(f"the image has more than {_MOST_FACTS_BYTES} bytes")
-        if chunk:
-            yield chunk
+def _content(entry: TarInfo, archive: Archive) -> bytes:
+    """Return the part of a file's content that matters.
 
-
-def _release(entry: Entry, archive: Archive) -> tuple[int, int] | None:
-    """Return the version of the C library in a file, if it is one of GNU's."""
-    if entry.kind != REGULAR or entry.sparse or entry.size > _MOST_LIBC or not _LIBC.fullmatch(entry.path):
-        return None
-    found = _RELEASE.search(archive.content())
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def _text_of(entry: Entry, archive: Archive) -> bytes:
-    """Return the content of a file that names the folders of libraries."""
-    if entry.kind != REGULAR or entry.sparse or entry.size > _MOST_LOADER or not _LOADER.fullmatch(entry.path):
+    Of GNU's C library it is the version; files that name the folders of libraries matter as a whole.
+    """
+    sparse = entry.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(_SPARSE) for key in entry.pax_headers)
+    if not entry.isreg() or sparse:
         return b""
-    return archive.content()
+    if entry.size <= _MOST_LIBC and _LIBC.fullmatch(entry.name):
+        release = _RELEASE.search(archive.content())
+        return release[1] if release else b""
+    return archive.content() if entry.size <= _MOST_LOADER and _LOADER.fullmatch(entry.name) else b""
 
 
 def _facts(rootfs: RootFs, base: BaseImage) -> BaseFacts:
@@ -699,7 +648,7 @@ def _facts(rootfs: RootFs, base: BaseImage) -> BaseFacts:
     return BaseFacts(
         interpreters=interpreters,
         glibc=glibc,
-        musl=any(_MUSL.fullmatch(name) for each in libraries for name in _names(rootfs, each)),
+        musl=any(_MUSL.fullmatch(name) for each in libraries for name in rootfs.names(each)),
         occupied=model is not None or not isinstance(opt, Folder | None),
         java=any(_is_program(rootfs, f"{each}/java") for each in programs if each.startswith("/")),
         # Where the C library is elsewhere, its loader looks elsewhere.
@@ -713,22 +662,22 @@ def _found(rootfs: RootFs, folders: Iterable[str]) -> tuple[str, ...] | None:
     found = {
         name
         for folder in real
-        for name in _names(rootfs, folder)
-        if _LIBRARY.fullmatch(name) and isinstance(rootfs.find(f"{folder}/{name}")[0], File)
+        for name in rootfs.names(folder)
+        if re.fullmatch(_LIBRARY, name) and rootfs.file(f"{folder}/{name}")
     }
     return tuple(sorted(found)) if sum(map(len, found)) + 3 * len(found) <= _MOST_LIBRARIES else None
 
 
 def _is_program(rootfs: RootFs, path: str) -> bool:
-    found, _ = rootfs.find(path)
-    return isinstance(found, File) and found.program
+    found = rootfs.file(path)
+    return found is not None and found.program
 
 
 def _libraries(rootfs: RootFs) -> Iterator[str]:
     """Yield the directories of libraries, and Debian's for one architecture each (`/lib/x86_64-linux-gnu`)."""
     for path in _LIBRARIES:
         yield path
-        yield from (f"{path}/{name}" for name in _names(rootfs, path) if "-linux-" in name)
+        yield from (f"{path}/{name}" for name in rootfs.names(path) if "-linux-" in name)
 
 
 def _more_libraries(rootfs: RootFs, base: BaseImage, interpreters: Iterable[str]) -> Iterator[str]:
@@ -736,25 +685,27 @@ def _more_libraries(rootfs: RootFs, base: BaseImage, interpreters: Iterable[str]
     yield from ("/usr/local/lib", "/usr/local/lib64")
     # Where conda's interpreter and those of others that bring their own libraries look.
     yield from (f"{each.rpartition('/')[0]}/../lib" for each in interpreters)
-    configured = [f"/etc/ld.so.conf.d/{name}" for name in _names(rootfs, "/etc/ld.so.conf.d")]
-    for each in ("/etc/ld.so.conf", *configured):
-        file, _ = rootfs.find(each)
-        lines = file.text.decode("latin-1").splitlines() if isinstance(file, File) else []
+    for each in ("/etc/ld.so.conf", *(f"/etc/ld.so.conf.d/{name}" for name in rootfs.names("/etc/ld.so.conf.d"))):
+        file = rootfs.file(each)
+        lines = file.content.decode("latin-1").splitlines() if file else []
         yield from (line.strip() for line in lines if line.startswith("/"))
     yield from (each for each in base.environ.get("LD_LIBRARY_PATH", "").split(":") if each.startswith("/"))
 
 
 def _glibc(rootfs: RootFs, folder: str) -> tuple[int, int] | None:
-    found, _ = rootfs.find(f"{folder}/libc.so.6")
-    return found.release if isinstance(found, File) else None
+    found = rootfs.file(f"{folder}/libc.so.6")
+    if not found or not found.content:
+        return None
+    major, minor = found.content.split(b".")
+    return int(major), int(minor)
 
 
 def _interpreters(rootfs: RootFs, path: str) -> dict[str, str]:
-    opt = (f"/opt/{name}/bin" for name in sorted(_names(rootfs, "/opt")))
+    opt = (f"/opt/{name}/bin" for name in sorted(rootfs.names("/opt")))
     first = [each for each in path.split(":") if each.startswith("/")]
     found: dict[str, str] = {}
     for folder in chain(first, ("/usr/local/bin", "/usr/bin"), opt, ("/bin",), sorted(rootfs.folders("bin"))):
-        for name in sorted(_names(rootfs, folder)):
+        for name in sorted(rootfs.names(folder)):
             version = _PYTHON.fullmatch(name)
             if version and version[1] not in found and (real := _interpreter(rootfs, f"{folder}/{name}")):
                 found[version[1]] = real
@@ -764,7 +715,7 @@ def _interpreters(rootfs: RootFs, path: str) -> dict[str, str]:
 def _interpreter(rootfs: RootFs, path: str) -> str | None:
     """Return where an interpreter is that a path leads to, if it is one that environments can be made for."""
     file, real = rootfs.find(path)
-    if not isinstance(file, File) or not file.program or not _SAFE.fullmatch(real):
+    if not isinstance(file, File) or not file.program or not re.fullmatch(_SAFE, real):
         return None
     folder, _, name = real.rpartition("/")
     # Not another implementation, and not the copy of an interpreter in an environment.
@@ -772,20 +723,15 @@ def _interpreter(rootfs: RootFs, path: str) -> str | None:
     return None if copied or _OTHERS.match(name) else real
 
 
-def _names(rootfs: RootFs, path: str) -> list[str]:
-    folder, _ = rootfs.find(path)
-    return list(folder.children) if isinstance(folder, Folder) else []
-
-
 def _believed(base: BaseImage) -> BaseFacts:
     version = _FULL.fullmatch(base.environ.get("PYTHON_VERSION", ""))
     if version is None:
-        _unusable(base, "a layer of it is compressed with zstd, which cannot be read here")
+        _unusable(base, "it has a layer compressed with zstd, which cannot be read here")
     interpreters = {version[1]: f"/usr/local/bin/python{version[1]}"}
     return BaseFacts(interpreters=interpreters, glibc=None, musl=False, occupied=False)
 
 
 def _unusable(base: BaseImage, why: str, cause: Exception | None = None) -> NoReturn:
     message = f"The base image {base.reference} cannot be used for {base.platform}: {why}."
-    remedy = "Take another base image, or give the version a Dockerfile.template, which an engine builds."
+    remedy = "Use another base image, or give the version a Dockerfile.template, which an engine builds."
     raise InvalidVersion(message, remedy=remedy) from cause

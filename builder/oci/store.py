@@ -1,4 +1,4 @@
-"""Layers and small texts kept in a registry's repository, each under a tag that says what it was made from."""
+"""A cache of layers and small texts in a registry's repository, each under a tag that is its key."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from builder.oci.descriptor import (
     BytesBlob,
     Descriptor,
     Malformed,
+    descriptors,
     digest_of,
     from_bytes,
     refuse,
@@ -25,7 +26,7 @@ from builder.oci.descriptor import (
     to_bytes,
 )
 from builder.oci.layer import Layer
-from builder.oci.manifest import PREFIX, TITLE
+from builder.oci.manifest import PREFIX, TITLE, manifest_of
 from builder.oci.registry import Registry
 from builder.reference import Repository
 
@@ -42,13 +43,13 @@ EMPTY_CONFIG = Descriptor.of(EMPTY.content, "application/vnd.oci.empty.v1+json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A text that is kept, or that is to be.
+class SmallArtifact:
+    """A text for the cache.
 
     Attributes:
         key: its tag.
         kind: its media type.
-        title: its name for people who look into the registry.
+        title: its name for people who browse the registry.
         content: the text.
     """
 
@@ -60,29 +61,29 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class LayerStore:
-    """A repository of kept layers and texts. May be used by several threads.
+    """A repository of cached layers and texts. Several threads may use it.
 
     Attributes:
         registry: where it is.
         repository: the repository.
-        refused: texts that the registry did not take, as from somebody who may only read.
+        refused: texts that the registry did not accept, as from a user who may only read.
     """
 
     registry: Registry
     repository: Repository
-    refused: list[Text] = field(default_factory=list, compare=False, repr=False)
+    refused: list[SmallArtifact] = field(default_factory=list, compare=False, repr=False)
 
     def layer(self, key: str, *, source: str) -> Layer | None:
-        """Return the layer kept under a key; None where there is none, or something that is no such layer.
+        """Return the layer cached under a key; None where there is none, or an invalid one.
 
         One request. Whether the registry still holds the layer's content shows when it is mounted.
 
         Args:
             key: the tag.
-            source: what the layer must say that it was made from.
+            source: what the layer must have been made from, by its annotation.
 
         Raises:
-            BuilderError: it cannot be told; see `Registry`.
+            BuilderError: the registry does not answer; see `Registry`.
         """
         fetched = self.registry.manifest(self.repository.tag(key))
         if fetched is None:
@@ -90,18 +91,18 @@ class LayerStore:
         try:
             return _layer(fetched.content, fetched.media_type, source)
         except Malformed as error:
-            _log.warning("a kept layer is none, and is made again", tag=key, why=str(error))
+            _log.warning("the cached layer is invalid; rebuilding it", tag=key, why=str(error))
             return None
 
     def keep(self, key: str, layer: Layer, blob: Blob, *, source: str, title: str) -> None:
-        """Keep a layer under a key, over whatever is there.
+        """Cache a layer under a key, in place of what is there.
 
         Args:
             key: the tag.
             layer: the layer.
             blob: its content.
             source: what it was made from.
-            title: its name for people who look into the registry.
+            title: its name for people who browse the registry.
         """
         self.registry.push_blob(self.repository, blob)
         config = BytesBlob(
@@ -115,10 +116,10 @@ class LayerStore:
             )
         )
         self.registry.push_blob(self.repository, config)
-        manifest = _manifest(
-            config=Descriptor.of(config.content, OCI_CONFIG),
-            layers=[layer.descriptor],
-            annotations={
+        manifest = manifest_of(
+            Descriptor.of(config.content, OCI_CONFIG),
+            [layer.descriptor],
+            {
                 SOURCE: source,
                 DIFF_ID: str(layer.diff_id),
                 UNCOMPRESSED: str(layer.uncompressed),
@@ -129,48 +130,47 @@ class LayerStore:
         self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
 
     def text(self, key: str, *, kind: str) -> bytes | None:
-        """Return the text kept under a key; None where there is none, or something else.
+        """Return the text cached under a key; None where there is none, or an invalid one.
 
         Args:
             key: the tag.
             kind: the text's media type.
 
         Raises:
-            BuilderError: it cannot be told; see `Registry`.
+            BuilderError: the registry does not answer; see `Registry`.
         """
         fetched = self.registry.manifest(self.repository.tag(key))
         if fetched is None:
             return None
         try:
-            entries = sequence(from_bytes(fetched.content).get("layers"), "layers")
-            (text,) = [Descriptor.from_json(entry) for entry in entries]
+            (text,) = descriptors(from_bytes(fetched.content).get("layers"), "layers")
             if text.media_type != kind or text.size > MOST_JSON_BYTES:
                 refuse(f"it holds {text.media_type} of {text.size} bytes")
         except (Malformed, ValueError) as error:
-            _log.warning("a kept text is none, and is made again", tag=key, why=str(error))
+            _log.warning("the cached text is invalid; making it again", tag=key, why=str(error))
             return None
         if not self.registry.has_blob(self.repository, text.digest):
-            _log.warning("a kept text has lost its content, and is made again", tag=key)
+            _log.warning("the cached text has lost its content; making it again", tag=key)
             return None
         return self.registry.blob_bytes(self.repository, text, MOST_JSON_BYTES)
 
     def keep_text(self, key: str, content: bytes, *, kind: str, title: str) -> None:
-        """Keep a text under a key, if the registry takes it: it can be made again, so that a refusal is only logged.
+        """Cache a text under a key. A refusal of the registry is only logged, since the text can be made again.
 
-        What is refused is in `refused`, for somebody who may write.
+        A refused text is added to `refused`, for a user who may write.
 
         Args:
             key: the tag.
             content: the text, at most 4 MiB.
             kind: its media type.
-            title: its name for people who look into the registry.
+            title: its name for people who browse the registry.
         """
         try:
             manifest = pushed_text(self.registry, self.repository, content, kind=kind, title=title)
             self.registry.put_manifest(self.repository, manifest, OCI_MANIFEST, key)
         except BuilderError as error:
-            self.refused.append(Text(key=key, kind=kind, title=title, content=content.decode()))
-            _log.warning("the registry does not keep a text", tag=key, error=error.what)
+            self.refused.append(SmallArtifact(key=key, kind=kind, title=title, content=content.decode()))
+            _log.warning("the registry does not accept a text for the cache", tag=key, error=error.what)
 
 
 def pushed_text(
@@ -182,7 +182,7 @@ def pushed_text(
     title: str,
     subject: Descriptor | None = None,
 ) -> bytes:
-    """Push what the artifact of a text names, and return its manifest, which is the caller's to push.
+    """Push the blobs of a text's artifact, and return its manifest, which is the caller's to push.
 
     Args:
         registry: where to.
@@ -190,7 +190,7 @@ def pushed_text(
         content: the text, at most 4 MiB.
         kind: its media type, and the artifact's type.
         title: its name for people.
-        subject: the manifest it belongs to; None for none.
+        subject: the manifest that it refers to; None for none.
     """
     registry.push_blob(repository, EMPTY)
     registry.push_blob(repository, BytesBlob(content))
@@ -200,7 +200,7 @@ def pushed_text(
 def artifact(
     kind: str, layers: list[Descriptor], *, annotations: dict[str, str], subject: Descriptor | None = None
 ) -> bytes:  # fmt: skip
-    """Return the manifest of an artifact that is no image.
+    """Return the manifest of an artifact that is not an image.
 
     The form is the image specification's: manifest.md, "Guidelines for Artifact Usage".
 
@@ -208,34 +208,13 @@ def artifact(
         kind: the artifact's type, a media type.
         layers: its content.
         annotations: of the manifest.
-        subject: the manifest it belongs to; None for none.
+        subject: the manifest that it refers to; None for none.
     """
-    return _manifest(config=EMPTY_CONFIG, layers=layers, annotations=annotations, kind=kind, subject=subject)
-
-
-def _manifest(
-    *,
-    config: Descriptor,
-    layers: list[Descriptor],
-    annotations: dict[str, str],
-    kind: str = "",
-    subject: Descriptor | None = None,
-) -> bytes:
-    return to_bytes(
-        {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            **({"artifactType": kind} if kind else {}),
-            "config": config.to_json(),
-            "layers": [layer.to_json() for layer in layers],
-            "annotations": annotations,
-            **({"subject": subject.to_json()} if subject else {}),
-        }
-    )
+    return manifest_of(EMPTY_CONFIG, layers, annotations, kind=kind, subject=subject)
 
 
 def _layer(content: bytes, media_type: str, source: str) -> Layer:
-    """Return the layer that a manifest keeps.
+    """Return the layer of a manifest in the cache.
 
     Raises:
         Malformed: it is not as `keep` writes it.
@@ -244,14 +223,14 @@ def _layer(content: bytes, media_type: str, source: str) -> Layer:
         refuse(f"it is a {media_type}")
     value = from_bytes(content)
     annotations = strings(value.get("annotations"), "annotations")
-    layers = [Descriptor.from_json(entry) for entry in sequence(value.get("layers"), "layers")]
+    layers = descriptors(value.get("layers"), "layers")
     if len(layers) != 1 or LAYERS.get(layers[0].media_type) != layers[0].media_type:
         refuse("it has not exactly one layer of a known kind")
     if annotations.get(SOURCE) != source:
         refuse("it was made from something else")
     uncompressed = annotations.get(UNCOMPRESSED, "")
     if not _SIZE.fullmatch(uncompressed):
-        refuse("it does not say how large the layer is")
+        refuse("it has no size of the uncompressed layer")
     return Layer(
         digest=layers[0].digest,
         size=layers[0].size,
@@ -268,7 +247,7 @@ _referrers_log = get_logger("referrers")
 def attach(
     registry: Registry, repository: Repository, subject: Descriptor, content: bytes, *, kind: str, title: str
 ) -> Descriptor | None:  # fmt: skip
-    """Keep a text as a referrer of an image, if the registry takes it; one that does not is only logged.
+    """Push a text as a referrer of an image. A refusal of the registry is only logged.
 
     Where the registry has no referrers API, the tag `sha256-<digest>` lists the image's referrers, as the specification
     asks of clients.
@@ -282,7 +261,7 @@ def attach(
         title: its file name.
 
     Returns:
-        The referrer's descriptor; None where the registry does not take it.
+        The referrer's descriptor; None where the registry does not accept it.
     """
     bare = Descriptor(media_type=subject.media_type, digest=subject.digest, size=subject.size)
     try:
@@ -291,24 +270,24 @@ def attach(
         if not registry.put_referrer(repository, manifest, OCI_MANIFEST, entry.digest):
             _list(registry, repository, bare, {**entry.to_json(), "artifactType": kind, "annotations": {TITLE: title}})
     except BuilderError as error:
-        _referrers_log.warning("the registry does not keep a referrer of the image", type=kind, error=error.what)
+        _referrers_log.warning("the registry does not accept a referrer of the image", type=kind, error=error.what)
         return None
     return entry
 
 
 def _list(registry: Registry, repository: Repository, subject: Descriptor, entry: dict[str, object]) -> None:
-    """Name a referrer in the index under the fallback tag, beside those that are there."""
+    """Add a referrer to the index under the fallback tag."""
     tag = repository.tag(f"sha256-{subject.digest.hex}")
-    standing = registry.manifest(tag)
+    current = registry.manifest(tag)
     there: list[object] = []
-    if standing is not None and standing.media_type == OCI_INDEX:
+    if current is not None and current.media_type == OCI_INDEX:
         try:
-            there = sequence(from_bytes(standing.content).get("manifests"), "manifests")
+            there = sequence(from_bytes(current.content).get("manifests"), "manifests")
         except Malformed as error:
             _referrers_log.warning(
-                "the list of referrers is none, and is made again", reference=str(tag), why=str(error)
+                "the list of referrers is invalid; making it again", reference=str(tag), why=str(error)
             )
     others = [each for each in there if not (isinstance(each, dict) and each.get("digest") == entry["digest"])]
     index = to_bytes({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*others, entry]})
-    if standing is None or standing.content != index:
+    if current is None or current.content != index:
         registry.put_manifest(repository, index, OCI_INDEX, tag.tag)

@@ -1,17 +1,15 @@
-"""Package indexes over HTTP: which files a project has, and the files themselves, verified while they are written."""
+"""Find the files of a project in package indexes, and download them, verified while they are written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -22,28 +20,26 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-import httpx
 from packaging.utils import canonicalize_name, parse_sdist_filename
 from packaging.version import Version
 
-from builder import __version__
-from builder.errors import (
-    BuildFailed,
-    InvalidSettings,
-    InvalidVersion,
-    PermissionRefused,
-    ServiceUnavailable,
-    TryAgain,
-    cause_of,
-)
-from builder.http import Retry, RetryPolicy, passes, proxy_for, retried, retry_after
-from builder.masking import one_line
+from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable, TryAgain
+from builder.http import Client, Response, Retry, RetryPolicy, ServerKind, is_transient, resumed, retried
 from builder.package_index.config import FIRST_INDEX, Indexes, IndexUrl, built_in_index
 from builder.package_index.wheel_file import LockedWheel, parse_wheel_name
 from builder.urls import linked, origin_of
 
+_REMEDY = "Check that its address is right and that the network and proxy settings lead to it, or retry later."
+INDEX = ServerKind(
+    name="package index",
+    unreachable=_REMEDY,
+    unexpected=_REMEDY,
+    plain="If that is intended, write its address with http, and name {host} in PIP_TRUSTED_HOST.",
+)
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _JSON = "application/vnd.pypi.simple.v1+json"
+# The largest project of PyPI has some 20,000 files; each link takes time to check.
+_MOST_FILES = 200_000
 # Of a file; a wheel's name of some kB can stand for billions of tags.
 _LONGEST_NAME = 255
 _SHA256 = re.compile(r"(?:^|&)sha256=([0-9a-fA-F]{64})(?:&|$)")
@@ -106,7 +102,11 @@ def parse_page(content: bytes, media_type: str, url: str) -> tuple[IndexFile, ..
 def _from_json(content: bytes, url: str) -> tuple[IndexFile, ...]:
     try:
         files = json.loads(content)["files"]
+        if len(files) > _MOST_FILES:
+            raise _too_many()
         found = [_from_entry(entry, url) for entry in files]
+    except NoPage:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = "an answer that is not the JSON of PEP 691"
         raise NoPage(message) from error
@@ -136,6 +136,10 @@ def _moment(text: str) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
+def _too_many() -> NoPage:
+    return NoPage(f"more than {_MOST_FILES:,} files")
+
+
 class _Links(HTMLParser):
     """Collects the links of a page, and the base that they are relative to."""
 
@@ -150,6 +154,8 @@ class _Links(HTMLParser):
             self.base = href
         elif href and tag == "a":
             self.links.append(href)
+            if len(self.links) > _MOST_FILES:
+                raise _too_many()
 
 
 def _from_html(text: str, url: str) -> tuple[IndexFile, ...]:
@@ -173,213 +179,16 @@ def of_project(files: tuple[IndexFile, ...], project: str) -> tuple[IndexFile, .
     return tuple(file for file in files if (release := file.release) and release[0] == name)
 
 
-ABSENT = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
-_TIMEOUT = httpx.Timeout(60, connect=15)
-_LIMITS = httpx.Limits(max_connections=24, max_keepalive_connections=24, keepalive_expiry=30)
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_MOST_STEPS = 6
+_ABSENT = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
-_REMEDY = "See that its address is right and that the network and proxy settings lead to it, or try again later."
-
-
-class Session:
-    """Sends GET requests; may be used by several threads.
-
-    Args:
-        indexes: their credentials, CA bundle and proxies.
-    """
-
-    def __init__(self, indexes: Indexes) -> None:
-        self._indexes = indexes
-        for name in ("httpx", "httpcore"):
-            # They log whole URLs, and that of a redirect may be signed.
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = httpx.Client(
-            transport=_Routes(indexes),
-            trust_env=False,
-            follow_redirects=False,
-            timeout=_TIMEOUT,
-            headers={"User-Agent": f"model-image-builder/{__version__}", "Accept-Encoding": "gzip"},
-        )
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._client.close()
-
-    @contextmanager
-    def answer(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
-        """Yield the answer to a GET after redirects; the credential goes to its own origin and nowhere else.
-
-        Where the first address is not at an origin of the settings, a redirect to another origin gets none at all: its
-        server would otherwise say what is asked elsewhere with our credential.
-
-        Raises:
-            Later: there was none, in a way that may pass.
-            ServiceUnavailable, InvalidSettings: there was none, or a redirect that is not followed.
-        """
-        begun, own = origin_of(url), self._indexes.is_settings_own(url)
-        for _ in range(_MOST_STEPS):
-            self._indexes.check(url)
-            credential = self._indexes.credential(url) if own or origin_of(url) == begun else None
-            auth = httpx.BasicAuth(*credential) if credential else None
-            try:
-                request = self._client.build_request("GET", url, headers=dict(headers))
-                response = self._client.send(request, stream=True, auth=auth)
-            except httpx.TransportError as error:
-                raise _failure(url, error, unanswered=isinstance(error, httpx.ReadTimeout)) from error
-            except (httpx.InvalidURL, ValueError) as error:
-                raise strange(url, "with an address that is none") from error
-            try:
-                if response.status_code not in _REDIRECTS or "Location" not in response.headers:
-                    yield response
-                    return
-                target = linked(str(response.url), response.headers["Location"])
-            finally:
-                response.close()
-            if target is None or urlsplit(target).scheme not in {"https", urlsplit(url).scheme}:
-                raise strange(url, "with a redirect away from https, or to an address that can be read in two ways")
-            url = target
-        raise strange(url, "with too many redirects")
-
-
-class Later(Retry):
-    """An attempt failed in a way that may pass.
-
-    Args:
-        error: for when it does not.
-        seconds: that the server asks to wait; None where it does not say.
-        unanswered: as for `Retry`.
-    """
-
-    def __init__(self, error: ServiceUnavailable, seconds: float | None = None, *, unanswered: bool = False) -> None:
-        super().__init__(error, unanswered=unanswered)
-        self._seconds = seconds
-
-    @property
-    def retry_after(self) -> float | None:
-        """The seconds that the server asks to wait."""
-        return self._seconds
-
-
-class _Routes(httpx.BaseTransport):
-    """Sends each request directly, or through the proxy that the settings name for its host."""
-
-    def __init__(self, indexes: Indexes) -> None:
-        self._indexes = indexes
-        self._lock = threading.Lock()
-        self._transports: dict[tuple[str, bool], httpx.HTTPTransport] = {}
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url
-        port = url.port or (443 if url.scheme == "https" else 80)
-        proxy = proxy_for(url.scheme, url.host, port, self._indexes.proxies)
-        return self._through(proxy, self._indexes.trusts(url.netloc.decode("ascii", "replace"))).handle_request(request)
-
-    def _through(self, proxy: str, trusted: bool) -> httpx.HTTPTransport:
-        with self._lock:
-            if (proxy, trusted) not in self._transports:
-                context = _context(self._indexes.ca_bundle, trusted)
-                self._transports[proxy, trusted] = httpx.HTTPTransport(
-                    verify=context, trust_env=False, limits=_LIMITS, proxy=_proxy(proxy) if proxy else None
-                )
-            return self._transports[proxy, trusted]
-
-    def close(self) -> None:
-        for transport in self._transports.values():
-            transport.close()
-
-
-def _proxy(address: str) -> httpx.Proxy:
-    try:
-        return httpx.Proxy(address if "://" in address else f"http://{address}")
-    except (ValueError, httpx.InvalidURL):
-        # The address may hold a password, so neither it nor the cause is shown.
-        message = "HTTP_PROXY or HTTPS_PROXY is not the address of a proxy that can be used."
-        raise InvalidSettings(message, remedy="It is a URL such as http://proxy.example.com:3128.") from None
-
-
-def _context(bundle: Path | None, trusted: bool) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=str(bundle) if bundle else None)
-    except (OSError, ssl.SSLError) as error:
-        message = f"{str(bundle)!r} holds no certificates that can be read."
-        raise InvalidSettings(message, remedy="SSL_CERT_FILE is a file of authorities to trust, in PEM.") from error
-    if trusted:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def chunks(url: str, answer: httpx.Response, *, decoded: bool = False) -> Iterator[bytes]:
-    """Yield an answer's body, as it came or unpacked.
-
-    Raises:
-        Later: the connection broke.
-        ServiceUnavailable: it does not unpack.
-    """
-    try:
-        yield from answer.iter_bytes(_CHUNK) if decoded else answer.iter_raw(_CHUNK)
-    except httpx.TransportError as error:
-        raise _failure(url, error) from error
-    except httpx.DecodingError as error:
-        raise strange(url, "with a body that does not unpack") from error
-
-
-def check(url: str, answer: httpx.Response, what: str) -> None:
-    """Raise what a status means that is not success.
-
-    Args:
-        url: what was asked.
-        answer: the answer.
-        what: what was asked for, in words.
-
-    Raises:
-        Later: it may pass.
-        PermissionRefused: a credential is missing or wrong.
-        ServiceUnavailable: it is any other.
-    """
-    status = answer.status_code
-    if passes(status):
-        raise Later(away(url, f"it answers HTTP {status}"), retry_after(answer.headers.get("Retry-After", "")))
-    if status in _REFUSED:
-        message = f"The package index at {host_of(url)} does not give {what} to us (HTTP {status})."
-        remedy = "Put the credential into the index's address (PIP_INDEX_URL, UV_INDEX, pip.conf) or into netrc."
-        raise PermissionRefused(message, remedy=remedy)
-    if status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
-        raise strange(url, f"with HTTP {status} for {what}")
-
-
-def _failure(url: str, error: httpx.TransportError, *, unanswered: bool = False) -> Exception:
-    certificate = cause_of(error, ssl.SSLCertVerificationError)
-    if certificate:
-        why = one_line(certificate.verify_message, 200)
-        message = f"The certificate of the package index at {host_of(url)} is not trusted: {why}."
-        return InvalidSettings(message, remedy="Name a bundle with the authority that signed it in SSL_CERT_FILE.")
-    return Later(away(url, one_line(str(error), 200) or type(error).__name__), unanswered=unanswered)
-
-
-def away(url: str, why: str) -> ServiceUnavailable:
-    """Return the error for an index that cannot be reached; `why` is a clause."""
-    return ServiceUnavailable(f"The package index at {host_of(url)} cannot be reached: {why}.", remedy=_REMEDY)
-
-
-def strange(url: str, how: str) -> ServiceUnavailable:
-    """Return the error for an index that answers what it should not; `how` begins with `with`."""
-    return ServiceUnavailable(f"The package index at {host_of(url)} answers {how}.", remedy=_REMEDY)
-
-
-def host_of(url: str) -> str:
-    """Return an address's host and port."""
-    return urlsplit(url).netloc.rpartition("@")[2]
-
-
-_CHUNK = 1 << 18
+_MOST_STEPS = 6
+_MOST_PAGE_BYTES = 64 << 20
 # Of a wheel of which no index says the size; the largest that people install have two thirds of it.
 _MOST_BYTES = 4 << 30
-
+_CHUNK = 1 << 18
 _PART = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 
-# Told how many bytes have arrived since it was told last; fewer than none where a download begins again.
+# Called with the number of bytes that have arrived since the last call.
 Progress = Callable[[int], None]
 
 
@@ -391,151 +200,17 @@ class WheelMismatch(BuildFailed):
     """What came under a wheel's name is not the wheel that the lock names."""
 
 
-def save(
-    session: Session,
-    wheel: LockedWheel,
-    file: IndexFile,
-    destination: Path,
-    *,
-    policy: RetryPolicy,
-    progress: Progress | None = None,
-) -> None:
-    """Write a wheel to `destination`, which appears when it is whole and verified.
+class _Target:
+    """A file that is being downloaded: hashed and counted as it is written.
 
     Args:
-        session: makes requests.
-        wheel: what it has to be.
-        file: where it is.
-        destination: the file; its folder is there.
-        policy: how long to try.
-        progress: told of bytes as they arrive.
-
-    Raises:
-        WheelNotFound, WheelMismatch: as their names say.
-        ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had.
-        TryAgain: the disk is full.
+        name: the file's, for messages.
+        content: where it is written.
+        size: that it has to have; None where that is not known.
+        sha256: that it has to have; empty where that is not known.
+        most: bytes that it may have; None for any number.
+        progress: called as bytes arrive.
     """
-    part = destination.with_name(f".{destination.name[:80]}.{uuid4().hex}.part")
-    try:
-        with _on_disk(wheel.filename), part.open("xb+", buffering=0) as content:
-            size = file.size if file.size is not None else wheel.size
-            target = _Target(wheel.filename, content, size=size, sha256=wheel.sha256, progress=progress)
-            if file.url.startswith("file:"):
-                _copy(file.url, target)
-                target.finish()
-            else:
-                retried(
-                    f"the download of {wheel.filename}",
-                    lambda until: _receive(session, file.url, target, until),
-                    policy=policy,
-                    seconds=policy.seconds_for(target.size or 0),
-                )
-        part.replace(destination)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def digest(session: Session, filename: str, url: str, *, policy: RetryPolicy) -> tuple[str, int]:
-    """Return the SHA-256 (64 hexadecimal digits) and the size of a file, which is read for that and not kept.
-
-    Raises:
-        WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had.
-    """
-    with Path(os.devnull).open("rb+", buffering=0) as nowhere:
-        target = _Target(filename, nowhere)
-        if url.startswith("file:"):
-            _copy(url, target)
-        else:
-            retried(f"reading {filename}", lambda until: _receive(session, url, target, until), policy=policy)
-        return target.digest, target.written
-
-
-def fetch(session: Session, filename: str, url: str, destination: Path, *, policy: RetryPolicy) -> None:
-    """Write a file of which only the address is known to `destination`, which is not there yet.
-
-    Raises:
-        WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had.
-        InvalidVersion: it is larger than any wheel.
-        TryAgain: the disk is full.
-    """
-    with _on_disk(filename), destination.open("xb", buffering=0) as content:
-        target = _Target(filename, content, most=_MOST_BYTES)
-        retried(
-            f"the download of {filename}",
-            lambda until: _receive(session, url, target, until),
-            policy=policy,
-            seconds=policy.seconds_for(_MOST_BYTES >> 3),
-        )
-
-
-def tail(session: Session, filename: str, url: str, size: int) -> tuple[bytes, int]:
-    """Return the last bytes of a file, at most `size`, and how many it has; asked for once.
-
-    Raises:
-        WheelNotFound: it is not there.
-        ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had, or not in part.
-    """
-    if url.startswith("file:"):
-        with _local(url, filename) as content:
-            whole = os.fstat(content.fileno()).st_size
-            content.seek(max(0, whole - size))
-            return content.read(size), whole
-    try:
-        with session.answer(url, {"Accept-Encoding": "identity", "Range": f"bytes=-{size}"}) as answer:
-            check(url, answer, filename)
-            part = _PART.fullmatch(str(answer.headers.get("Content-Range", "")))
-            if answer.status_code != HTTPStatus.PARTIAL_CONTENT or part is None:
-                raise away(url, "it gives no part of a file")
-            begin, end, whole = map(int, part.groups())
-            received = bytearray()
-            for chunk in chunks(url, answer):
-                received += chunk
-                if len(received) > size:
-                    break
-            if len(received) != end + 1 - begin or end + 1 != whole:
-                raise away(url, "it sent another part than it was asked for")
-            return bytes(received), whole
-    except Later as error:
-        failure = error.error(f"the end of {filename}")
-        raise failure from error
-
-
-def _receive(session: Session, url: str, target: _Target, until: float) -> None:
-    """Receive the rest of a file.
-
-    Raises:
-        Retry: it broke off, in a way that may pass.
-    """
-    begun = target.written
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={begun}-"} if begun else {})}
-    with session.answer(url, headers) as answer:
-        status = answer.status_code
-        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            target.restart()
-            raise Later(away(url, "it takes no ranges"))
-        if status in ABSENT:
-            message = f"{target.name} is not at the address that the package index gave (HTTP {status})."
-            raise WheelNotFound(message, remedy="Try again, or make a new lock with --rebuild.")
-        check(url, answer, target.name)
-        if answer.headers.get("Content-Encoding", "identity").lower() not in {"identity", ""}:
-            message = f"{host_of(url)} sends {target.name} in an encoding that it was not asked for."
-            raise ServiceUnavailable(message, remedy="See what stands between this machine and the index.")
-        if begun and (status != HTTPStatus.PARTIAL_CONTENT or not _continues(answer, begun)):
-            target.restart()
-            if status == HTTPStatus.PARTIAL_CONTENT:
-                raise Later(away(url, "it sent another part than it was asked for"))
-        for chunk in chunks(url, answer):
-            target.write(chunk)
-            if time.monotonic() > until:
-                raise Later(away(url, "it is too slow"))
-        # A body that ends early is an error of the connection where the length was told.
-        if target.size is not None and target.written < target.size:
-            raise Later(away(url, f"it ended {target.name} after {target.written:,} of {target.size:,} bytes"))
-    target.finish()
-
-
-class _Target:
-    """A file on its way: hashed and counted as it is written."""
 
     def __init__(
         self,
@@ -551,6 +226,11 @@ class _Target:
         self._most = most
         self._sha256, self._content, self._progress = sha256, content, progress
         self._hash = hashlib.sha256()
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether it is known which hash it has to have."""
+        return bool(self._sha256)
 
     @property
     def digest(self) -> str:
@@ -578,15 +258,6 @@ class _Target:
         if self._progress:
             self._progress(len(chunk))
 
-    def restart(self) -> None:
-        """Forget what was written."""
-        if self._progress:
-            self._progress(-self.written)
-        if self._content.seekable() and self.written:
-            self._content.seek(0)
-            self._content.truncate()
-        self._hash, self.written = hashlib.sha256(), 0
-
     def finish(self) -> None:
         """Raise WheelMismatch unless what was written is the wheel."""
         if self.size is not None and self.written != self.size:
@@ -597,14 +268,18 @@ class _Target:
             raise self._mismatch(how)
 
     def _mismatch(self, how: str) -> WheelMismatch:
-        remedy = "Somebody or something changed it on its way; find out who before you publish. --rebuild makes a lock."
-        return WheelMismatch(f"The wheel {self.name} is not the one of the lock: it {how}.", remedy=remedy)
+        message = f"The wheel {self.name} is not the one of the lock: it {how}."
+        remedy = "It was changed on its way. Find out by whom before you publish; --rebuild makes a new lock."
+        return WheelMismatch(message, remedy=remedy)
 
 
-def _copy(url: str, target: _Target) -> None:
-    with _local(url, target.name) as content:
-        while chunk := content.read(_CHUNK):
-            target.write(chunk)
+@contextmanager
+def _on_disk(filename: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"The wheel {filename} cannot be written: {error.strerror or error}."
+        raise TryAgain(message, remedy="Free space in the temporary folder, or name a larger one in TMPDIR.") from error
 
 
 def _local(url: str, filename: str) -> BinaryIO:
@@ -617,28 +292,26 @@ def _local(url: str, filename: str) -> BinaryIO:
         raise WheelNotFound(message, remedy="Fetch the version again.") from error
 
 
-@contextmanager
-def _on_disk(filename: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"The wheel {filename} cannot be written: {error.strerror or error}."
-        raise TryAgain(message, remedy="Free space in the temporary folder, or name a larger one in TMPDIR.") from error
-
-
-def _continues(answer: httpx.Response, begun: int) -> bool:
-    return str(answer.headers.get("Content-Range", "")).replace(" ", "").startswith(f"bytes{begun}-")
-
-
-_MOST_PAGE_BYTES = 64 << 20
+def _check(response: Response, what: str) -> None:
+    """Raise what a status means that is not success; `what` was asked for, in words."""
+    status = response.status
+    if is_transient(status):
+        error = INDEX.unreachable_error(response.host, f"it answers HTTP {status}")
+        raise Retry(error, retry_after=response.retry_after)
+    if status in _REFUSED:
+        message = f"The package index at {response.host} refuses {what} (HTTP {status})."
+        remedy = "Put the credential into the index's address (PIP_INDEX_URL, UV_INDEX, pip.conf) or into netrc."
+        raise PermissionRefused(message, remedy=remedy)
+    if status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
+        raise INDEX.unexpected_error(response.host, f"with HTTP {status} for {what}")
 
 
 class IndexClient:
-    """Asks the indexes of one resolution, over one pool of connections; a context manager. For several threads.
+    """The indexes of one resolution, over one pool of connections; a context manager. For several threads.
 
     Args:
-        indexes: who is asked, with which credential.
-        policy: how long to try.
+        indexes: where to look, and with which credential.
+        policy: how often and how long to try.
     """
 
     def __init__(self, indexes: Indexes, *, policy: RetryPolicy | None = None) -> None:
@@ -646,7 +319,7 @@ class IndexClient:
         self._policy = policy or RetryPolicy()
         self._lock = threading.Lock()
         self._pages: dict[tuple[str, str], tuple[IndexFile, ...] | None] = {}
-        self._session = Session(indexes)
+        self._client = Client(INDEX, ca_bundle=indexes.ca_bundle, proxies=indexes.proxies, trusts=indexes.trusts)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -660,7 +333,7 @@ class IndexClient:
 
     def close(self) -> None:
         """Close all connections."""
-        self._session.close()
+        self._client.close()
 
     @property
     def asked(self) -> tuple[IndexUrl, ...]:
@@ -783,15 +456,24 @@ class IndexClient:
             TryAgain: the disk is full.
         """
         try:
-            file = self.find(wheel)
-            save(self._session, wheel, file, destination, policy=self._policy, progress=progress)
+            self._save(wheel, self.find(wheel), destination, progress)
         except WheelNotFound:
             if wheel.url is None or wheel.origin != "index":
                 raise
             # The address came with a resolution; the index may have moved the file since.
             moved = wheel.model_copy(update={"url": None})
-            file = self.find(moved)
-            save(self._session, moved, file, destination, policy=self._policy, progress=progress)
+            self._save(moved, self.find(moved), destination, progress)
+
+    def _save(self, wheel: LockedWheel, file: IndexFile, destination: Path, progress: Progress | None) -> None:
+        part = destination.with_name(f".{destination.name[:80]}.{uuid4().hex}.part")
+        try:
+            with _on_disk(wheel.filename), part.open("xb+", buffering=0) as content:
+                size = file.size if file.size is not None else wheel.size
+                target = _Target(wheel.filename, content, size=size, sha256=wheel.sha256, progress=progress)
+                self._receive(file.url, target, size or 0)
+            part.replace(destination)
+        finally:
+            part.unlink(missing_ok=True)
 
     def tail(self, wheel: LockedWheel, size: int) -> tuple[bytes, int]:
         """Return the last bytes of a wheel, at most `size`, and how many it has; they are not verified.
@@ -799,7 +481,30 @@ class IndexClient:
         Raises:
             WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had, or not in part.
         """
-        return tail(self._session, wheel.filename, self.find(wheel).url, size)
+        filename, url = wheel.filename, self.find(wheel).url
+        if url.startswith("file:"):
+            with _local(url, filename) as content:
+                whole = os.fstat(content.fileno()).st_size
+                content.seek(max(0, whole - size))
+                return content.read(size), whole
+        until = time.monotonic() + self._policy.deadline
+        try:
+            with self._answer(url, {"Range": f"bytes=-{size}"}, until) as response:
+                _check(response, filename)
+                part = _PART.fullmatch(str(response.headers.get("Content-Range", "")))
+                if response.status != HTTPStatus.PARTIAL_CONTENT or part is None:
+                    raise INDEX.unreachable_error(response.host, "it gives no part of a file")
+                begin, end, whole = map(int, part.groups())
+                received = bytearray()
+                for chunk in response.chunks():
+                    received += chunk
+                    if len(received) > size:
+                        break
+                if len(received) != end + 1 - begin or end + 1 != whole:
+                    raise INDEX.unreachable_error(response.host, "it sent another part than was requested")
+                return bytes(received), whole
+        except Retry as failure:
+            raise failure.error(filename) from failure
 
     def fetch(self, filename: str, url: str, destination: Path) -> None:
         """Write the wheel of an address, of which nothing is known, to `destination`.
@@ -814,7 +519,8 @@ class IndexClient:
             InvalidVersion: it is too large.
             TryAgain: the disk is full.
         """
-        fetch(self._session, filename, url, destination, policy=self._policy)
+        with _on_disk(filename), destination.open("xb", buffering=0) as content:
+            self._receive(url, _Target(filename, content, most=_MOST_BYTES), _MOST_BYTES >> 3)
 
     def digest(self, filename: str, url: str) -> tuple[str, int]:
         """Return the SHA-256 and the size of a file, which is read for that and not kept.
@@ -826,26 +532,96 @@ class IndexClient:
         Raises:
             WheelNotFound, ServiceUnavailable, PermissionRefused, InvalidSettings: it cannot be had.
         """
-        return digest(self._session, filename, url, policy=self._policy)
+        with Path(os.devnull).open("rb+", buffering=0) as nowhere:
+            target = _Target(filename, nowhere)
+            self._receive(url, target, 0)
+            return target.digest, target.written
 
     def _page(self, url: str) -> tuple[IndexFile, ...] | None:
-        def ask(_until: float) -> tuple[IndexFile, ...] | None:
-            with self._session.answer(url, {"Accept": ACCEPT}) as answer:
-                if answer.status_code in ABSENT:
+        def ask(until: float) -> tuple[IndexFile, ...] | None:
+            with self._answer(url, {"Accept": ACCEPT, "Accept-Encoding": "gzip"}, until) as response:
+                if response.status in _ABSENT:
                     return None
-                check(url, answer, "a project's page")
-                content = bytearray()
-                for chunk in chunks(url, answer, decoded=True):
-                    content += chunk
-                    if len(content) > _MOST_PAGE_BYTES:
-                        raise strange(url, f"with more than {_MOST_PAGE_BYTES:,} bytes for a project's page")
-                kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+                _check(response, "a project's page")
+                content = response.content(_MOST_PAGE_BYTES)
                 try:
-                    return parse_page(bytes(content), kind, str(answer.url))
+                    return parse_page(content, response.media_type, str(response.url))
                 except NoPage as error:
-                    raise strange(url, f"with {error} for a project's page") from error
+                    raise INDEX.unexpected_error(response.host, f"with {error} for a project's page") from error
 
-        return retried(f"a request to the package index {host_of(url)}", ask, policy=self._policy)
+        return retried(f"A request to the package index at {host_of(url)}", ask, policy=self._policy)
+
+    def _receive(self, url: str, target: _Target, expected: int) -> None:
+        """Write a file's content into `target`; time is given for `expected` bytes."""
+        if url.startswith("file:"):
+            with _local(url, target.name) as content:
+                while chunk := content.read(_CHUNK):
+                    target.write(chunk)
+        else:
+            what, seconds = f"The download of {target.name}", self._policy.seconds_for(expected)
+
+            def open_at(position: int, until: float) -> tuple[Response, int]:
+                return self._opened(url, target.name, position, until)
+
+            chunks = resumed(
+                what,
+                open_at,
+                policy=self._policy,
+                size=target.size,
+                seconds=seconds,
+                verified=target.is_verified,
+            )
+            for chunk in chunks:
+                target.write(chunk)
+        target.finish()
+
+    def _opened(self, url: str, name: str, position: int, until: float) -> tuple[Response, int]:
+        """Return the answer with a file's content from `position` on, and where it begins: 0 if ranges are unknown."""
+        with ExitStack() as stack:
+            headers = {"Range": f"bytes={position}-"} if position else {}
+            response = stack.enter_context(self._answer(url, headers, until))
+            misplaced = response.status == HTTPStatus.PARTIAL_CONTENT and not response.starts_at(position)
+            if position and (misplaced or response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
+                return self._opened(url, name, 0, until)
+            if response.status in _ABSENT:
+                message = f"{name} is not at the address that the package index gave (HTTP {response.status})."
+                raise WheelNotFound(message, remedy="Retry, or make a new lock with --rebuild.")
+            _check(response, name)
+            if response.headers.get("Content-Encoding", "identity").lower() not in {"identity", ""}:
+                message = f"{response.host} sends {name} in an encoding that was not requested."
+                raise ServiceUnavailable(message, remedy="Check what is between this machine and the index.")
+            stack.pop_all()
+            return response, position if response.status == HTTPStatus.PARTIAL_CONTENT else 0
+
+    def _answer(self, url: str, headers: Mapping[str, str], until: float) -> Response:
+        """Return the answer to a GET after redirects; the credential goes to its own origin and nowhere else.
+
+        Where the first address is not at an origin of the settings, a redirect to another origin gets none at all: its
+        server would otherwise decide what is requested elsewhere with our credential.
+
+        Raises:
+            Retry: there was none, in a way that may pass.
+            ServiceUnavailable, InvalidSettings: there was none, or a redirect that is not followed.
+        """
+        begun, own = origin_of(url), self._indexes.is_settings_own(url)
+        for _ in range(_MOST_STEPS):
+            self._indexes.check(url)
+            credential = self._indexes.credential(url) if own or origin_of(url) == begun else None
+            response = self._client.send("GET", url, until=until, headers=headers, basic=credential)
+            if not response.is_redirect:
+                return response
+            with response:
+                target = linked(str(response.url), response.headers["Location"])
+            if target is None or urlsplit(target).scheme not in {"https", urlsplit(url).scheme}:
+                how = "with a redirect away from HTTPS, or to an address that can be read in two ways"
+                raise INDEX.unexpected_error(response.host, how)
+            url = target
+        raise INDEX.unexpected_error(host_of(url), "with too many redirects")
+
+
+def host_of(url: str) -> str:
+    """Return an address's host and port."""
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _folder(index: IndexUrl) -> tuple[IndexFile, ...]:

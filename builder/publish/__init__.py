@@ -7,10 +7,12 @@ values, prints nothing and exits nowhere, so that a notebook or an Airflow task 
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from structlog.contextvars import bound_contextvars
 
@@ -31,10 +33,9 @@ from builder.errors import (
 from builder.log import get_logger, safe_line, stage, taken
 from builder.models.context import Progress, content_digest, sketch_context, write_context
 from builder.models.version import TAG_PLATFORMS, ModelVersion
-from builder.plan import Plan
+from builder.plan import Build, Plan
 from builder.process import remove_leftovers
-from builder.publish.inspect import artifacts_changed, changes, find, survey
-from builder.publish.push import push_and_tag, same_version
+from builder.publish.inspect import Prepared, artifacts_changed, changes, find, same_version, survey
 from builder.publish.record import Record
 from builder.reference import Platform, Reference
 from builder.settings import BuildSettings, CommonSettings, Settings, network
@@ -81,12 +82,38 @@ def publish(
     if settings.build_method != "wheels":
         refuse_untrusted(settings)
     with connected(settings) as services, workspace_of(settings) as workspace:
-        version = find(settings, services)
-        return publish_version(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+        version = find(services)
+        return publish_version(services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+
+
+def plan(settings: Settings, *, force: bool = False, rebuild: bool = False, check_push: bool = False) -> Plan:
+    """Return the whole plan of MODEL_NAME and MODEL_VERSION, with all that can be known beforehand; touch nothing.
+
+    Only what describes the model is downloaded, into a temporary folder: templates, requirements and local wheels.
+
+    Args:
+        settings: what the environment says.
+        force: as for a publish.
+        rebuild: as for a publish.
+        check_push: also open an upload in the repository and cancel it.
+
+    Raises:
+        BuilderError: what a publish would fail with, as far as it can be seen from here.
+    """
+    with connected(settings) as services, tempfile.TemporaryDirectory(prefix="builder-plan-") as folder:
+        version = find(services)
+        with planned(services, Workspace(Path(folder)), version, force=force, rebuild=rebuild) as prepared:
+            plan = prepared.plan
+            if prepared.recipe is not None:
+                from builder.publish.prepare import with_layers
+
+                plan = with_layers(services, prepared)
+        if check_push:
+            services.registries.for_host(plan.reference.repository.host).check_push(plan.reference.repository)
+    return plan
 
 
 def publish_version(
-    settings: Settings,
     services: Services,
     workspace: Workspace,
     version: ModelVersion,
@@ -102,14 +129,12 @@ def publish_version(
     taken()
     began = time.monotonic()
     # One for both: what fetch takes is no longer there for push. An engine has bounds of its own.
-    deadline = Deadline(Budget.of(settings), version)
-    plan = fetch(
-        settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress, deadline=deadline
-    )
+    deadline = Deadline(Budget.of(services.settings), version)
+    plan = fetch(services, workspace, version, force=force, rebuild=rebuild, progress=progress, deadline=deadline)
     if plan.made_by("dockerfile"):
         with stage("build"):
-            build(settings, workspace)
-    published = push(settings, services, workspace, deadline=deadline)
+            build(services.settings, workspace)
+    published = push(services, workspace, deadline=deadline)
     _tell_published(workspace.plan(), published, began)
     return published
 
@@ -130,7 +155,7 @@ def _tell_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
             event,
             image=str(plan.reference),
             **facts,
-            method=",".join(sorted({step.method for step in plan.platforms})),
+            method=",".join(sorted({step.method for step in plan.platforms if isinstance(step, Build)})),
             platforms=sorted(str(step.platform) for step in plan.platforms),
             seconds=round(time.monotonic() - began, 3),
         )
@@ -185,8 +210,65 @@ def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[
 # ---- fetch: MLflow read and write, registry pull
 
 
+@contextmanager
+def planned(
+    services: Services,
+    workspace: Workspace,
+    version: ModelVersion,
+    *,
+    force: bool = False,
+    rebuild: bool = False,
+    record: Record | None = None,
+) -> Iterator[Prepared]:
+    """Make the whole plan of one version: `builder plan` prints it, and fetch carries it out.
+
+    What describes the model is downloaded and judged, so that a version that cannot be published is refused before its
+    weights are here.
+
+    Args:
+        services: the clients to work through.
+        workspace: made ready for the plan; the description of the model is in it until the context is left.
+        version: which.
+        force: replace an image that another source, or somebody else, left under the tag.
+        rebuild: make the image again although it is there.
+        record: records that work begins, before anything is downloaded; then locks, and what is found out about base
+            images, are kept in the registry too. None changes nothing anywhere.
+
+    Raises:
+        InvalidVersion: the version cannot be published as it is.
+        ServiceUnavailable: a server is away, so that nobody can tell.
+        PermissionRefused: a server refuses a credential, which is not the same as an absent image.
+        BuilderError: another reason for which a publish would fail.
+    """
+    with stage("survey"):
+        plan, existing = survey(services, version, force=force, rebuild=rebuild)
+    workspace.prepare(keep_context=bool(plan.builds))
+    if not plan.builds:
+        found = changes(services, plan) if plan.action == "nothing" else []
+        yield Prepared(plan=plan.model_copy(update={"changes": tuple(found)}), existing=existing)
+        return
+    if record is not None:
+        record.started(plan)
+    services.smoke_tests.refuse(plan.all_platforms, asked_by_version=bool(version.tags.get(TAG_PLATFORMS)))
+    plan = plan.model_copy(update={"artifacts": services.catalog.artifacts(version)})
+    check_listing(services.settings, version, plan.artifacts)
+    if plan.action == "extend" and artifacts_changed(plan, plan.artifacts):
+        message = f"{version} has other artifacts now than its image was made from."
+        remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
+        raise InvalidVersion(message, remedy=remedy)
+    log.info("fetching", files=len(plan.artifacts), reason=plan.reason)
+    # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
+    with stage("imports"):
+        from builder.publish.prepare import prepare
+
+    with workspace.describing() as folder:
+        with stage("description"):
+            described = sketch_context(services.catalog, version, plan.artifacts, folder)
+        prepared = prepare(services, plan, folder, existing=existing, keep=record is not None)
+        yield replace(prepared, described=described)
+
+
 def fetch(
-    settings: Settings,
     services: Services,
     workspace: Workspace,
     version: ModelVersion,
@@ -199,8 +281,7 @@ def fetch(
     """Download the version's artifacts, render its Dockerfile, and write the plan.
 
     Args:
-        settings: what the environment says.
-        services: who is asked.
+        services: the clients to work through.
         workspace: where it is written to.
         version: which.
         force: replace an image that another source, or somebody else, left under the tag.
@@ -214,59 +295,37 @@ def fetch(
     Raises:
         BuilderError: what failed; it is recorded on the version as well.
     """
-    record = Record(services.catalog, version, settings.target, version.source_id())
-    deadline = deadline or Deadline(Budget.of(settings), version)
+    record = Record(services.catalog, version, services.settings.target, version.source_id())
+    deadline = deadline or Deadline(Budget.of(services.settings), version)
     with _lines_of(version, "fetch"), record.failures(), deadline.running():
-        with stage("survey"):
-            plan = survey(settings, services, version, force=force, rebuild=rebuild)
-        workspace.prepare(keep_context=bool(plan.builds))
-        if plan.builds:
-            record.started(plan)
-            services.smoke_tests.refuse(plan.all_platforms, asked_by_version=bool(version.tags.get(TAG_PLATFORMS)))
-            artifacts = services.catalog.artifacts(version)
-            check_listing(settings, version, artifacts)
-            if plan.action == "extend" and artifacts_changed(plan, artifacts):
-                message = f"{version} has other artifacts now than its image was made from."
-                remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
-                raise InvalidVersion(message, remedy=remedy)
-            log.info("fetching", files=len(artifacts), reason=plan.reason)
-            plan = _written(settings, services, workspace, plan.model_copy(update={"artifacts": artifacts}), progress)
-        elif plan.action == "nothing":
-            for change in changes(services, plan):
-                log.warning(change, reference=str(plan.reference))
+        with planned(services, workspace, version, force=force, rebuild=rebuild, record=record) as prepared:
+            plan = _written(services, workspace, prepared, progress) if prepared.plan.builds else prepared.plan
+        for change in plan.changes:
+            log.warning(change, reference=str(plan.reference))
         workspace.write_plan(plan)
     return plan
 
 
-def _written(
-    settings: Settings, services: Services, workspace: Workspace, plan: Plan, progress: Progress | None
-) -> Plan:
-    """Write the context, the Dockerfile and the recipe; return the plan with the method of every image.
+def _written(services: Services, workspace: Workspace, prepared: Prepared, progress: Progress | None) -> Plan:
+    """Write the context, the Dockerfile and the recipe; return the plan with the digest of the context.
 
-    What describes the model is downloaded and judged first, and then what the images need, so that a version that
-    cannot be published is refused before its weights are here. Weights may name modules, too: what was too large to be
-    read with the description is read when it is here.
+    Weights may name modules, too: what was too large to be read with the description is read when it is here.
     """
-    # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
-    with stage("imports"):
-        from builder.publish.fetch import by_methods
+    from builder.publish.prepare import lacks, prepare
 
-    with workspace.describing() as folder:
-        with stage("description"):
-            described = sketch_context(services.catalog, plan.version, plan.artifacts, folder)
-        made = by_methods(settings, services, plan, folder)
-        with stage("artifacts"):
-            write_context(described, made.needed, workspace.context, progress=progress)
-            workspace.change_context(made.changed)
-        if made.lacks(workspace.context):
-            made = by_methods(settings, services, plan, workspace.context)
-        with stage("artifacts"):
-            content = content_digest(workspace.context)
-    if made.dockerfile:
-        workspace.write_dockerfile(made.dockerfile)
-    if made.recipe is not None:
-        workspace.write_recipe(made.recipe.model_dump_json().encode())
-    return made.plan.model_copy(update={"content_digest": content})
+    with stage("artifacts"):
+        catalog = prepared.described or services.catalog
+        write_context(catalog, prepared.needed, workspace.context, progress=progress)
+        workspace.change_context(prepared.changed)
+    if lacks(prepared, workspace.context):
+        prepared = prepare(services, prepared.plan, workspace.context, existing=prepared.existing, keep=True)
+    with stage("artifacts"):
+        content = content_digest(workspace.context)
+    if prepared.dockerfile:
+        workspace.write_dockerfile(prepared.dockerfile)
+    if prepared.recipe is not None:
+        workspace.write_recipe(prepared.recipe.model_dump_json().encode())
+    return prepared.plan.model_copy(update={"content_digest": content})
 
 
 # ---- build: no credential
@@ -357,16 +416,13 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
 # ---- push: registry push, MLflow write
 
 
-def push(
-    settings: Settings, services: Services, workspace: Workspace, *, deadline: Deadline | None = None
-) -> Published:
+def push(services: Services, workspace: Workspace, *, deadline: Deadline | None = None) -> Published:
     """Push what build made, join the platforms, move the tag, and record the outcome.
 
     Names, tags and platforms come from the plan alone; the layouts are a stranger's.
 
     Args:
-        settings: what the environment says.
-        services: who is asked.
+        services: the clients to work through.
         workspace: what fetch and build have left.
         deadline: what it may take; the settings' budget where there is none.
 
@@ -374,16 +430,15 @@ def push(
         BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
     """
     plan = workspace.plan()
-    if settings.model_name not in {"", plan.version.name}:
-        message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {settings.model_name!r}."
+    name = services.settings.model_name
+    if name not in {"", plan.version.name}:
+        message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {name!r}."
         raise UsageError(message, remedy="Run fetch for the model that is to be pushed, in a workspace of its own.")
     with _lines_of(plan.version, "push"):
-        return _push(settings, services, workspace, plan, deadline or Deadline(Budget.of(settings), plan.version))
+        return _push(services, workspace, plan, deadline or Deadline(Budget.of(services.settings), plan.version))
 
 
-def _push(
-    settings: Settings, services: Services, workspace: Workspace, plan: Plan, deadline: Deadline
-) -> Published:  # fmt: skip
+def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadline) -> Published:
     record = Record.of_plan(services.catalog, plan.version, plan)
     with record.failures(), deadline.running():
         now = same_version(services, plan)
@@ -401,7 +456,9 @@ def _push(
             log.info("nothing to do", reference=str(tag), reason=plan.reason)
             digest, size = plan.observed, 0
         else:
-            digest, size = push_and_tag(settings, services, workspace, plan, record)
+            with stage("imports"):
+                from builder.publish.assemble import push_and_tag
+            digest, size = push_and_tag(services, workspace, plan, record)
     pinned = tag.repository.digest(digest)
     record.succeeded(plan, pinned)
     platforms = tuple(str(step.platform) for step in plan.platforms)
@@ -419,8 +476,8 @@ def run_fetch(
     with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
         began = time.monotonic()
         workspace.clear_plan()
-        version = find(settings, services)
-        plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+        version = find(services)
+        plan = fetch(services, workspace, version, force=force, rebuild=rebuild, progress=progress)
         size = sum(artifact.size or 0 for artifact in plan.artifacts)
         _tell_end(plan, "fetched", began, action=plan.action, reason=plan.reason, bytes=size)
         return plan
@@ -444,6 +501,6 @@ def run_push(settings: Settings) -> Published:
     """Run the push phase on the workspace that the settings name."""
     with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
         began = time.monotonic()
-        published = push(settings, services, workspace)
+        published = push(services, workspace)
         _tell_published(workspace.plan(), published, began)
         return published

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from builder.clients import Services, connected
+from builder.clients import Services
 from builder.dockerfile import select_engine
-from builder.errors import BuilderError, InvalidSettings
+from builder.errors import BuilderError, InvalidSettings, VersionNotFound
 from builder.log import get_logger
-from builder.models.context import listing_digest, sketch_context
+from builder.models.context import Described, listing_digest
 from builder.models.version import Artifact, Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.oci.base_image import published as read_published
-from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published, check, profile_for
+from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published, check_target, target_rules
 from builder.plan import Plan, decide
 from builder.reference import Reference
 from builder.settings import Settings
 
+if TYPE_CHECKING:
+    from builder.wheels.imports import NamedModules
+    from builder.wheels.recipe import Recipe
+
 log = get_logger("survey")
 
 
-def find(settings: Settings, services: Services) -> ModelVersion:
+def find(services: Services) -> ModelVersion:
     """Return the version that MODEL_NAME and MODEL_VERSION name.
 
     Raises:
         VersionNotFound: there is none.
     """
+    settings = services.settings
     return services.catalog.find(settings.model_name, check_version_text(settings.model_version))
 
 
+def same_version(services: Services, plan: Plan) -> ModelVersion:
+    """Return the plan's version as MLflow has it now.
+
+    Raises:
+        VersionNotFound: it was deleted, and perhaps another has its number.
+    """
+    now = services.catalog.find(plan.version.name, plan.version.version)
+    if now.created_ms != plan.version.created_ms:
+        message = f"{plan.version} was deleted and registered again while it was being published."
+        raise VersionNotFound(message, remedy="Publish it again.")
+    return now
+
+
 def survey(
-    settings: Settings, services: Services, version: ModelVersion, *, force: bool = False, rebuild: bool = False
-) -> Plan:
-    """Return what would happen, as far as the version and the registry's tag tell; nothing is downloaded.
+    services: Services, version: ModelVersion, *, force: bool = False, rebuild: bool = False
+) -> tuple[Plan, Published | None]:
+    """Return what has to happen, as far as the version and the registry's tag tell, and the image under the tag.
+
+    Args:
+        services: the clients to work through.
+        version: the version.
+        force: as for a publish.
+        rebuild: as for a publish.
 
     Raises:
         InvalidVersion: the version's tags cannot be used, the registry's tag holds another source's image, or the
             target takes no such platforms.
-        ServiceUnavailable: the registry is away, so nobody can tell what stands there.
+        ServiceUnavailable: the registry is away, so that nobody can tell what is there.
         PermissionRefused: the registry refuses the credential, which is not the same as an absent image.
     """
+    settings = services.settings
     reference = reference_of(settings, version)
     wanted = wanted_platforms(version, settings.target_platforms)
     Inputs.of(version)
@@ -51,13 +76,13 @@ def survey(
     )
     if decision.action in {"publish", "extend"}:
         # What can be told before anything is made; push looks at the images, too.
-        check(
-            profile_for(settings.target),
+        check_target(
+            target_rules(settings.target),
             reference=reference,
             platforms=[step.platform for step in decision.platforms],
             images=(),
         )
-    return Plan(
+    plan = Plan(
         version=version,
         target=settings.target,
         source_id=source_id,
@@ -69,37 +94,35 @@ def survey(
         wanted=wanted,
         platforms=decision.platforms,
     )
+    return plan, existing
 
 
-def preview(settings: Settings, *, force: bool = False, rebuild: bool = False, check_push: bool = False) -> Plan:
-    """Return the whole plan of MODEL_NAME and MODEL_VERSION, with all that can be known beforehand; touch nothing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A whole plan, and what it takes to carry it out.
 
-    Only what describes the model is downloaded, into a temporary folder: templates, requirements and local wheels.
-
-    Args:
-        settings: what the environment says.
-        force: as for a publish.
-        rebuild: as for a publish.
-        check_push: also open an upload in the repository and cancel it.
-
-    Raises:
-        BuilderError: what a publish would fail with, as far as it can be seen from here.
+    Attributes:
+        plan: the plan; a rendered Dockerfile and the bases are in it.
+        existing: the image under the tag when the plan was made; None for none.
+        dockerfile: the Dockerfile's bytes; empty where none is run.
+        recipe: of the images that are made of wheel layers; None where there are none.
+        needed: the artifacts that the images are made from: all for a Dockerfile of the version's own, else those of
+            the model and of the client.
+        changed: files of the model that are others in the image than they were logged, by path.
+        names: the modules that the version's files name, as far as they were read.
+        unread: paths of files that name modules, and were not there to be read.
+        described: gives the artifacts, those that planning has downloaded from where they are.
     """
-    # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
-    from builder.publish.fetch import by_methods, with_layers
 
-    with connected(settings) as services:
-        version = find(settings, services)
-        plan = survey(settings, services, version, force=force, rebuild=rebuild)
-        plan = plan.model_copy(update={"artifacts": services.catalog.artifacts(version)})
-        if plan.builds:
-            with tempfile.TemporaryDirectory(prefix="builder-plan-") as folder:
-                sketch_context(services.catalog, version, plan.artifacts, Path(folder))
-                made = by_methods(settings, services, plan, Path(folder), keep=False)
-                plan = made.plan if made.recipe is None else with_layers(settings, services, made.plan, made.recipe)
-        if check_push:
-            services.registries.for_host(plan.reference.repository.host).check_push(plan.reference.repository)
-    return plan
+    plan: Plan
+    existing: Published | None
+    needed: tuple[Artifact, ...] = ()
+    dockerfile: bytes = b""
+    recipe: Recipe | None = None
+    changed: Mapping[str, bytes] = field(default_factory=dict)
+    names: NamedModules | None = None
+    unread: tuple[str, ...] = ()
+    described: Described | None = None
 
 
 def changes(services: Services, plan: Plan) -> list[str]:

@@ -197,11 +197,11 @@ class _Reader:
         try:
             entries, _ = read_directory(file)
             for entry in entries:
-                if entry.name.rpartition("/")[2] in {"data.pkl", "schema.json"}:
-                    name, extra = _HEADER.unpack(read_at(file, entry.header, _HEADER.size))
-                    begin = entry.header + _HEADER.size + name + extra
-                    content = read_at(file, begin, min(entry.compressed, self._unpacked))
-                    self._packed(path, content, _stored if entry.method == STORED else _deflated)
+                if entry.orig_filename.rpartition("/")[2] in {"data.pkl", "schema.json"}:
+                    name, extra = _HEADER.unpack(read_at(file, entry.header_offset, _HEADER.size))
+                    begin = entry.header_offset + _HEADER.size + name + extra
+                    content = read_at(file, begin, min(entry.compress_size, self._unpacked))
+                    self._packed(path, content, _stored if entry.compress_type == STORED else _deflated)
         except (BadArchive, zlib.error, OSError):
             return
 
@@ -454,7 +454,7 @@ def _names(tail: bytes, whole: int) -> list[str]:
     with tempfile.TemporaryFile() as file:
         file.truncate(whole)
         os.pwrite(file.fileno(), tail, whole - len(tail))
-        return [entry.name for entry in read_directory(file.fileno())[0]]
+        return [entry.orig_filename for entry in read_directory(file.fileno())[0]]
 
 
 def _top(name: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -37,13 +37,14 @@ from builder.models.version import (
 )
 from builder.package_index.config import Indexes
 from builder.plan import Method
-from builder.reference import Digest, Reference
+from builder.reference import BasePattern, Digest, Reference, repository_component
 from builder.settings import Settings, network
 from builder.wheels.imports import NamedModules, read_named_modules
 from builder.wheels.lock import LOCK_VERSION, Lock
 from builder.wheels.pip_syntax import Required
 from builder.wheels.requirements import Requirements
 
+BuildMethod = Literal["auto", "dockerfile", "wheels"]
 MLFLOW = "mlflow"
 SKINNY = "mlflow-skinny"
 
@@ -200,6 +201,40 @@ PORT = 8080
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputSettings:
+    """What the settings say of a version's requirements, indexes and base image.
+
+    Attributes:
+        indexes: package indexes that the settings name.
+        full_mlflow: keep the whole MLflow where the model asks for it.
+        base_image: BASE_IMAGE.
+        allowed_base_images: which other base images a version may name.
+        component_of: gives the last component of a model's repository, which templates may name.
+    """
+
+    indexes: Indexes
+    full_mlflow: bool = False
+    base_image: str
+    allowed_base_images: tuple[BasePattern, ...] = ()
+    component_of: Callable[[str], str] = repository_component
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Return what the settings say.
+
+        Raises:
+            InvalidSettings: the indexes cannot be used.
+        """
+        return cls(
+            indexes=Indexes.of(network(settings), allowed=settings.allowed_indexes),
+            full_mlflow=settings.full_mlflow,
+            base_image=settings.base_image,
+            allowed_base_images=settings.allowed_base_images,
+            component_of=settings.component_of,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """What a version's artifacts ask for.
 
@@ -243,25 +278,24 @@ class Source:
         return self.client_command or _server_command(server_of(locked_release(lock.versions)))
 
     @classmethod
-    def of(cls, settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
+    def of(cls, settings: InputSettings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
         """Return what a version asks for.
 
         Args:
-            settings: what the environment says.
+            settings: what the settings say of it.
             version: the version.
             context: the folder its artifacts are in.
             paths: of its artifacts.
 
         Raises:
             InvalidVersion: the requirements cannot be used, or there are none; the base image is not allowed.
-            InvalidSettings: the indexes cannot be used.
         """
         inputs = Inputs.of(version)
         folder = find_model_folder(paths, inputs)
         inputs = inputs.model_copy(update={"model_folder": folder})
         client = client_command(context, template_variables(version, inputs, settings.component_of(version.name)))
         client_folder = inputs.client_folder if client else ""
-        configured = Indexes.of(network(settings), allowed=settings.allowed_indexes)
+        configured = settings.indexes
         asked = Requirements.read(context, folder, configured, client_folder=client_folder)
         folders = tuple(f"{each}/" for each in (folder, client_folder) if each)
         own = tuple(path for path in paths if path.startswith(folders))
@@ -297,11 +331,11 @@ class Source:
         )
 
 
-def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str]) -> Method:
+def chosen_method(asked: BuildMethod, version: ModelVersion, paths: Sequence[str]) -> Method:
     """Return how a version's image is made: by its template where it ships one, unless BUILD_METHOD says otherwise.
 
     Args:
-        settings: BUILD_METHOD is used.
+        asked: BUILD_METHOD.
         version: the version.
         paths: of its artifacts.
 
@@ -311,12 +345,12 @@ def chosen_method(settings: Settings, version: ModelVersion, paths: Sequence[str
     inputs = Inputs.of(version)
     templates = own_templates(inputs, paths)
     if not templates and not inputs.no_dockerfile:
-        _check_overlooked(settings, version, inputs, paths)
-    if settings.build_method == "auto":
+        _check_overlooked(asked, version, inputs, paths)
+    if asked == "auto":
         return "dockerfile" if templates else "wheels"
-    if settings.build_method == "wheels" and templates:
+    if asked == "wheels" and templates:
         _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
-    return settings.build_method
+    return asked
 
 
 def own_templates(inputs: Inputs, paths: Sequence[str]) -> set[str]:
@@ -338,11 +372,11 @@ def served(version: ModelVersion, artifacts: Sequence[Artifact]) -> tuple[Artifa
     return tuple(artifact for artifact in artifacts if artifact.path.startswith(folders))
 
 
-def _check_overlooked(settings: Settings, version: ModelVersion, inputs: Inputs, paths: Sequence[str]) -> None:
+def _check_overlooked(asked: BuildMethod, version: ModelVersion, inputs: Inputs, paths: Sequence[str]) -> None:
     """Raise InvalidVersion if the version's Dockerfile would be passed over without a word."""
     models = {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == MODEL_FILE}
     found = overlooked(paths, inputs.templates_folder, {inputs.client_folder, inputs.model_folder, *models})
-    if found and settings.build_method == "wheels":
+    if found and asked == "wheels":
         _log.warning("a Dockerfile is not used, since BUILD_METHOD is wheels", file=found[0].path)
         return
     if found:

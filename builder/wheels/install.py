@@ -1,29 +1,41 @@
-"""A wheel's layer: installed by pip's rules, and streamed.
+"""A wheel's layer: installed by pip's rules, with bytecode, and streamed.
 
-Memory is bounded by the chunk size, the wheel's list of files, and the processes that compile.
+Memory is bounded by the chunk size, the wheel's list of files, and the process that compiles.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from posixpath import dirname
+from typing import IO
 
 from installer.records import Hash, RecordEntry
 from installer.utils import Scheme as InstallerScheme
 from installer.utils import construct_record_file, fix_shebang
 
+from builder.errors import BuilderError, TryAgain
 from builder.oci.descriptor import BytesBlob
-from builder.oci.layer import Corrupt, Deflated, Layer, LayerWriter, Plain
-from builder.wheels.bytecode import LARGEST_SOURCE, Compilation, Compiler, Source
-from builder.wheels.shared_libraries import MOST_NOTE, Collector, Library, WheelLibraries, to_note
+from builder.oci.layer import Corrupt, Deflated, Layer, LayerWriter, Plain, zlib_identity
+from builder.wheels import bytecode as program
+from builder.wheels.shared_libraries import MOST_NOTE, Collector, WheelLibraries, to_note
 from builder.wheels.wheel import (
     ENVIRONMENT,
     INTERPRETER,
     Fingerprint,
+    InvalidWheel,
     Place,
     Scheme,
     Wheel,
@@ -38,7 +50,7 @@ from builder.wheels.zip import DEFLATED, Archive, BadArchive, Member, refuse
 def venv_layer(interpreter: str, python: str) -> tuple[Layer, BytesBlob]:
     """Return the layer of an environment without packages, and its content.
 
-    It is what `python -m venv --without-pip` leaves, as far as Python reads it
+    It has those files of `python -m venv --without-pip` that Python reads
     (https://docs.python.org/3/library/site.html: pyvenv.cfg).
 
     Args:
@@ -46,7 +58,7 @@ def venv_layer(interpreter: str, python: str) -> tuple[Layer, BytesBlob]:
         python: its version, `3.11`.
     """
     config = f"home = {dirname(interpreter)}\ninclude-system-site-packages = false\nversion = {python}\n".encode()
-    writer = LayerWriter()
+    writer = LayerWriter(compresses=False)
     chunks = [
         *writer.symlink(f"{ENVIRONMENT}/bin/python", interpreter),
         *writer.symlink(f"{ENVIRONMENT}/bin/python3", "python"),
@@ -58,46 +70,245 @@ def venv_layer(interpreter: str, python: str) -> tuple[Layer, BytesBlob]:
     return writer.layer, BytesBlob(b"".join(chunks))
 
 
+# Sources that are larger get no bytecode: the largest of real use have 3 MB, and compiling takes 100 times as much.
+LARGEST_SOURCE = 8 << 20
+# Processor time of one version's wheels. 200 MB of sources, more than most environments have, take 22 s.
+_MOST_SECONDS = 600.0
+# No environment, so no variable of Python's but the seed, which -I would ignore; no site-packages, no bytecode written.
+_FLAGS = ("-S", "-P", "-s", "-B", "-Wignore")
+_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+
+
+class Budget:
+    """Processor time that all compiling for a version shares.
+
+    Args:
+        seconds: the whole of it.
+    """
+
+    def __init__(self, seconds: float = _MOST_SECONDS) -> None:
+        self.seconds = seconds
+        self._spent = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; negative where more was spent."""
+        with self._lock:
+            return self.seconds - self._spent
+
+    def spend(self, seconds: float) -> None:
+        """Take some of it."""
+        with self._lock:
+            self._spent += seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiler:
+    """Compiles wheels' Python files for a model's Python, each wheel in a process that is bounded in time and memory.
+
+    A source that does not compile has no bytecode, as with pip. A source that takes too much time or crashes the
+    process refuses its wheel: without this, the layer would depend on the machine's speed.
+
+    Attributes:
+        identity: a word for all that decides the bytecode: letters, digits, '.', '_' and '-'.
+        cache_tag: the tag in a compiled file's name: `cpython-311`.
+        seconds: processor time that one source may take, and as much again for each MiB of it; a wheel may take three
+            times that, and as much again for each MiB of its sources.
+        budget: processor time that all wheels share.
+    """
+
+    identity: str
+    cache_tag: str
+    seconds: int = 10
+    budget: Budget = field(default_factory=Budget, compare=False, repr=False)
+
+    @classmethod
+    def find(cls, python: str) -> Compiler | None:
+        """Return a compiler for a model's Python; None where this interpreter has another minor version.
+
+        Args:
+            python: the model's Python: `3.11`.
+        """
+        identity = _identity()
+        if not identity.startswith(f"cpython-{python}."):
+            return None
+        return cls(identity=identity, cache_tag=str(sys.implementation.cache_tag))
+
+    def compiled_path(self, path: str) -> str:
+        """Return the path of a source's bytecode: `a/__pycache__/b.cpython-311.pyc` for `a/b.py`."""
+        folder, _, name = path.rpartition("/")
+        return f"{folder}/__pycache__/{name.removesuffix('.py')}.{self.cache_tag}.pyc"
+
+    @contextlib.contextmanager
+    def compile(self, wheel: str, file: int, sources: Sequence[Place]) -> Iterator[Compilation]:
+        """Compile sources in the background for as long as the context lasts.
+
+        Args:
+            wheel: its file's name.
+            file: descriptor of its file.
+            sources: what to compile, in the order that decides the result.
+        """
+        members = [(source.member, f"/{source.path}") for source in sources if source.member]
+        jobs = [(member.offset, member.compressed, member.method, member.size, path) for member, path in members]
+        allowed = self.seconds * (3 + sum(member.size for member, _ in members) / (1 << 20))
+        left = self.budget.left
+        seconds = max(1, math.ceil(min(allowed, left)))
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+            given.write(json.dumps(jobs).encode())
+            given.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, *_FLAGS, program.__file__, *map(str, (file, os.getpid(), self.seconds, seconds))],
+                stdin=given,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                env=_ENVIRONMENT,
+                pass_fds=(file,),
+                start_new_session=True,
+            )
+            try:
+                yield Compilation(
+                    process=process,
+                    output=output,
+                    wheel=wheel,
+                    paths=[path for _, path in members],
+                    allowed=allowed if allowed <= left else None,
+                    budget=self.budget,
+                )
+            finally:
+                process.kill()
+                process.wait()
+
+
+def _identity() -> str:
+    """Return the interpreter's version, and a digest of its magic number and of its zlib's output for a given text.
+
+    Builds of zlib differ in their output.
+    """
+    lines = (hashlib.sha256(b"%d" % number).hexdigest()[: 7 + number % 50] for number in range(2000))
+    state = hashlib.sha256(importlib.util.MAGIC_NUMBER)
+    state.update(program.deflated(" ".join(lines).encode() * 2))
+    info = sys.version_info
+    version = f"{info.major}.{info.minor}.{info.micro}"
+    if info.releaselevel != "final":
+        version += f"-{info.releaselevel}{info.serial}"
+    return f"{sys.implementation.name}-{version}-{state.hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compilation:
+    """The bytecode of a wheel's sources. Iterate over it once, in their order; the first is there when all are.
+
+    Attributes:
+        process: compiles them.
+        output: what it writes.
+        wheel: the wheel's file name.
+        paths: of the sources, in the image.
+        allowed: processor time that the wheel may take; None where the budget has less.
+        budget: processor time that all wheels share.
+    """
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    wheel: str
+    paths: Sequence[str]
+    allowed: float | None
+    budget: Budget
+
+    def __iter__(self) -> Iterator[Deflated | None]:
+        """Wait for the bytecode, and yield it; None for a source that has none.
+
+        Raises:
+            InvalidWheel: a source took too much time, or crashed the process.
+            TryAgain: the process was ended from outside, or had no room for its output.
+        """
+        # Not `wait`, which does not say how much time the process took. There is no child where `kill_descendants` was
+        # first.
+        with contextlib.suppress(ChildProcessError):
+            _, status, usage = os.wait4(self.process.pid, 0)
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self.budget.spend(usage.ru_utime + usage.ru_stime)
+        self.output.seek(0)
+        for path in self.paths:
+            head = self.output.read(program.FRAME.size)
+            size, crc, length = program.FRAME.unpack(head) if len(head) == program.FRAME.size else (0, 0, 1)
+            stream = self.output.read(length)
+            if len(stream) != length:
+                raise self._failure(path)
+            yield Deflated(chunks=[stream], size=size, crc=crc) if size else None
+        if self.budget.left < 0:
+            raise self._slow(self.paths[-1])
+
+    def _failure(self, path: str) -> BuilderError:
+        """Return what ended the process at a source."""
+        status = self.process.returncode
+        if status == -signal.SIGXCPU:
+            return self._slow(path)
+        if status == -signal.SIGPROF:
+            return self._invalid(f"Its source {path} takes too much time to compile.")
+        remedy = "Give it more memory, or publish without bytecode."
+        if status == program.UNAVAILABLE:
+            message = f"The bytecode of {self.wheel} cannot be written to the temporary folder."
+            remedy = "Free space there, or name a larger one in TMPDIR."
+        elif status == -signal.SIGALRM:
+            message = f"Compiling {path} of {self.wheel} has not ended after {program.PATIENCE} s."
+        elif status in {None, -signal.SIGKILL, -signal.SIGTERM}:
+            # SIGKILL is the system's answer to too little memory, and says nothing of the source.
+            message = f"Compiling {self.wheel} was ended from outside, perhaps for want of memory."
+        else:
+            return self._invalid(
+                f"Its source {path} ends the compiler (status {status}, with {program.MEMORY >> 20} MiB of memory)."
+            )
+        return TryAgain(message, remedy=remedy)
+
+    def _slow(self, path: str) -> InvalidWheel:
+        why = f"The sources of the version's wheels take more than {self.budget.seconds:.0f} s of processor time"
+        if self.allowed is not None and self.budget.left >= 0:
+            why = f"Its sources take more than {self.allowed:.0f} s of processor time to compile"
+        return self._invalid(f"{why}; the last one was {path}.")
+
+    def _invalid(self, why: str) -> InvalidWheel:
+        message = f"The wheel {self.wheel} cannot be compiled: {why}"
+        return InvalidWheel(message, remedy="Pin another version of it, or publish without bytecode.")
+
+
+# Part of the key of every layer. A change of a layer's content, of its bytes or of its note is a new layout.
+LAYOUT = 3
+
+
+def layer_key(wheel_hash: str, *, python: str, bytecode: Compiler | None = None) -> str:
+    """Return the name of a wheel's layer, made of all that decides its bytes.
+
+    It is a word of letters, digits, '.', '_' and '-', at most 128 of them, and so a tag.
+
+    Args:
+        wheel_hash: SHA-256 of the wheel, 64 hexadecimal digits.
+        python: the model's Python: `3.11`.
+        bytecode: the compiler of the bytecode in it; None for a layer without.
+    """
+    return f"{wheel_hash}-l{LAYOUT}-z{zlib_identity()}-{bytecode.identity if bytecode else f'py{python}'}"
+
+
 _INSTALLER = b"model-image-builder\n"
 _PYTHON = b"#!python"
 _LONGEST_LINE = 1 << 12
 
 
 class WheelLayer:
-    """A wheel's layer: iterate over it once or more to get its bytes, and ask for `layer` when one pass is over.
-
-    The files stand in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+    """The layer of one wheel or several. Iterate over it, once or more, for its bytes; `layer` is known after one pass.
 
     Args:
-        wheel: the wheel.
+        wheels: in their order in the layer; of two files in one place, the first is kept.
         python: the model's Python: `3.11`.
-        bytecode: what compiles; None for a layer without bytecode.
+        bytecode: the compiler; None for a layer without bytecode.
 
     Raises:
-        InvalidWheel: a file goes nowhere, or where another one goes.
+        InvalidWheel: a file has no destination, or that of another.
     """
 
-    def __init__(self, wheel: Wheel, *, python: str, bytecode: Compiler | None = None) -> None:
-        self._wheel = wheel
-        self._python = python
-        self._compiler = bytecode
+    def __init__(self, *wheels: Wheel, python: str, bytecode: Compiler | None = None) -> None:
+        self._contents = [_Content(wheel, python, bytecode) for wheel in wheels]
         self._layer: Layer | None = None
-        self._libraries: tuple[Library, ...] = ()
-        self._without_bytecode: tuple[str, ...] = ()
-        self._misrecorded: tuple[str, ...] = ()
-        self._scheme = Scheme(python, wheel.metadata)
-        with named(wheel.filename):
-            self._places = places(self._scheme, wheel.members, wheel.metadata)
-        self._scripts = {script.name: script for script in wheel.metadata.scripts}
-        self._sources: tuple[Source, ...] = ()
-        self._compiled: tuple[str, ...] = ()
-        if bytecode:
-            self._sources = tuple(
-                Source(member=place.member, path=f"/{place.path}")
-                for place in self._places
-                if place.wants_bytecode and place.member and place.member.size <= LARGEST_SOURCE
-            )
-            self._compiled = tuple(bytecode.compiled_path(source.path[1:]) for source in self._sources)
 
     @property
     def layer(self) -> Layer:
@@ -107,77 +318,109 @@ class WheelLayer:
             RuntimeError: the bytes have not been read to their end.
         """
         if self._layer is None:
-            message = f"The layer of {self._wheel.filename} has not been read to its end."
+            message = "The layer has not been read to its end."
             raise RuntimeError(message)
         return self._layer
 
     @property
     def without_bytecode(self) -> tuple[str, ...]:
-        """The sources that did not compile, known when the bytes have been read to their end."""
-        return self._without_bytecode
+        """The sources that did not compile, known after one pass."""
+        return tuple(path for content in self._contents for path in content.without_bytecode)
 
     @property
-    def libraries(self) -> WheelLibraries:
-        """The wheel's shared libraries, known when the bytes have been read to their end.
-
-        Where they are more than a note takes, only so many of them that this shows.
-        """
-        return WheelLibraries(self._wheel.filename, self._libraries)
+    def libraries(self) -> tuple[WheelLibraries, ...]:
+        """Each wheel's shared libraries, known after one pass; where a note cannot hold them, not all of them."""
+        return tuple(content.libraries for content in self._contents)
 
     @property
-    def misrecorded(self) -> tuple[str, ...]:
-        """The files that are others than the wheel's RECORD says, known when the bytes have been read to their end.
+    def misrecorded(self) -> dict[str, tuple[str, ...]]:
+        """The files that differ from their wheel's RECORD, by the wheel's file name; known after one pass.
 
-        pip and uv install such wheels, the official ones of torch 1.7 to 1.12 among them, whose METADATA was changed
-        after it was listed. The wheel's own hash vouches for them; the layer's RECORD has the true ones.
+        pip and uv install such wheels, such as the official ones of torch 1.7 to 1.12, which have a METADATA that was
+        changed after it was listed. The wheel's own hash vouches for the files; the layer's RECORD has their hashes.
         """
-        return self._misrecorded
+        return {content.wheel.filename: content.misrecorded for content in self._contents if content.misrecorded}
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the layer's bytes in chunks of about 256 KiB.
 
-        What was yielded is a layer only when the iteration ends; whoever sends it must finish nothing before.
+        The bytes are a layer only when the iteration ends: an upload must not be finished before.
 
         Raises:
-            InvalidWheel: a file is not what the archive says of it, or ends the compiler.
+            InvalidWheel: a file differs from its declaration, or ends the compiler.
             TryAgain: the compiler was ended from outside.
         """
-        writer = LayerWriter()
-        yield from self.write(writer, set())
+        writer, taken, room = LayerWriter(), set[str](), MOST_NOTE
+        for content in self._contents:
+            yield from content.write(writer, taken, room)
+            room -= content.libraries.size
         yield from writer.finish()
-        self._layer = replace(writer.layer, note=to_note([self.libraries]))
+        self._layer = replace(writer.layer, note=to_note(self.libraries))
 
-    def write(self, writer: LayerWriter, taken: set[str], *, room: int = MOST_NOTE) -> Iterator[bytes]:
-        """Write the wheel's files into a layer that may hold other wheels too; errors as in iterating.
+
+class _Content:
+    """The content of one wheel's part of a layer.
+
+    It has the files in the order of their paths, then INSTALLER, the bytecode, and RECORD, which lists them all.
+
+    Args:
+        wheel: the wheel.
+        python: the model's Python.
+        compiler: the compiler; None for a layer without bytecode.
+    """
+
+    def __init__(self, wheel: Wheel, python: str, compiler: Compiler | None) -> None:
+        self.wheel = wheel
+        self.libraries = WheelLibraries(wheel.filename, ())
+        self.without_bytecode: tuple[str, ...] = ()
+        self.misrecorded: tuple[str, ...] = ()
+        self._python = python
+        self._compiler = compiler
+        self._scheme = Scheme(python, wheel.metadata)
+        with named(wheel.filename):
+            self._places = places(self._scheme, wheel.members, wheel.metadata)
+        self._scripts = {script.name: script for script in wheel.metadata.scripts}
+        self._sources: tuple[Place, ...] = ()
+        self._compiled: tuple[str, ...] = ()
+        if compiler:
+            self._sources = tuple(
+                place
+                for place in self._places
+                if place.wants_bytecode and place.member and place.member.size <= LARGEST_SOURCE
+            )
+            self._compiled = tuple(compiler.compiled_path(source.path) for source in self._sources)
+
+    def write(self, writer: LayerWriter, taken: set[str], room: int) -> Iterator[bytes]:
+        """Write the wheel's files into a layer; errors as in `WheelLayer`.
 
         Args:
             writer: writes the layer.
-            taken: the paths that are in the layer already, directories with a slash at their end; the wheel's are
-                added. What is there is left as it is, and hides what of the wheel it would hide from a layer above.
+            taken: the paths in the layer, directories with a slash at their end; the wheel's are added. A file of the
+                wheel is left out where a layer above would hide it.
             room: characters that the layer's note has for the wheel's libraries.
         """
-        with named(self._wheel.filename), opened(self._wheel.path) as file, contextlib.ExitStack() as stack:
+        with named(self.wheel.filename), opened(self.wheel.path) as file, contextlib.ExitStack() as stack:
             archive = Archive(file)
-            if archive.members != self._wheel.members:
+            if archive.members != self.wheel.members:
                 refuse("it has changed since it was opened")
             compilation = None
             if self._compiler and self._sources:
                 # Compiling goes on beside what follows, and is waited for at the end.
-                compilation = stack.enter_context(self._compiler.compile(file, self._sources))
-            libraries = Collector(self._places, self._python, self._wheel.path.parent, room)
-            installation = _Installation(writer, archive, self._wheel, self._scheme, libraries)
-            # Bytecode that came with the wheel would not be believed beside ours, and has its place.
+                compilation = stack.enter_context(self._compiler.compile(self.wheel.filename, file, self._sources))
+            libraries = Collector(self._places, self._python, self.wheel.path.parent, room)
+            installation = _Installation(writer, archive, self.wheel, self._scheme, libraries)
+            # The wheel's own bytecode of this Python, in whose place ours goes.
             replaced = frozenset(self._compiled)
             for place in self._places:
                 if _hidden(place.path, taken):
                     libraries.hide(place)
-                    continue  # pip's later one would win, in an order that nobody promises
+                    continue  # with pip the last one stays, in an order that nobody promises
                 if place.member is None:
                     script = self._scripts[place.path.rpartition("/")[2]]
                     yield from installation.own(place, script.generate(INTERPRETER, "posix")[1])
                 elif place.path not in replaced:
                     yield from installation.file(place, place.member)
-            info = self._wheel.metadata.dist_info
+            info = self.wheel.metadata.dist_info
             described = not _hidden(f"{self._scheme.root}/{info}/RECORD", taken)
             if described:
                 yield from installation.own(self._scheme.place("purelib", f"{info}/INSTALLER"), _INSTALLER)
@@ -188,24 +431,23 @@ class WheelLayer:
             written = {*(place.path for place in self._places), *self._compiled}
             written = {path for path in written if not _hidden(path, taken)}
             taken.update(written, *map(_above, written))
-            self._libraries = libraries.libraries
-            self._misrecorded = tuple(installation.misrecorded)
+            self.libraries = WheelLibraries(self.wheel.filename, libraries.libraries)
+            self.misrecorded = tuple(installation.misrecorded)
 
     def _bytecode(self, installation: _Installation, compilation: Compilation, taken: set[str]) -> Iterator[bytes]:
         missing = []
-        for number, path in enumerate(self._compiled):
-            content = compilation.result(number)
+        for source, path, content in zip(self._sources, self._compiled, compilation, strict=True):
             if _hidden(path, taken):
                 continue
             if content is None:
-                missing.append(self._sources[number].path)
+                missing.append(f"/{source.path}")
             else:
                 yield from installation.bytecode(path, content)
-        self._without_bytecode = tuple(missing)
+        self.without_bytecode = tuple(missing)
 
 
 class _Installation:
-    """One pass: writes files into a layer, and remembers them for RECORD."""
+    """One pass: writes files into a layer, and collects their entries for RECORD."""
 
     def __init__(
         self, writer: LayerWriter, archive: Archive, wheel: Wheel, scheme: Scheme, libraries: Collector
@@ -245,7 +487,7 @@ class _Installation:
         self._entries.append(RecordEntry(place.record, fingerprint.found(), member.size))
 
     def own(self, place: Place, content: bytes) -> Iterator[bytes]:
-        """Write a small file that does not come from the wheel."""
+        """Write a small file that is not in the wheel."""
         yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)), executable=place.executable)
         digest = hashlib.sha256(content).digest()
         self._entries.append(RecordEntry(place.record, Hash("sha256", encoded(digest)), len(content)))
@@ -264,7 +506,7 @@ class _Installation:
         yield from self.writer.file(place.path, Plain(chunks=[content], size=len(content)))
 
     def _script(self, place: Place, member: Member, line: bytes, fingerprint: Fingerprint) -> Iterator[bytes]:
-        """Write a script whose first line names the environment's interpreter in the place of `#!python`."""
+        """Write a script, with the environment's interpreter in the place of `#!python`."""
         with fix_shebang(io.BytesIO(line), INTERPRETER) as fixed:
             first = fixed.read()
         written = hashlib.sha256()
@@ -305,7 +547,7 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _first_line(archive: Archive, member: Member) -> bytes | None:
-    """Return a script's first line with its end, if an interpreter has to be put into it."""
+    """Return a script's first line with its end, if it is `#!python`."""
     head = b""
     for chunk in archive.content(member):
         head += chunk
@@ -317,37 +559,3 @@ def _first_line(archive: Archive, member: Member) -> bytes | None:
         if len(head) > _LONGEST_LINE:
             refuse(f"the first line of {member.name!r} has no end")
     return head if head.startswith(_PYTHON) else None
-
-
-class GroupLayer:
-    """One layer of several wheels: iterate over it to get its bytes, and ask for `layer` when one pass is over.
-
-    Args:
-        wheels: in the order in which they stand in it; of two files in one place, the first is kept.
-    """
-
-    def __init__(self, wheels: Sequence[WheelLayer]) -> None:
-        self._wheels = wheels
-        self._layer: Layer | None = None
-
-    @property
-    def layer(self) -> Layer:
-        """Digests and sizes; raises RuntimeError before the bytes have been read to their end."""
-        if self._layer is None:
-            message = "The layer has not been read to its end."
-            raise RuntimeError(message)
-        return self._layer
-
-    @property
-    def without_bytecode(self) -> tuple[str, ...]:
-        """The sources that did not compile, known when the bytes have been read to their end."""
-        return tuple(path for wheel in self._wheels for path in wheel.without_bytecode)
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield the layer's bytes in chunks of about 256 KiB; errors as in `WheelLayer`."""
-        writer, taken, room = LayerWriter(), set[str](), MOST_NOTE
-        for wheel in self._wheels:
-            yield from wheel.write(writer, taken, room=room)
-            room -= wheel.libraries.size
-        yield from writer.finish()
-        self._layer = replace(writer.layer, note=to_note(wheel.libraries for wheel in self._wheels))

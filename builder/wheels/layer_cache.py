@@ -1,4 +1,4 @@
-"""From locked wheels to layers in a registry: the known are reused, the rest downloaded, made and pushed."""
+"""A cache of wheels' layers in a registry: known layers are reused, others are made from downloaded wheels."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import hashlib
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-import httpx
+import httpx2
 
 from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
 from builder.log import get_logger, moved, stage
@@ -26,10 +26,9 @@ from builder.package_index.client import IndexClient
 from builder.package_index.wheel_file import LockedWheel
 from builder.parallel import side_by_side
 from builder.reference import Repository
-from builder.wheels.bytecode import Compiler
-from builder.wheels.install import GroupLayer, WheelLayer
+from builder.wheels.install import Compiler, WheelLayer, layer_key
 from builder.wheels.shared_libraries import from_note
-from builder.wheels.wheel import InvalidWheel, layer_key, open_wheel
+from builder.wheels.wheel import InvalidWheel, open_wheel
 
 # Few, so that most wheels keep a layer of their own; more than one, so that a change does not make all of it again.
 _SHARED = 4
@@ -37,24 +36,20 @@ _SHARED = 4
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Wheels that share a layer, in the order of their names.
-
-    Attributes:
-        wheels: one or more.
-    """
+    """One wheel or more that share a layer, in the order of their names."""
 
     wheels: tuple[LockedWheel, ...]
 
     @property
     def source(self) -> str:
-        """What the layer is made from: a wheel's SHA-256, or a hash of those of several; 64 hexadecimal digits."""
+        """The key of the layer's content: a wheel's SHA-256, or a hash of several; 64 hexadecimal digits."""
         if len(self.wheels) == 1:
             return self.wheels[0].sha256
         return hashlib.sha256("\n".join(wheel.sha256 for wheel in self.wheels).encode()).hexdigest()
 
     @property
     def size(self) -> int:
-        """Bytes of the wheels, as far as they are known."""
+        """Bytes of the wheels; one of unknown size counts as empty."""
         return sum(wheel.size or 0 for wheel in self.wheels)
 
     @property
@@ -64,14 +59,14 @@ class Group:
 
 
 def grouped(wheels: Iterable[LockedWheel], most: int) -> tuple[Group, ...]:
-    """Return wheels in groups, each of which is a layer; the same wheels always give the same groups.
+    """Return wheels in groups, one for each layer; the same wheels always give the same groups.
 
-    Where there are more wheels than layers, the smallest share some: which one is decided by their name, so that a new
+    Where there are more wheels than layers, the smallest share some. A wheel's name decides which, so that a new
     version of one wheel leaves the others together.
 
     Args:
         wheels: each once.
-        most: the most layers, more than 4.
+        most: the largest number of layers, more than 4.
     """
     ordered = sorted(wheels, key=lambda wheel: wheel.name)
     if len(ordered) <= most:
@@ -89,8 +84,8 @@ def grouped(wheels: Iterable[LockedWheel], most: int) -> tuple[Group, ...]:
 _log = get_logger("wheels")
 _LOOKING = 16
 _MAKING = 6
-# Bytes of the wheels that layers are made from at a time, unless one is larger; what is in the temporary folder is
-# about twice that. An environment of torch for GPUs has ten wheels of 200 to 900 MB.
+# Bytes of the wheels that are made into layers at a time, unless one is larger; the temporary folder has about twice
+# that. An environment of torch for GPUs has ten wheels of 200 to 900 MB.
 _MOST_BYTES = 1 << 30
 _SECONDS = 60.0
 _SHOWN = 200
@@ -100,14 +95,14 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class Traffic:
-    """What was moved; counted by several threads.
+class Transfers:
+    """Counts of layers and bytes.
 
     Attributes:
         known: layers that the registry had.
         made: layers that were made.
-        received: bytes of wheels that were downloaded.
-        sent: bytes of layers that were pushed.
+        received: bytes of downloaded wheels.
+        sent: bytes of pushed layers.
     """
 
     known: int = 0
@@ -118,53 +113,53 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is kept, held against what it should be.
+    """The comparison of a cached item with a new derivation of it.
 
     Attributes:
-        state: `missing` is what is not kept, or has lost its content; `not derivable` what nobody can make again, such
-            as the layer of a wheel that no index has.
-        detail: how it differs, or why it cannot be told; empty elsewhere.
+        state: `missing` if it is not in the cache, or has lost its content; `not derivable` if it cannot be made again,
+            such as the layer of a wheel that no index has.
+        detail: the difference, or why it is not derivable; empty elsewhere.
     """
 
     state: Literal["same", "different", "missing", "not derivable"]
     detail: str = ""
 
 
-class Room:
-    """Room that threads share: those for whom there is none wait until others give theirs back.
+class ByteSemaphore:
+    """A semaphore that counts bytes.
 
     Args:
-        most: how much there is. Who wants more than that gets it alone.
+        most: bytes that may be held at a time. A thread that needs more waits until nobody else holds any.
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._used = most, 0
+        self._most, self._held = most, 0
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        """Take room for as long as the context lasts."""
+    def acquired(self, size: int) -> Iterator[None]:
+        """Hold so many bytes for as long as the context lasts."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + size <= self._most)
-            self._used += size
+            self._changed.wait_for(lambda: not self._held or self._held + size <= self._most)
+            self._held += size
         try:
             yield
         finally:
             with self._changed:
-                self._used -= size
+                self._held -= size
                 self._changed.notify_all()
 
 
 class WheelLayers:
-    """The layers of wheels, kept in a registry. A context manager that removes its temporary files.
+    """The layers of wheels, cached in a registry. A context manager that removes its temporary files.
 
     Args:
-        store: where layers are kept.
-        client: asks package indexes.
+        store: the cache.
+        client: downloads wheels.
         python: the model's Python, `3.11`.
         compiler: makes the bytecode; None for layers without.
-        folder: where wheels and layers stand while they are made: twice 1 GiB, or twice the largest wheel, and at most
-            112 MiB of a shared library for each that is being read.
+        folder: for wheels and layers in the making: twice 1 GiB, or twice the largest wheel, and at most 112 MiB for
+            each shared library that is being read.
     """
 
     def __init__(
@@ -183,19 +178,19 @@ class WheelLayers:
         # Where the process is asked to end, threads still write there.
         self._temporary = tempfile.TemporaryDirectory(prefix="wheels-", dir=folder, ignore_cleanup_errors=True)
         self._lock = threading.Lock()
-        self._room = Room(_MOST_BYTES)
-        self.traffic = Traffic()
+        self._in_work = ByteSemaphore(_MOST_BYTES)
+        self.transfers = Transfers()
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what is left of temporary files."""
+        """Remove the temporary files."""
         self._temporary.cleanup()
 
     def key(self, group: Group) -> str:
-        """Return the tag that a group's layer is kept under."""
+        """Return the tag of a group's layer."""
         return layer_key(group.source, python=self._python, bytecode=self._compiler)
 
     def known(self, groups: Iterable[Group]) -> dict[str, Layer]:
@@ -204,56 +199,54 @@ class WheelLayers:
         return {source: layer for source, layer in found if layer is not None}
 
     def placed(self, groups: Iterable[Group], repository: Repository | None) -> dict[str, Layer]:
-        """Return the layers of groups by their sources; each is in the store, and in a repository, when this returns.
+        """Return the layers of groups by their sources, when each is in the cache and in a repository.
 
         Args:
-            groups: what is wanted.
-            repository: the repository that is to have the layers; None for the store alone.
+            groups: the groups.
+            repository: the repository that is to have the layers; None for the cache alone.
 
         Raises:
             InvalidWheel: a wheel cannot be installed.
-            WheelNotFound, WheelMismatch: an index does not have it any more.
-            BuilderError: an index or the registry cannot be had.
+            WheelNotFound, WheelMismatch: an index no longer has a wheel.
+            BuilderError: an index or the registry fails.
         """
         wanted = _unique(groups)
         with stage("lookups"):
             looked = dict(_together(lambda group: self._taken(group, repository), wanted))
         layers = {source: layer for source, layer in looked.items() if layer is not None}
         missing = {source: group for source, group in wanted.items() if source not in layers}
-        self.traffic.known += len(layers)
+        self.transfers.known += len(layers)
         if missing:
             size = sum(group.size for group in missing.values())
             _log.info("making wheel layers", layers=len(missing), known=len(layers), wheel_bytes=size)
             moved("wheels", more=size)
             moved("layers", more=len(missing))
-        compiler = self._one_each(len(missing))
         with stage("wheel layers"):
-            made = dict(_together(lambda group: self._made(group, repository, compiler), missing, threads=_MAKING))
+            made = dict(_together(lambda group: self._made(group, repository), missing, threads=_MAKING))
         return {**layers, **made}
 
     def verified(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Verdict]]:
-        """Make the layers of groups again, and hold what is kept against them; yield each group as it is done.
+        """Make the layers of groups again, and compare them with those in the cache; yield each group when it is done.
 
-        Nothing is written to the registry. Where no layer is kept, nothing is downloaded.
+        Nothing is written to the registry. Where no layer is in the cache, nothing is downloaded.
 
         Raises:
-            BuilderError: an index or the registry cannot be had.
+            BuilderError: an index or the registry fails.
         """
         unique = _unique(groups)
-        compiler = self._one_each(len(unique))
-        for source, verdict in _together(lambda group: self._verdict(group, compiler), unique, threads=_MAKING):
+        for source, verdict in _together(self._verdict, unique, threads=_MAKING):
             yield unique[source], verdict
 
-    def _verdict(self, group: Group, compiler: Compiler | None) -> Verdict:
+    def _verdict(self, group: Group) -> Verdict:
         registry, repository = self._store.registry, self._store.repository
         kept = self._store.layer(self.key(group), source=group.source)
         if kept is None or not registry.has_blob(repository, kept.digest):
             return Verdict(state="missing")
         try:
-            with self._layer(group, compiler) as (right, _):
+            with self._layer(group) as (right, _):
                 pass
         except (BuildFailed, InvalidWheel) as error:
-            # An index that is away is no verdict; one that has never heard of the wheel is.
+            # An index that does not answer gives no verdict; one that does not have the wheel does.
             return Verdict(state="not derivable", detail=error.what)
         if kept != right:
             return Verdict(state="different", detail=_differences(kept, right))
@@ -261,42 +254,38 @@ class WheelLayers:
             for _ in registry.blob_stream(repository, kept.descriptor):
                 pass
         except ServiceUnavailable as error:
-            # Read and wrong, or ended too early each time. Else the registry is away, which no layer could help.
-            if not cause_of(error, BuildFailed, httpx.RemoteProtocolError):
+            # The content was read and is wrong, or ended too early each time. Otherwise the registry fails.
+            if not cause_of(error, BuildFailed, httpx2.RemoteProtocolError):
                 raise
-            detail = f"what the registry gives for {kept.digest} is not that: {error.what}"
+            detail = f"the registry's content of {kept.digest} is another: {error.what}"
             return Verdict(state="different", detail=detail)
         return Verdict(state="same")
 
-    def _one_each(self, count: int) -> Compiler | None:
-        """Return the compiler, with one process for each of so many wheels that are compiled at a time."""
-        return replace(self._compiler, workers=1) if self._compiler and count > 1 else self._compiler
-
     def _taken(self, group: Group, repository: Repository | None) -> Layer | None:
-        """Return a layer that the registry has, placed in the repository; None where it has to be made."""
+        """Return a cached layer, placed in the repository; None where it has to be made."""
         layer = self._kept(group)
         if layer is None or not self._place(layer, repository, None):
             return None
         return layer
 
     def _kept(self, group: Group) -> Layer | None:
-        """Return a layer that is kept; None where there is none, or one without the libraries of its wheels."""
+        """Return a cached layer; None where there is none, or one with an invalid note."""
         layer = self._store.layer(self.key(group), source=group.source)
         try:
             if layer is not None:
                 from_note(layer.note)
         except ValueError as error:
-            _log.warning("a kept layer is none, and is made again", tag=self.key(group), why=str(error))
+            _log.warning("the cached layer is invalid; rebuilding it", tag=self.key(group), why=str(error))
             return None
         return layer
 
     def _place(self, layer: Layer, repository: Repository | None, blob: Blob | None) -> bool:
-        """Put a kept layer into a repository; return whether that could be done.
+        """Put a cached layer into a repository; return False where the cache has lost its content.
 
         Args:
             layer: the layer.
-            repository: where to; None to see that the store has it.
-            blob: its content; None for the store's.
+            repository: its destination; None to look into the cache alone.
+            blob: its content; None for that in the cache.
         """
         kept = self._store.repository
         registry = self._store.registry
@@ -305,17 +294,17 @@ class WheelLayers:
         if registry.mount_blob(repository, layer.digest, kept):
             return True
         if blob is None:
-            # A registry that mounts nothing, or one that has lost the content.
+            # The registry mounts nothing, or has lost the content.
             if not registry.has_blob(kept, layer.digest):
-                _log.warning("a kept layer has lost its content, and is made again", digest=str(layer.digest))
+                _log.warning("the cached layer has lost its content; rebuilding it", digest=str(layer.digest))
                 return False
             blob = RemoteBlob(registry=registry, repository=kept, descriptor=layer.descriptor)
         sent = registry.push_blob(repository, blob)
         self._count(sent=sent)
         return True
 
-    def _made(self, group: Group, repository: Repository | None, compiler: Compiler | None) -> Layer:
-        with self._layer(group, compiler) as (layer, blob):
+    def _made(self, group: Group, repository: Repository | None) -> Layer:
+        with self._layer(group) as (layer, blob):
             with stage("push"):
                 self._store.keep(self.key(group), layer, blob, source=group.source, title=group.title[:1000])
                 self._count(sent=layer.size, made=1)
@@ -324,24 +313,23 @@ class WheelLayers:
             return layer
 
     @contextlib.contextmanager
-    def _layer(self, group: Group, compiler: Compiler | None) -> Iterator[tuple[Layer, Blob]]:
+    def _layer(self, group: Group) -> Iterator[tuple[Layer, Blob]]:
         """Give a group's layer, made from its wheels."""
         with (
-            self._room.taken(group.size),
+            self._in_work.acquired(group.size),
             tempfile.TemporaryDirectory(dir=self._temporary.name, ignore_cleanup_errors=True) as name,
         ):
             folder = Path(name)
             wheels = []
-            # Backwards: in a layer the first of two files in one place is kept, of two layers the last one's counts. So
+            # Backwards: within a layer the first of two files in one place counts, and of two layers the last one. So
             # an environment is the same however its wheels are grouped.
             for wheel in reversed(group.wheels):
                 path = folder / wheel.filename[-200:]
                 with stage("download"):
                     self._client.download(wheel, path, progress=partial(moved, "wheels"))
                 self._count(received=path.stat().st_size)
-                opened = open_wheel(path, filename=wheel.filename)
-                wheels.append(WheelLayer(opened, python=self._python, bytecode=compiler))
-            made = GroupLayer(wheels)
+                wheels.append(open_wheel(path, filename=wheel.filename))
+            made = WheelLayer(*wheels, python=self._python, bytecode=self._compiler)
             target = folder / "layer.tar.gz"
             try:
                 with stage("making"), target.open("xb", buffering=0) as file:
@@ -356,29 +344,24 @@ class WheelLayers:
                 path.unlink()
             if made.without_bytecode:
                 _log.info("no bytecode", wheels=group.title[:200], files=len(made.without_bytecode))
-            for wheel, layer in zip(reversed(group.wheels), wheels, strict=True):
-                if layer.misrecorded:
-                    _warn_of_record(wheel.filename, layer.misrecorded)
+            for filename, files in made.misrecorded.items():
+                named = one_line(", ".join(files[:_MOST_NAMED]), 500)
+                _log.warning("files differ from the wheel's RECORD", wheel=filename, count=len(files), files=named)
             yield made.layer, FileBlob(path=target, digest=made.layer.digest, size=made.layer.size)
 
     def _count(self, *, sent: int = 0, received: int = 0, made: int = 0) -> None:
         with self._lock:
-            self.traffic.sent += sent
-            self.traffic.received += received
-            self.traffic.made += made
-
-
-def _warn_of_record(filename: str, files: Sequence[str]) -> None:
-    named = one_line(", ".join(files[:_MOST_NAMED]), 500)
-    _log.warning("files are others than the wheel's RECORD says", wheel=filename, count=len(files), files=named)
+            self.transfers.sent += sent
+            self.transfers.received += received
+            self.transfers.made += made
 
 
 def compiler_for(python: str) -> Compiler | None:
-    """Return what compiles for a model's Python here; None, and a line in the log, where nothing does."""
+    """Return a compiler for a model's Python; None, and a line in the log, where this Python is another."""
     found = Compiler.find(python)
     if found is None:
         runs_on = platform.python_version()
-        _log.info("no bytecode: this program runs on another Python than the model", python=python, runs_on=runs_on)
+        _log.info("no bytecode: this program and the model have different Pythons", python=python, runs_on=runs_on)
     return found
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from builder.budget import Budget
-from builder.clients import Registries
 from builder.errors import InvalidSettings, InvalidVersion, UsageError
 from builder.log import get_logger, stage
 from builder.model_folder import needs_java
@@ -22,16 +24,16 @@ from builder.oci.layer import Layer
 from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.oci.registry import Registry
 from builder.oci.rootfs import BaseFacts, inspect_base
-from builder.oci.store import LayerStore, Text
+from builder.oci.store import LayerStore, SmallArtifact
 from builder.package_index.client import IndexClient
 from builder.package_index.config import Indexes
 from builder.package_index.wheel_file import LockedWheel
 from builder.parallel import side_by_side
 from builder.plan import AsDigest, AsPlatform, Base, Layers
 from builder.reference import Digest, Platform, Reference
-from builder.settings import Settings, network
+from builder.settings import Settings
 from builder.wheels.imports import check_provided
-from builder.wheels.inputs import Source
+from builder.wheels.inputs import InputSettings, Source
 from builder.wheels.layer_cache import Group, WheelLayers, compiler_for, grouped
 from builder.wheels.lock import Lock
 from builder.wheels.resolve import LOCK_TYPE, Resolver
@@ -102,7 +104,7 @@ class Recipe(BaseModel):
     requirements: AsDigest
     platforms: tuple[PlatformRecipe, ...] = Field(default=())
     context: str
-    unkept: tuple[Text, ...] = ()
+    unkept: tuple[SmallArtifact, ...] = ()
 
     def within(self, context: Path) -> Recipe:
         """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""
@@ -152,71 +154,12 @@ _MOST_NAMED = 5
 FACTS = "application/vnd.modelimage.base.v1+json"
 
 
-def base_with_facts(
-    registries: Registries, store: LayerStore, source: Source, platform: Platform, *, keep: bool = True
-) -> tuple[BaseImage, BaseFacts]:
-    """Return a base image and what is in it; the latter is found out once for each image and kept.
-
-    Raises:
-        InvalidVersion, InvalidSettings: as `existing_base`; or the base has too many layers.
-        BuilderError: it cannot be told.
-    """
-    reference = source.base
-    registry = registries.for_host(reference.repository.host)
-    base = existing_base(registry, source, platform)
-    # Before any layer is read: a manifest may name thousands.
-    if len(base.layers) > MOST_BASE_LAYERS:
-        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
-        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
-    return base, facts_of(registry, store, base, keep=keep)
-
-
-def facts_of(registry: Registry, store: LayerStore, base: BaseImage, *, keep: bool = True) -> BaseFacts:
-    """Return what is in a base image, which is found out once and kept.
-
-    Raises:
-        InvalidVersion: a layer cannot be read.
-        BuilderError: it cannot be told.
-    """
-    key = facts_key(base)
-    kept = store.text(key, kind=FACTS)
-    if kept is not None:
-        try:
-            return BaseFacts.from_json(kept)
-        except Malformed as error:
-            _log.warning("kept facts of a base image are none, and are found out again", tag=key, why=str(error))
-    _log.info("reading the base image", base=str(base.reference), platform=str(base.platform))
-    facts = inspect_base(registry, base)
-    if keep:
-        store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{one_name(base.reference)}.json")
-    return facts
-
-
-def existing_base(registry: Registry, source: Source, platform: Platform) -> BaseImage:
-    """Return a version's base image.
-
-    Raises:
-        InvalidVersion: there is no such image, or none for the platform.
-        InvalidSettings: there is no such image, and the version does not name it.
-        BuilderError: it cannot be told.
-    """
-    base = base_image(registry, source.base, platform)
-    if base is None:
-        message = f"There is no base image {source.base}."
-        remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is."
-        if source.own_base:
-            raise InvalidVersion(message, remedy=remedy)
-        # Nothing that the version could help, and that must not count as an attempt at it.
-        raise InvalidSettings(message, remedy=remedy)
-    return base
-
-
 def facts_key(base: BaseImage) -> str:
     """Return the tag that the facts of a base image are kept under, as a text of the kind `FACTS`."""
     return f"base-{base.manifest.hex}"
 
 
-def one_name(reference: Reference) -> str:
+def _last_name(reference: Reference) -> str:
     """Return a name for the last component of a reference."""
     return reference.repository.path.rpartition("/")[2]
 
@@ -301,22 +244,70 @@ def check_loader(base: BaseImage, facts: BaseFacts, loader: str, *, client: bool
     raise InvalidVersion(message, remedy=remedy)
 
 
+class RegistryClients(Protocol):
+    """Gives the client of a registry, always the same for the same host."""
+
+    def for_host(self, host: str) -> Registry:
+        """Return the client of the registry at a host, perhaps with a port."""
+        ...
+
+
 _SECONDS = 60.0
 _RESOLVERS = 4
 _LEAST_MEMORY = 512 << 20
 
-# Returns the lock of the image that stands, given a platform and the digest of the requirements; None for none.
-Former = Callable[[Platform, Digest], Lock | None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandingImage:
+    """The image under the version's tag, made from the files that the version has now: its locks may serve again.
+
+    Attributes:
+        registry: where it is.
+        reference: the tag.
+        image: what the tag names.
+    """
+
+    registry: Registry
+    reference: Reference
+    image: Published
+
+    def lock(self, platform: Platform, requirements: Digest) -> Lock | None:
+        """Return the lock that a platform's image was made from; None where none can be read.
+
+        Args:
+            platform: which of the images.
+            requirements: what the lock has to be made from.
+
+        Raises:
+            BuilderError: the registry is away, or refuses.
+        """
+        image = self.image.platforms.get(platform)
+        repository = self.reference.repository
+        found = self.registry.manifest(repository.digest(image.digest)) if image else None
+        if found is None:
+            return None
+        try:
+            notes = strings(from_bytes(found.content).get("annotations"), "annotations")
+            digest = notes.get(LOCK_DIGEST)
+            if digest is None or notes.get(REQUIREMENTS_DIGEST) != str(requirements):
+                return None
+            if not self.registry.has_blob(repository, digest_of(digest)):
+                return None
+            text = Descriptor(media_type=LOCK_TYPE, digest=digest_of(digest), size=0)
+            return Lock.from_text(self.registry.blob_bytes(repository, text, MOST_JSON_BYTES))
+        except (Malformed, InvalidVersion) as error:
+            _log.warning("the lock of the present image cannot be read", reference=str(self.reference), why=str(error))
+            return None
 
 
-def no_former(_platform: Platform, _requirements: Digest) -> None:
-    """Return None: no image stands whose lock could be taken."""
+def no_lock(_platform: Platform) -> None:
+    """Return None: no image is there whose lock could be taken."""
     return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """What the wheels method can do for a version.
+class Environments:
+    """What the wheels method can make of a version.
 
     Attributes:
         recipe: of the platforms that it can make.
@@ -331,127 +322,275 @@ class Planned:
     impossible: dict[Platform, NoWheel]
 
 
-def layer_store(settings: Settings, registries: Registries) -> LayerStore:
-    """Return where wheel layers are kept."""
-    repository = settings.wheel_layer_repository
-    return LayerStore(registries.for_host(repository.host), repository)
-
-
-def planned(
-    settings: Settings,
-    registries: Registries,
-    source: Source,
-    platforms: Sequence[Platform],
-    *,
-    former: Former = no_former,
-    keep: bool = True,
-) -> Planned:
-    """Return the recipe of a version's images.
+class WheelsMethod:
+    """From requirements to recipes and wheel layers, through clients that are opened once. For several threads.
 
     Args:
-        settings: what the environment says.
-        registries: those of the base image and of the kept locks.
-        source: what the version asks for.
-        platforms: what for.
-        former: returns the lock of the image that stands, where that was made from the same files and requirements.
-        keep: whether what is found out is kept in the registry.
-
-    Raises:
-        InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
-        BuilderError: a server is away, or refuses.
+        registries: those of base images and of WHEEL_LAYERS.
+        store: where wheel layers, locks and facts about base images are kept.
+        inputs: what the settings say of requirements, indexes and base images.
+        as_registered: whether packages uploaded after the model was logged do not exist.
+        bytecode: whether layers have bytecode.
+        memory: bytes that all runs of the resolver may take together.
     """
-    store = layer_store(settings, registries)
-    with IndexClient(source.indexes) as client:
-        resolver = resolver_of(settings, store, source, client, former=former)
+
+    def __init__(
+        self,
+        registries: RegistryClients,
+        store: LayerStore,
+        inputs: InputSettings,
+        *,
+        as_registered: bool = True,
+        bytecode: bool = True,
+        memory: int = MOST_MEMORY,
+    ) -> None:
+        self.store = store
+        self.inputs = inputs
+        self._registries = registries
+        self._as_registered = as_registered
+        self._bytecode = bytecode
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._clients: dict[str, IndexClient] = {}
+        self._bases: dict[tuple[Reference, Platform], BaseImage] = {}
+
+    @classmethod
+    def from_settings(cls, settings: Settings, registries: RegistryClients) -> Self:
+        """Return the method as the settings describe it."""
+        repository = settings.wheel_layer_repository
+        return cls(
+            registries,
+            LayerStore(registries.for_host(repository.host), repository),
+            InputSettings.of(settings),
+            as_registered=settings.resolve_as_of == "registered",
+            bytecode=settings.wheel_bytecode,
+            memory=Budget.of(settings).memory,
+        )
+
+    def close(self) -> None:
+        """Close all connections to package indexes."""
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
+    def client(self, indexes: Indexes) -> IndexClient:
+        """Return the client of some package indexes, always the same for the same."""
+        with self._lock:
+            if indexes.identity not in self._clients:
+                self._clients[indexes.identity] = IndexClient(indexes)
+            return self._clients[indexes.identity]
+
+    # ---- base images
+
+    def base(self, reference: Reference, platform: Platform) -> BaseImage | None:
+        """Return a base image as it is first found, which its digest finds again; None where there is none.
+
+        Raises:
+            InvalidVersion: it is there, and not for the platform.
+            BuilderError: it cannot be told.
+        """
+        known = self._bases.get((reference, platform))
+        if known is not None:
+            return known
+        found = base_image(self._registries.for_host(reference.repository.host), reference, platform)
+        if found is not None:
+            self._bases[reference, platform] = found
+            self._bases[reference.repository.digest(found.digest), platform] = found
+        return found
+
+    def existing_base(self, source: Source, platform: Platform) -> BaseImage:
+        """Return a version's base image.
+
+        Raises:
+            InvalidVersion: there is no such image, or none for the platform.
+            InvalidSettings: there is no such image, and the version does not name it.
+            BuilderError: it cannot be told.
+        """
+        base = self.base(source.base, platform)
+        if base is None:
+            message = f"There is no base image {source.base}."
+            remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is."
+            if source.own_base:
+                raise InvalidVersion(message, remedy=remedy)
+            # Nothing that the version could help, and that must not count as an attempt at it.
+            raise InvalidSettings(message, remedy=remedy)
+        return base
+
+    def facts(self, base: BaseImage, *, keep: bool = True, registry: Registry | None = None) -> BaseFacts:
+        """Return what is in a base image, which is found out once and kept.
+
+        Args:
+            base: the image.
+            keep: whether what is found out now is kept.
+            registry: the client to read it with; None for the usual one.
+
+        Raises:
+            InvalidVersion: a layer cannot be read.
+            BuilderError: it cannot be told.
+        """
+        key = facts_key(base)
+        kept = self.store.text(key, kind=FACTS)
+        if kept is not None:
+            try:
+                return BaseFacts.from_json(kept)
+            except Malformed as error:
+                _log.warning("the facts kept of a base image are invalid; reading it again", tag=key, why=str(error))
+        _log.info("reading the base image", base=str(base.reference), platform=str(base.platform))
+        facts = inspect_base(registry or self._registries.for_host(base.reference.repository.host), base)
+        if keep:
+            self.store.keep_text(key, facts.to_json(), kind=FACTS, title=f"{_last_name(base.reference)}.json")
+        return facts
+
+    # ---- environments
+
+    def resolver(self, source: Source, standing: StandingImage | None = None) -> Resolver:
+        """Return what gives the locks of a source.
+
+        Args:
+            source: what a version asks for.
+            standing: the image under the tag, whose locks are taken where they fit; None for none.
+        """
+        return Resolver(
+            store=self.store,
+            requirements=source.requirements,
+            indexes=source.indexes,
+            client=self.client(source.indexes),
+            model=source.context / source.model_folder,
+            python=source.python,
+            as_of=source.as_of if self._as_registered else None,
+            previous=partial(standing.lock, requirements=source.digest) if standing else no_lock,
+            # Several may run at a time, so one has its share, or what an honest one needs.
+            memory=min(MOST_MEMORY, max(self._memory // _RESOLVERS, _LEAST_MEMORY)),
+        )
+
+    def environments(
+        self,
+        source: Source,
+        platforms: Sequence[Platform],
+        *,
+        standing: StandingImage | None = None,
+        keep: bool = True,
+    ) -> Environments:
+        """Return the recipe of a version's images.
+
+        Args:
+            source: what the version asks for.
+            platforms: what for.
+            standing: as for `resolver`.
+            keep: whether what is found out is kept in the registry.
+
+        Raises:
+            InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
+            BuilderError: a server is away, or refuses.
+        """
+        resolver = self.resolver(source, standing)
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
-            with stage("base"):
-                base, facts = base_with_facts(registries, store, source, platform, keep=keep)
-            found = Base(name=str(base.reference), digest=base.digest, diff_ids=base.diff_ids)
-            interpreter = interpreter_of(base, facts, source.python)
-            check_loader(base, facts, source.loader, client=bool(source.client_command))
-            try:
-                with stage("lock"):
-                    lock = resolver.lock(platform, facts.glibc, keep=keep)
-            except NoWheel as error:
-                return error, found, platform
-            # A client loads the model as it likes, and a base image may have a place of its own for modules.
-            if not source.client_command and "PYTHONPATH" not in base.environ:
-                check_provided(source.names.loaded, source.own_paths, lock, client, code=source.names.code)
-            part = PlatformRecipe(
-                platform=platform,
-                interpreter=interpreter,
-                base_layers=len(base.layers),
-                command=source.command(lock),
-                lock=lock,
-                libraries=facts.libraries,
-            )
-            return part, found, platform
+            return *self._environment(source, platform, resolver, keep=keep), platform
 
         results = [
             result for result in side_by_side(one, platforms, threads=_RESOLVERS, every=_SECONDS) if result is not None
         ]
-    parts = {platform: part for part, _, platform in results if isinstance(part, PlatformRecipe)}
-    recipe = Recipe(
-        python=source.python,
-        model_folder=source.model_folder,
-        client_folder=source.client_folder,
-        indexes=source.requirements.indexes,
-        requirements=source.digest,
-        platforms=tuple(parts[platform] for platform in platforms if platform in parts),
-        context=source.context.absolute().as_uri(),
-        unkept=tuple(sorted(store.refused, key=lambda text: text.key)),
-    )
-    return Planned(
-        recipe=recipe,
-        bases={platform: base for _, base, platform in results if platform in parts},
-        notes={platform: tuple(_notes(source, part.lock)) for platform, part in parts.items()},
-        impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
-    )
+        parts = {platform: part for part, _, platform in results if isinstance(part, PlatformRecipe)}
+        recipe = Recipe(
+            python=source.python,
+            model_folder=source.model_folder,
+            client_folder=source.client_folder,
+            indexes=source.requirements.indexes,
+            requirements=source.digest,
+            platforms=tuple(parts[platform] for platform in platforms if platform in parts),
+            context=source.context.absolute().as_uri(),
+            unkept=tuple(sorted(self.store.refused, key=lambda text: text.key)),
+        )
+        return Environments(
+            recipe=recipe,
+            bases={platform: base for _, base, platform in results if platform in parts},
+            notes={platform: tuple(_notes(source, part.lock)) for platform, part in parts.items()},
+            impossible={platform: part for part, _, platform in results if isinstance(part, NoWheel)},
+        )
+
+    def _environment(
+        self, source: Source, platform: Platform, resolver: Resolver, *, keep: bool
+    ) -> tuple[PlatformRecipe | NoWheel, Base]:
+        """Return one platform's environment, or the package that has no wheel for it; and its base image."""
+        with stage("base"):
+            base = self.existing_base(source, platform)
+            _check_depth(base)
+            facts = self.facts(base, keep=keep)
+        found = Base(name=str(source.base), digest=base.digest, diff_ids=base.diff_ids)
+        interpreter = interpreter_of(base, facts, source.python)
+        check_loader(base, facts, source.loader, client=bool(source.client_command))
+        try:
+            with stage("lock"):
+                lock = resolver.lock(platform, facts.glibc, keep=keep)
+        except NoWheel as error:
+            return error, found
+        # A client loads the model as it likes, and a base image may have a place of its own for modules.
+        if not source.client_command and "PYTHONPATH" not in base.environ:
+            check_provided(source.names.loaded, source.own_paths, lock, resolver.client, code=source.names.code)
+        part = PlatformRecipe(
+            platform=platform,
+            interpreter=interpreter,
+            base_layers=len(base.layers),
+            command=source.command(lock),
+            lock=lock,
+            libraries=facts.libraries,
+        )
+        return part, found
+
+    # ---- wheel layers
+
+    @contextmanager
+    def layers(self, recipe: Recipe) -> Iterator[WheelLayers]:
+        """Give what finds and makes the layers of a recipe's wheels."""
+        compiler = compiler_for(recipe.python) if self._bytecode else None
+        client = self.client(self.inputs.indexes.joined(recipe.indexes))
+        with WheelLayers(self.store, client, python=recipe.python, compiler=compiler) as layers:
+            yield layers
+
+    def known_layers(
+        self, recipe: Recipe, artifacts: Sequence[Artifact], bases: Mapping[Platform, Base]
+    ) -> dict[Platform, Layers]:
+        """Return what the registry knows of each platform's wheel layers, and what would have to move.
+
+        Args:
+            recipe: what the images are made from.
+            artifacts: of the version.
+            bases: the base image of each platform.
+
+        Raises:
+            InvalidVersion: all layers of a platform are known, and no part of a wheel can be loaded for want of a
+                library.
+        """
+        folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
+        own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
+        with self.layers(recipe) as layers:
+            known = layers.known(group for part in recipe.platforms for group in part.groups)
+        found = {}
+        for part in recipe.platforms:
+            missing = [group for group in part.groups if group.source not in known]
+            found[part.platform] = Layers(
+                known=len(part.groups) - len(missing),
+                missing=tuple(wheel.filename for group in missing for wheel in group.wheels),
+                download=sum(group.size for group in missing),
+                model=own,
+                lacks=() if missing else check_wheels(part, bases[part.platform].name, known),
+            )
+        return found
+
+
+def _check_depth(base: BaseImage) -> None:
+    # Before any layer is read: a manifest may name thousands.
+    if len(base.layers) > MOST_BASE_LAYERS:
+        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
+        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
 
 
 def _notes(source: Source, lock: Lock) -> Iterator[str]:
     for name in lock.added:
         why = source.names.uses.get(name, "the model's files name it")
         yield f"added {name} {lock.versions[name]}, which comes with the whole mlflow: {why}"
-
-
-def resolver_of(
-    settings: Settings, store: LayerStore, source: Source, client: IndexClient, *, former: Former = no_former
-) -> Resolver:  # fmt: skip
-    """Return what gives the locks of a source.
-
-    Args:
-        settings: RESOLVE_AS_OF and VERSION_MEMORY are used.
-        store: where locks are kept.
-        source: what a version asks for.
-        client: asks the source's indexes.
-        former: as for `planned`.
-    """
-    return Resolver(
-        store=store,
-        requirements=source.requirements,
-        indexes=source.indexes,
-        client=client,
-        model=source.context / source.model_folder,
-        python=source.python,
-        as_of=source.as_of if settings.resolve_as_of == "registered" else None,
-        previous=lambda platform: former(platform, source.digest),
-        # Several may run at a time, so one has its share, or what an honest one needs.
-        memory=min(MOST_MEMORY, max(Budget.of(settings).memory // _RESOLVERS, _LEAST_MEMORY)),
-    )
-
-
-@contextmanager
-def wheel_layers(settings: Settings, store: LayerStore, recipe: Recipe) -> Iterator[WheelLayers]:
-    """Give what finds and makes the layers of a recipe's wheels."""
-    compiler = compiler_for(recipe.python) if settings.wheel_bytecode else None
-    indexes = Indexes.of(network(settings), allowed=settings.allowed_indexes).joined(recipe.indexes)
-    with (
-        IndexClient(indexes) as client,
-        WheelLayers(store, client, python=recipe.python, compiler=compiler) as layers,
-    ):
-        yield layers
 
 
 def check_files(recipe: Recipe, artifacts: Sequence[Artifact], limit: int | None) -> None:
@@ -483,74 +622,3 @@ def check_wheels(part: PlatformRecipe, base: str, layers: Mapping[str, Layer]) -
     """
     notes = (layers[group.source].note for group in part.groups)
     return tuple(check_libraries(base, part.platform, part.libraries, notes))
-
-
-def known_layers(
-    settings: Settings,
-    registries: Registries,
-    recipe: Recipe,
-    artifacts: Sequence[Artifact],
-    bases: Mapping[Platform, Base],
-) -> dict[Platform, Layers]:
-    """Return what the registry knows of each platform's wheel layers, and what would have to move.
-
-    Args:
-        settings: what the environment says.
-        registries: those of the layers.
-        recipe: what the images are made from.
-        artifacts: of the version.
-        bases: the base image of each platform.
-
-    Raises:
-        InvalidVersion: all layers of a platform are known, and nothing of a wheel can be loaded for want of a library.
-    """
-    folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
-    own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
-    with wheel_layers(settings, layer_store(settings, registries), recipe) as layers:
-        known = layers.known(group for part in recipe.platforms for group in part.groups)
-    missing = {
-        part.platform: [group for group in part.groups if group.source not in known] for part in recipe.platforms
-    }
-    return {
-        part.platform: Layers(
-            known=len(part.groups) - len(missing[part.platform]),
-            missing=tuple(wheel.filename for group in missing[part.platform] for wheel in group.wheels),
-            download=sum(group.size for group in missing[part.platform]),
-            model=own,
-            lacks=() if missing[part.platform] else check_wheels(part, bases[part.platform].name, known),
-        )
-        for part in recipe.platforms
-    }
-
-
-def former_lock(
-    registry: Registry, existing: Published, reference: Reference, platform: Platform, requirements: Digest
-) -> Lock | None:
-    """Return the lock that an image was made of, which is kept beside it; None where there is none that can be read.
-
-    Args:
-        registry: where the image is.
-        existing: what stands under the reference.
-        reference: the tag.
-        platform: which of its images.
-        requirements: what it has to be a lock of.
-
-    Raises:
-        BuilderError: it cannot be told; see `Registry`.
-    """
-    image = existing.platforms.get(platform)
-    found = registry.manifest(reference.repository.digest(image.digest)) if image else None
-    if found is None:
-        return None
-    try:
-        notes = strings(from_bytes(found.content).get("annotations"), "annotations")
-        digest = notes.get(LOCK_DIGEST)
-        if digest is None or notes.get(REQUIREMENTS_DIGEST) != str(requirements):
-            return None
-        if not registry.has_blob(reference.repository, digest_of(digest)):
-            return None
-        text = Descriptor(media_type=LOCK_TYPE, digest=digest_of(digest), size=0)
-        return Lock.from_text(registry.blob_bytes(reference.repository, text, MOST_JSON_BYTES))
-    except (Malformed, InvalidVersion) as error:
-        _log.warning("the lock of the standing image cannot be read", reference=str(reference), why=str(error))
-        return None

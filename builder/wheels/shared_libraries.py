@@ -1,4 +1,4 @@
-"""Shared libraries in wheels, and which of them need a library that neither wheels nor base have."""
+"""The shared libraries in wheels, and the libraries that they lack in an environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from builder.reference import Platform
 from builder.wheels.wheel import Place
 
 _MAGIC = b"\x7fELF"
-# A name that the loader looks for in its folders; one with a slash is a path.
+# A name that the loader searches in its folders; one with a slash is a path.
 NAME = re.compile(r"[A-Za-z0-9._+-]{1,255}")
 _SHARED = 3
 _LOAD, _DYNAMIC = 1, 2
@@ -42,10 +42,10 @@ class Elf:
     """A shared library.
 
     Attributes:
-        machine: what it runs on, as the ABI numbers machines: 62 for amd64.
-        soname: its own name; empty where it has none.
-        needed: the names of the libraries that the loader looks for before it can be used, in order.
-        importable: whether it defines what Python calls to import it.
+        machine: the ABI's number of its machine: 62 for amd64.
+        soname: its own name; empty for none.
+        needed: the names of the libraries that the loader needs for it, in order.
+        importable: whether it defines the function that Python calls to import it.
     """
 
     machine: int
@@ -55,13 +55,13 @@ class Elf:
 
 
 def read_elf(file: IO[bytes], module: str) -> Elf | None:
-    """Return what a shared library says; None for anything else, and for one that no loader could use.
+    """Return a shared library's header data; None for another file, and for a library that no loader could use.
 
-    Names that are no plain file names are left out.
+    Names that are not plain file names are left out.
 
     Args:
-        file: the library; is read at any place.
-        module: the name that Python would import it by.
+        file: the library; is read in any order.
+        module: the name of the Python module that it would be.
     """
     try:
         return _read(file, module)
@@ -70,7 +70,7 @@ def read_elf(file: IO[bytes], module: str) -> Elf | None:
 
 
 def parts_of(head: bytes, size: int) -> list[range]:
-    """Return the parts of a library in which `read_elf` finds what any linker wrote; none for another file.
+    """Return the parts of a library that `read_elf` reads, wherever a linker put its names; none for another file.
 
     They may overlap.
 
@@ -89,7 +89,7 @@ def parts_of(head: bytes, size: int) -> list[range]:
 
 
 class _Layout(NamedTuple):
-    """What the headers of a library say: an entry's form, and where what is loaded, and the dynamic section, stands."""
+    """A library's headers: the format of an entry, the loaded segments, and the extent of the dynamic section."""
 
     machine: int
     entry: struct.Struct
@@ -154,13 +154,13 @@ def _holds(file: IO[bytes], start: int, length: int, word: bytes) -> bool:
 
 
 def _at(file: IO[bytes], place: int, size: int) -> bytes:
-    """Return the bytes at a place; a file that ends before gives fewer, wherever the place is said to be."""
+    """Return the bytes at a place, fewer at the end of the file and none behind it."""
     file.seek(min(place, file.seek(0, io.SEEK_END)))
     return file.read(size)
 
 
-# Comments and strings, of which nothing is left. What has no end ends with the line, or with the file. There are no
-# possessive groups: Python 3.11.2, which is Debian's, finds other text by them.
+# Comments and strings, which are removed. One without an end ends with the line, or with the file. Without possessive
+# groups, in which Python 3.11.2, Debian's, has a defect.
 _UNREAD = re.compile(
     rb"#[^\n]*"
     rb'|"""(?:[^"\\]+|\\(?:.|\Z)|"(?!""))*(?:"""|\Z)'
@@ -170,10 +170,11 @@ _UNREAD = re.compile(
     re.DOTALL,
 )
 _CONTINUED = re.compile(rb"\\\r?\n")
-_IMPORT = re.compile(rb"^([ \t]*+)((?:import|from)\b[^\n;(]*(?:\([^()]*\))?)", re.MULTILINE)
+_STATEMENT = rb"(?:import|from)\b[^\n;(]*(?:\([^()]*\))?"
+_IMPORT = re.compile(rb"^([ \t]*+)(" + _STATEMENT + rb")", re.MULTILINE)
 _WORD = re.compile(rb"\w+")
 # A line's indent, and its import, or its first word and the rest.
-_LINE = re.compile(rb"^([ \t]*+)(?:((?:import|from)\b[^\n;(]*(?:\([^()]*\))?)|(\w+)([^\n]*)|[^\s])", re.MULTILINE)
+_LINE = re.compile(rb"^([ \t]*+)(?:(" + _STATEMENT + rb")|(\w+)([^\n]*)|[^\s])", re.MULTILINE)
 # Of a statement with single spaces.
 _FROM = re.compile(rb"from ?(\.*+) ?((?:(?!import\b)[\w.]++)?) ?import\b(.*)")
 _NAME = re.compile(rb"[^\W\d]\w*")
@@ -188,10 +189,10 @@ How = Literal["always", "caught", "elsewhere"]
 
 
 class Imports:
-    """What the modules of a wheel import of one another.
+    """The imports between the modules of a wheel.
 
     Args:
-        files: paths from where Python imports, `pack/__init__.py`; of modules and of extensions.
+        files: paths of modules and extensions below a directory that Python imports from: `pack/__init__.py`.
     """
 
     def __init__(self, files: Collection[str]) -> None:
@@ -210,7 +211,7 @@ class Imports:
         self._room = _MOST_IMPORTS
 
     def add(self, file: str, source: bytes) -> None:
-        """Take a module's source."""
+        """Read a module's source."""
         module = module_of(file)
         package = module if _is_package(file) else module.rpartition(".")[0]
         kept = {"always": self._always.setdefault(module, set()), "caught": self._caught, "elsewhere": self._elsewhere}
@@ -222,7 +223,7 @@ class Imports:
 
     @property
     def imported(self) -> set[str]:
-        """The modules that are imported whenever the wheel's packages are, or its modules outside of packages."""
+        """The modules that an import of all the wheel's top-level packages and modules imports."""
         todo = [*self._roots]
         found = set[str]()
         for module in todo:
@@ -233,12 +234,12 @@ class Imports:
 
     @property
     def caught(self) -> set[str]:
-        """The modules that are imported only where it is caught if that fails."""
+        """The modules that are imported only where a failure is caught."""
         return self._caught - self._elsewhere - set().union(*self._always.values())
 
 
 def module_of(file: str) -> str:
-    """Return the name that a file is imported by: `pack.core` of `pack/core.abi3.so`, `pack` of `pack/__init__.py`."""
+    """Return the name of a file's module: `pack.core` of `pack/core.abi3.so`, `pack` of `pack/__init__.py`."""
     folder, slash, name = file.rpartition("/")
     name = name.partition(".")[0]
     return (folder if name == "__init__" else f"{folder}{slash}{name}").replace("/", ".")
@@ -250,7 +251,7 @@ def _is_package(file: str) -> bool:
 
 @dataclass(slots=True)
 class _Try:
-    """A `try` whose end has not come: how far it is indented, whether a handler catches, and what its body imports."""
+    """A `try` before its end: its indent, whether a handler catches, and the imports in its body."""
 
     indent: int
     part: bytes = b"try"
@@ -260,16 +261,16 @@ class _Try:
     statements: list[bytes] = field(default_factory=list)
 
     def begin(self, part: bytes, rest: bytes) -> None:
-        """Take the line at which its next part begins."""
+        """Enter its next part."""
         self.part = part
         self.catching = part == b"except" and bool(_CATCHES.match(rest))
         self.catches |= self.catching
 
 
 def _statements(source: bytes, extensions: frozenset[bytes]) -> Iterator[tuple[bytes, How]]:
-    """Yield the statements that import something, and how: `always` is at the margin.
+    """Yield the import statements, and how each is reached: `always` is at the margin.
 
-    Others are left out, unless there is one with the name of an extension: most modules need no look at each line.
+    Indented ones are left out unless one of them names an extension: most modules need no look at each line.
     """
     code = _CONTINUED.sub(b" ", _UNREAD.sub(b"", source))
     looked_at = False
@@ -283,7 +284,7 @@ def _statements(source: bytes, extensions: frozenset[bytes]) -> Iterator[tuple[b
 
 
 def _inside(code: bytes) -> Iterator[tuple[bytes, How]]:
-    """Yield the statements that import something and are not at the margin."""
+    """Yield the import statements that are not at the margin."""
     tries: list[_Try] = []
     for line in _LINE.finditer(code):
         indent, statement, word = len(line[1]), line[2], line[3]
@@ -307,7 +308,7 @@ def _inside(code: bytes) -> Iterator[tuple[bytes, How]]:
 
 
 def _ended(tries: list[_Try]) -> Iterator[tuple[bytes, How]]:
-    """Take the innermost `try`, which is at its end; yield what it imports, or leave that to one around it."""
+    """End the innermost `try`: yield its import statements, or hand them to one around it."""
     ended = tries.pop()
     if ended.catches and not ended.raises:
         yield from ((statement, "caught") for statement in ended.statements)
@@ -318,12 +319,12 @@ def _ended(tries: list[_Try]) -> Iterator[tuple[bytes, How]]:
 
 
 def _body(tries: list[_Try]) -> _Try | None:
-    """Return the innermost `try` in whose body a line is; None where it is in none."""
+    """Return the innermost `try` with the current line in its body; None for a line outside."""
     return next((each for each in reversed(tries) if each.part == b"try"), None)
 
 
 def _names(statement: bytes, package: str) -> Iterator[str]:
-    """Yield what may be a module that a statement imports, and its packages.
+    """Yield the names of modules that a statement may import, and of their packages.
 
     Of `from .core import x` in `pack` these are `pack.core`, `pack`, and `pack.core.x`.
     """
@@ -358,15 +359,15 @@ def _above(name: str) -> Iterator[str]:
 
 
 _LIBRARY = re.compile(r"(?P<module>[^.]+)(?:\.(?P<tag>[^.]+))?\.so|[^/]+\.so\.[^/]+|[^/]+\.so")
-# Of the C library itself: a Python that runs has them.
+# Libraries of the C library itself: every Python has them.
 _OF_LIBC = re.compile(
     r"lib(?:c|m)\.so\.6|libpthread\.so\.0|lib(?:dl|util)\.so\.[12]|librt\.so\.1|ld(?:64|-[\w.-]+)?\.so\.\d"
 )
-# Of a graphics card's driver, which the machine's container runtime puts into the container.
+# Libraries of a graphics card's driver, which the container runtime of a machine provides.
 _OF_DRIVER = re.compile(r"lib(?:cuda|cudadebugger|nvcuvid|nvoptix|nvidia-[a-z-]+)\.so(?:\.\d+)*")
 # e_machine of the ABI by OCI's architectures.
 _MACHINES = {"386": 3, "ppc64le": 21, "s390x": 22, "arm": 40, "amd64": 62, "arm64": 183, "riscv64": 243}
-# Content of one library that is held in memory; what is larger stands in a file.
+# Libraries of this size are read in memory, larger ones in a temporary file.
 _IN_MEMORY = 8 << 20
 _LARGEST_SOURCE = 1 << 20
 # Of a note, which is part of a manifest; the 351 libraries of VTK take 163 kB.
@@ -421,14 +422,14 @@ class Library(NamedTuple):
 
     Attributes:
         name: of its file.
-        soname: its own name; empty where it has none, or that of its file.
-        machine: what it runs on, as the ABI numbers machines; 0 where that cannot be read.
-        use: `imported` by the model's Python whenever the wheel's packages are; `optional` where whatever imports it
-            catches that it fails; `importable` otherwise; `bundled` with others, as auditwheel does; a `library` that
-            may be loaded by ctypes; `unread`, a file of which only the name is known, and which is believed to be what
-            that says; or `hidden` by another wheel's in the same layer.
-        needed: the libraries that it needs, but for those of the C library.
-        place: the beginning of the SHA-256 of its path, 16 hexadecimal digits: which wheels' libraries replace others.
+        soname: its own name; empty for none, or that of its file.
+        machine: the ABI's number of its machine; 0 where it cannot be read.
+        use: `imported` by the model's Python whenever the wheel's packages are; `optional` where every import of it
+            catches a failure; `importable` otherwise; `bundled` with others, as by auditwheel; a `library` that ctypes
+            may load; `unread` for a file with the name of a library and other content; or `hidden` by another wheel's
+            in the same layer.
+        needed: the libraries that it needs, without those of the C library.
+        place: the beginning of the SHA-256 of its path, 16 hexadecimal digits: it shows which libraries replace others.
     """
 
     name: _Name
@@ -439,8 +440,13 @@ class Library(NamedTuple):
     place: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
     @property
+    def names(self) -> set[str]:
+        """The names that others need it by."""
+        return {self.name, self.soname} - {""}
+
+    @property
     def size(self) -> int:
-        """Characters of a note that it takes at least."""
+        """Its least number of characters in a note."""
         return 48 + len(self.name) + len(self.soname) + sum(len(name) + 2 for name in self.needed)
 
 
@@ -457,11 +463,11 @@ class WheelLibraries(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Characters of a note that they take at least."""
+        """Their least number of characters in a note."""
         return sum(each.size for each in self.libraries)
 
 
-# What is noted of the wheels in a layer; None where they have more libraries than a note takes.
+# The libraries of the wheels in a layer; None where they do not fit into a note.
 Note = Annotated[tuple[WheelLibraries, ...], Field(fail_fast=True)] | None
 _NOTE: TypeAdapter[Note] = TypeAdapter(Note)
 
@@ -473,10 +479,10 @@ def to_note(wheels: Iterable[WheelLibraries]) -> str:
 
 
 def from_note(text: str) -> Note:
-    """Return what `to_note` wrote.
+    """Return the libraries in a note.
 
     Raises:
-        ValueError: it did not write this.
+        ValueError: it is not a note of `to_note`.
     """
     if len(text) > MOST_NOTE:
         message = f"the list of its wheels' libraries has more than {MOST_NOTE:,} characters"
@@ -484,7 +490,7 @@ def from_note(text: str) -> Note:
     try:
         return _NOTE.validate_json(text)
     except ValidationError as error:
-        message = f"the list of its wheels' libraries cannot be read: {error.errors()[0]['msg']}"
+        message = f"the list of its wheels' libraries is invalid: {error.errors()[0]['msg']}"
         raise ValueError(message) from error
 
 
@@ -492,10 +498,10 @@ class Collector:
     """Finds the shared libraries among a wheel's files, as they are read.
 
     Args:
-        places: where the wheel's files go.
+        places: the destinations of the wheel's files.
         python: the model's Python, `3.11`.
         folder: for temporary files.
-        room: characters that a note has for them. Where they need more, no more is kept than what shows that.
+        room: characters that a note has for the libraries. Beyond that the collector stops.
     """
 
     def __init__(self, places: Iterable[Place], python: str, folder: Path, room: int = MOST_NOTE) -> None:
@@ -514,7 +520,7 @@ class Collector:
 
     @property
     def libraries(self) -> tuple[Library, ...]:
-        """What was found, in the order in which it was read."""
+        """The libraries, in the order of the files."""
         imported, optional = self._imports.imported, self._imports.caught
         uses: list[tuple[Use, set[str]]] = [("imported", imported), ("optional", optional)]
         return tuple(
@@ -526,17 +532,13 @@ class Collector:
 
     @contextmanager
     def reading(self, place: Place) -> Iterator[Callable[[bytes], object] | None]:
-        """Give what takes a file's content, piece by piece, while it is read; None where it does not matter."""
-        match = _LIBRARY.fullmatch(_name(place))
-        if match and place.member and NAME.fullmatch(_name(place)):
-            if self._room < 0:
-                yield None
-                return
-            large = place.member.size > _IN_MEMORY
-            with tempfile.TemporaryFile(dir=self._folder) if large else io.BytesIO() as file:
-                yield _Kept(file, place.member.size).add
-                self._library(place, file, match["module"] or "", match["tag"] or "abi3")
-        elif self._reads_sources and place.wants_bytecode and place.member and place.member.size <= _LARGEST_SOURCE:
+        """Give a function that takes a file's content, piece by piece; None for a file without interest."""
+        size = place.member.size if place.member else 0
+        if match := self._library(place):
+            with tempfile.TemporaryFile(dir=self._folder) if size > _IN_MEMORY else io.BytesIO() as file:
+                yield _Kept(file, size).add
+                self._read(place, file, match["module"] or "", match["tag"] or "abi3")
+        elif self._reads_sources and place.wants_bytecode and place.member and size <= _LARGEST_SOURCE:
             pieces: list[bytes] = []
             yield pieces.append
             self._imports.add(place.record, b"".join(pieces))
@@ -544,35 +546,42 @@ class Collector:
             yield None
 
     def hide(self, place: Place) -> None:
-        """Take a file that is not in the layer, as that of another wheel is in its place."""
-        if self._room >= 0 and place.member and _LIBRARY.fullmatch(_name(place)) and NAME.fullmatch(_name(place)):
-            self._without_content(place, "hidden")
+        """Take a file that is left out, since another wheel's has its place."""
+        if self._library(place):
+            self._add(place, "hidden")
 
-    def _library(self, place: Place, file: IO[bytes], module: str, tag: str) -> None:
-        elf, name = read_elf(file, module), _name(place)
+    def _library(self, place: Place) -> re.Match[str] | None:
+        """Return the parts of a library's name; None for another file, and where there is no room for more."""
+        name = _name(place)
+        return _LIBRARY.fullmatch(name) if self._room >= 0 and place.member and NAME.fullmatch(name) else None
+
+    def _read(self, place: Place, file: IO[bytes], module: str, tag: str) -> None:
+        elf = read_elf(file, module)
         if elf is None:
-            self._without_content(place, "unread")
+            self._add(place, "unread")
             return
         own = tag == "abi3" or tag.startswith(f"cpython-{self._python.replace('.', '')}-")
         use: Use = "bundled" if ".libs/" in place.path else "library"
         if elf.importable and own and f"/lib/python{self._python}/site-packages/" in place.path:
             use = "importable"
-        needed = tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each))
-        soname = elf.soname if elf.soname != name else ""
-        found = Library(name=name, soname=soname, machine=elf.machine, use=use, needed=needed, place=_place(place))
-        self._add(found, place)
+        self._add(place, use, elf)
 
-    def _without_content(self, place: Place, use: Use) -> None:
-        found = Library(name=_name(place), soname="", machine=0, use=use, needed=(), place=_place(place))
-        self._add(found, place)
-
-    def _add(self, library: Library, place: Place) -> None:
+    def _add(self, place: Place, use: Use, elf: Elf | None = None) -> None:
+        name = _name(place)
+        library = Library(
+            name=name,
+            soname=elf.soname if elf and elf.soname != name else "",
+            machine=elf.machine if elf else 0,
+            use=use,
+            needed=tuple(each for each in elf.needed if not _OF_LIBC.fullmatch(each)) if elf else (),
+            place=hashlib.sha256(place.path.encode()).hexdigest()[:16],
+        )
         self._found.append((library, module_of(place.record)))
         self._room -= library.size
 
 
 class _Kept:
-    """Writes what matters of a library into a file, each byte at its place; of other files it writes nothing."""
+    """Writes the parts of a library that are read into a sparse file, each byte at its offset."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file = file
@@ -581,7 +590,7 @@ class _Kept:
         self._parts: list[range] = []
 
     def add(self, content: bytes) -> None:
-        """Take the next piece of the library."""
+        """Write the next piece of the library."""
         if not self._position:
             self._parts = parts_of(content, self._size)
         start, self._position = self._position, self._position + len(content)
@@ -596,18 +605,14 @@ def _name(place: Place) -> str:
     return place.path.rpartition("/")[2]
 
 
-def _place(place: Place) -> str:
-    return hashlib.sha256(place.path.encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lack:
-    """What a wheel's libraries need and nobody has.
+    """The libraries that a wheel lacks.
 
     Attributes:
         wheel: its file name.
-        missing: the names of the libraries, each with the one that needs it.
-        loads: whether the wheel can be used nevertheless, but for a part of it.
+        missing: their names, each with the library that needs it.
+        loads: whether the wheel can be used without a part of it.
     """
 
     wheel: str
@@ -616,15 +621,15 @@ class Lack:
 
     @property
     def packages(self) -> list[str]:
-        """Debian's packages of the missing libraries, as far as they are known."""
+        """Debian's packages of the missing libraries, as far as they are in our list."""
         return sorted({_PACKAGES[name] for name in self.missing if name in _PACKAGES})
 
 
 def lacking(wheels: Sequence[WheelLibraries], there: Collection[str], platform: Platform) -> list[Lack]:
     """Return the wheels that need a library which neither the base image nor a wheel has.
 
-    A wheel's library is found wherever it is: wheels name folders of others, or load libraries ahead of time. One that
-    a later wheel replaces is of no use, and its needs do not matter.
+    A wheel's library counts wherever it is: wheels name folders of others, or load libraries ahead of time. One that a
+    later wheel replaces does not count, nor do its needs.
 
     Args:
         wheels: all of an environment, in the order of their layers.
@@ -636,52 +641,52 @@ def lacking(wheels: Sequence[WheelLibraries], there: Collection[str], platform: 
 
 
 class _Environment:
-    """The libraries of an environment, numbered, and which of them cannot be loaded."""
+    """The numbered libraries of an environment, and those that cannot be loaded."""
 
     def __init__(self, wheels: Sequence[WheelLibraries], machine: int | None, there: Collection[str]) -> None:
         self._names = [wheel.wheel for wheel in wheels]
         every = [(number, each) for number, wheel in enumerate(wheels) for each in wheel.libraries]
         last = {each.place: number for number, each in every if each.use != "hidden"}
-        replaced = [each.use == "hidden" or last[each.place] != number for number, each in every]
-        # Which of their libraries they would load is not known any more.
-        self._incomplete = {number for (number, _), is_replaced in zip(every, replaced, strict=True) if is_replaced}
-        self._all = [
-            (number, each)
-            for (number, each), is_replaced in zip(every, replaced, strict=True)
-            if not is_replaced and (each.machine == machine or each.use == "unread")
-        ]
+        self._all: list[tuple[int, Library]] = []
+        # Wheels without some of their libraries: which of the others they load is unknown.
+        self._incomplete: set[int] = set()
+        for number, each in every:
+            if each.use == "hidden" or last[each.place] != number:
+                self._incomplete.add(number)
+            elif each.machine == machine or each.use == "unread":
+                self._all.append((number, each))
         self._of_wheel: list[list[int]] = [[] for _ in wheels]
         self._providers: dict[str, list[int]] = {}
         for number, (wheel, each) in enumerate(self._all):
             self._of_wheel[wheel].append(number)
-            for name in {each.name, each.soname} - {""}:
+            for name in each.names:
                 self._providers.setdefault(name, []).append(number)
         self._there = there
         self._broken = self._cannot_load()
 
     def lack(self, wheel: int) -> Lack | None:
-        """Return what a wheel's libraries lack; None for nothing."""
+        """Return the libraries that a wheel lacks; None for none."""
         own = self._of_wheel[wheel]
         imported, importable, optional, libraries = (
             {number for number in own if self._all[number][1].use in uses}
             for uses in ({"imported"}, {"imported", "importable"}, {"optional"}, {"library"})
         )
-        # What Python imports or, in a wheel without any such, what may be loaded by ctypes.
+        # The libraries that Python imports or, in a wheel without any, those that ctypes may load.
         loaded = importable or (set() if optional or wheel in self._incomplete else libraries)
         every = loaded | optional
         lost = every & self._broken
-        # Of PyQt5's 37 one is empty, and needs nothing. Of libraries for ctypes one may be all that is wanted.
+        # Of PyQt5's 37 one is empty, and needs nothing. Of libraries for ctypes one may be enough.
         most = len(lost) * 10 >= len(every) * 9 if importable else len(lost) == len(every)
         fatal = imported & self._broken or (loaded & self._broken if most else set())
         missing = self._missing(wheel, fatal or self._broken.intersection(own))
         return Lack(wheel=self._names[wheel], missing=missing, loads=not fatal) if missing else None
 
     def _wants(self, number: int) -> list[str]:
-        """Return what a library needs of the wheels, or of nobody."""
+        """Return the libraries that a library needs and the base image does not have."""
         return [name for name in self._all[number][1].needed if name not in self._there]
 
     def _cannot_load(self) -> set[int]:
-        """Return the libraries that need, directly or not, what nobody has."""
+        """Return the libraries that need a missing one, directly or not."""
         intact = {name: len(numbers) for name, numbers in self._providers.items()}
         wanted: dict[str, list[int]] = {}
         for number in range(len(self._all)):
@@ -694,15 +699,14 @@ class _Environment:
                 if number in broken:
                     continue
                 broken.add(number)
-                library = self._all[number][1]
-                for name in {library.name, library.soname} - {""}:
+                for name in self._all[number][1].names:
                     intact[name] -= 1
                     if not intact[name]:
                         gone.append(name)
         return broken
 
     def _missing(self, wheel: int, broken: set[int]) -> dict[str, str]:
-        """Return what libraries of a wheel lack that cannot be loaded, each with the library that needs it."""
+        """Return the names that a wheel's broken libraries lack, each with the library that needs it."""
         todo, found = sorted(broken), dict[str, str]()
         seen, names = set(todo), set[str]()
         for number in todo:

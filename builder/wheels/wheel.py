@@ -1,4 +1,4 @@
-"""One wheel: its metadata, where its files are installed, and the name of its layer."""
+"""A wheel: its metadata, and the destinations of its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from packaging.version import InvalidVersion as NotAVersion
 from packaging.version import Version
 
 from builder.errors import InvalidVersion
-from builder.wheels.bytecode import Compiler, CompilerDied
 from builder.wheels.zip import LONGEST_NAME, MOST_MEMBERS, Archive, BadArchive, Member, check_path, refuse
 
 MOST_WHEEL, MOST_METADATA, MOST_ENTRY_POINTS, MOST_RECORD = 64 << 10, 8 << 20, 1 << 20, 16 << 20
@@ -41,10 +40,10 @@ _SECTIONS = {"console_scripts": "console", "gui_scripts": "gui"}
 
 
 def headers(text: str, what: str) -> Message:
-    """Return the headers of METADATA or WHEEL; what follows the first blank line is not looked at.
+    """Return the headers of METADATA or WHEEL, up to the first blank line.
 
     Raises:
-        BadArchive: there are too many of them, or they are too long.
+        BadArchive: they are too many, or too long.
     """
     end = _BLANK_LINE.search(text)
     head = text[: end.end()] if end else text
@@ -54,7 +53,7 @@ def headers(text: str, what: str) -> Message:
 
 
 def value(message: Message, name: str) -> str:
-    """Return a header's value, `None` as text where there is none.
+    """Return a header's value; the text `None` for a header that is missing.
 
     Raises:
         BadArchive: it is too long.
@@ -81,7 +80,7 @@ def required(message: Message) -> tuple[str, ...]:
 
 
 def _depth(text: str) -> int:
-    """Return how deep parentheses are nested."""
+    """Return the depth of nested parentheses."""
     depth = deepest = 0
     for bracket in re.findall(r"[()]", text):
         depth += 1 if bracket == "(" else -1
@@ -90,10 +89,10 @@ def _depth(text: str) -> int:
 
 
 def scripts(text: str) -> tuple[Script, ...]:
-    """Return the scripts that entry_points.txt names, read as pip reads them, by `importlib.metadata`.
+    """Return the scripts in entry_points.txt, read as pip reads them, by `importlib.metadata`.
 
     Raises:
-        BadArchive: one is not `name = module:attribute`, or is there twice, or there are too many.
+        BadArchive: one is not `name = module:attribute`, or occurs twice, or there are too many.
     """
     found: dict[str, Script] = {}
     section = ""
@@ -105,13 +104,13 @@ def scripts(text: str) -> tuple[Script, ...]:
             section = line[1:-1].strip()
             continue
         if not section:
-            refuse(f"its entry points cannot be read: {line[:60]!r} stands in no section")
+            refuse(f"its entry points cannot be read: {line[:60]!r} is in no section")
         if section not in _SECTIONS:
             continue
         script = _script(line, _SECTIONS[section])
         check_path(script.name)
         if "/" in script.name or script.name in found:
-            refuse(f"its entry point {script.name!r} is there twice, or is a path")
+            refuse(f"its entry point {script.name!r} occurs twice, or is a path")
         found[script.name] = script
         if len(found) > _MOST_SCRIPTS:
             refuse(f"it has more than {_MOST_SCRIPTS:,} entry points")
@@ -131,7 +130,7 @@ def record(text: str) -> dict[str, RecordEntry]:
     """Return RECORD's entries by path.
 
     Raises:
-        BadArchive: a row is malformed or there twice, or there are too many.
+        BadArchive: a row is malformed or occurs twice, or there are too many.
     """
     # A line may end in two of them.
     if sum(text.count(end) for end in _LINE_ENDS) > 2 * _MOST_ROWS:
@@ -159,16 +158,16 @@ _SIGNATURES = frozenset({"RECORD.jws", "RECORD.p7s"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What a wheel says of itself.
+    """A wheel's metadata.
 
     Attributes:
         name: of the distribution, normalised.
         version: of the distribution.
         dist_info: name of the .dist-info directory.
         purelib: whether the archive's root goes to purelib.
-        record: what RECORD says of each file.
+        record: RECORD's entries by path.
         scripts: the scripts of its entry points.
-        requires: what it requires, one line of PEP 508 each, as it is written.
+        requires: its requirements, one line of PEP 508 each, unchanged.
     """
 
     name: str
@@ -181,7 +180,7 @@ class Metadata:
 
 
 def read_metadata(archive: Archive, filename: str) -> Metadata:
-    """Return what a wheel says of itself, if its parts agree.
+    """Return a wheel's metadata, if its parts agree.
 
     Raises:
         BadArchive: a part is missing or malformed, or two of them contradict each other.
@@ -191,7 +190,7 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
     try:
         name, version, _, _ = parse_wheel_filename(filename)
     except (InvalidWheelFilename, NotAVersion) as error:
-        message = f"its file's name is none that a wheel can have ({error})"
+        message = f"its file's name is not that of a wheel ({error})"
         raise BadArchive(message) from error
     members = {member.name: member for member in archive.members}
     dist_info = _dist_info(members, name, version)
@@ -226,7 +225,7 @@ def read_metadata(archive: Archive, filename: str) -> Metadata:
 
 
 class Fingerprint:
-    """Hashes a file's content, given piece by piece, and compares it with what RECORD says of it.
+    """Hashes a file's content piece by piece, and compares it with RECORD's entry.
 
     Args:
         entry: RECORD's entry; None for a file that RECORD cannot list.
@@ -240,11 +239,11 @@ class Fingerprint:
         self.update = self._state.update
 
     def found(self) -> Hash:
-        """Return the hash of the content that was given, by the algorithm that RECORD takes."""
+        """Return the hash of the content so far, by RECORD's algorithm."""
         return Hash(self._algorithm, encoded(self._state.digest()))
 
     def differs(self, size: int) -> bool:
-        """Return whether the content that was given, `size` bytes of it, is another than RECORD says."""
+        """Return whether the content, `size` bytes, differs from RECORD's entry."""
         if self._entry is None or self._expected is None:
             return False
         other_size = self._entry.size is not None and self._entry.size != size
@@ -252,7 +251,7 @@ class Fingerprint:
 
 
 def encoded(digest: bytes) -> str:
-    """Return a digest as RECORD writes it."""
+    """Return a digest in RECORD's form."""
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
@@ -273,22 +272,22 @@ def _dist_info(names: Iterable[str], name: str, version: Version) -> str:
 
 
 def _requires(metadata: str, name: str, version: Version) -> tuple[str, ...]:
-    """Return what METADATA says that a distribution requires, if it is that of the distribution."""
-    said = headers(metadata, "METADATA")
-    its_name, its_version = value(said, "Name"), value(said, "Version")
+    """Return the requirements in METADATA, if it belongs to the distribution."""
+    message = headers(metadata, "METADATA")
+    its_name, its_version = value(message, "Name"), value(message, "Version")
     try:
         same = canonicalize_name(its_name) == name and Version(its_version) == version
     except NotAVersion:
         same = False
     if not same:
         refuse(f"its METADATA names {its_name[:60]} {its_version[:60]}")
-    return required(said)
+    return required(message)
 
 
 def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str, RecordEntry]:
     """Return RECORD's entries by path, if each of the archive's files has one with a hash.
 
-    Whether hash and size are right is no question of whether a wheel can be installed: see `WheelLayer.misrecorded`.
+    A wheel with a wrong hash or size can be installed: see `WheelLayer.misrecorded`.
     """
     listed = record(text)
     for member in members:
@@ -303,23 +302,18 @@ def _record(text: str, members: Iterable[Member], dist_info: str) -> Mapping[str
     return listed
 
 
-# Part of the key of every layer: a change of what a layer holds, of a byte of how, or of what is noted of it, is a new
-# layout.
-LAYOUT = 2
-
-
 class InvalidWheel(InvalidVersion):
-    """A wheel cannot be installed: it is hostile, broken, or of a kind that is not known."""
+    """A wheel cannot be installed: it is hostile, broken, or of an unknown format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wheel:
-    """A wheel whose list of files and metadata were checked; the content is checked while it is read.
+    """A wheel with a checked list of files and checked metadata; its content is checked while it is read.
 
     Attributes:
         path: its file; must not change.
         filename: its name on the index.
-        metadata: what it says of itself.
+        metadata: its metadata.
         members: its files, in the order of the archive.
         size: bytes of the file.
     """
@@ -345,12 +339,12 @@ def open_wheel(path: Path, *, filename: str = "") -> Wheel:
     """Return a wheel, if it can be installed.
 
     Args:
-        path: its file, whose hash is the caller's to check.
+        path: its file; the caller checks its hash.
         filename: its name on the index; empty for the name of the file.
 
     Raises:
-        InvalidWheel: a path leaves its place, a file is a link, encrypted, listed twice or not listed in RECORD; the
-            archive can be read in two ways or is a bomb; its metadata are missing or another wheel's.
+        InvalidWheel: a path leaves its directory; a file is a link, encrypted, listed twice or not listed in RECORD;
+            the archive can be read in two ways or is a bomb; the metadata is missing or another wheel's.
     """
     filename = filename or path.name
     with named(filename), opened(path) as file:
@@ -362,19 +356,6 @@ def open_wheel(path: Path, *, filename: str = "") -> Wheel:
             members=archive.members,
             size=archive.size,
         )
-
-
-def layer_key(wheel_hash: str, *, python: str, bytecode: Compiler | None = None) -> str:
-    """Return what names a wheel's layer, joined of all that it is a function of.
-
-    It is a word of letters, digits, '.', '_' and '-', at most 128 of them, and so a tag.
-
-    Args:
-        wheel_hash: SHA-256 of the wheel, 64 hexadecimal digits.
-        python: the model's Python: `3.11`.
-        bytecode: the compiler of the bytecode in it; None for a layer without.
-    """
-    return f"{wheel_hash}-l{LAYOUT}-{bytecode.identity if bytecode else f'py{python}'}"
 
 
 @contextlib.contextmanager
@@ -389,42 +370,39 @@ def opened(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def named(filename: str) -> Iterator[None]:
-    """Turn what is wrong with an archive into what is wrong with the wheel of that name."""
-    remedy = "Pin another version of it, or ask whoever made it for one that is built again."
+    """Turn an invalid archive into an invalid wheel of that name."""
+    remedy = "Pin another version of it, or ask its author for a new build."
     try:
         yield
     except BadArchive as error:
         message = f"The wheel {filename} cannot be used: {error}."
         raise InvalidWheel(message, remedy=remedy) from error
-    except CompilerDied as error:
-        message = f"The wheel {filename} cannot be compiled: {error.what}"
-        raise InvalidWheel(message, remedy="Pin another version of it, or publish without bytecode.") from error
 
 
 ENVIRONMENT = "opt/model"
 INTERPRETER = f"/{ENVIRONMENT}/bin/python"
-# What makes the environment one; a wheel that brings its own would replace the interpreter of all others. Python reads
-# a pyvenv.cfg beside its program before the one above it, and a ._pth file there in place of every other path, on
+# The files that make a folder an environment; a wheel with its own would replace the interpreter of all others. Python
+# reads a pyvenv.cfg beside its program before the one above it, and a ._pth file there in place of every other path, on
 # every system (CPython, Modules/getpath.py).
 _VENV = re.compile(rf"{ENVIRONMENT}/((bin/)?pyvenv\.cfg|bin/python(3(\.[0-9]+)?)?|bin/[^/]*\._pth)(/.*)?")
 # The directories that all wheels share; a file of that name would hide what the others have there.
 _SHARED = re.compile(
     rf"{ENVIRONMENT}/(bin|etc|share|include(/site(/python[0-9.]+)?)?|lib|lib64|lib(64)?/python[0-9.]+(/site-packages)?)"
 )
-# What the installer writes; a wheel's own would be replaced.
+# Written by the installer; a wheel's own would be replaced.
 _OURS = frozenset({"RECORD", "INSTALLER"})
 _TEST_FOLDERS = frozenset({"test", "tests"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where one file goes.
+    """The destination of a file.
 
     Attributes:
         path: in the layer: `opt/model/lib/python3.11/site-packages/…`.
-        record: as RECORD names it, relative to the directory that holds the .dist-info.
-        script: whether it is one of the wheel's own scripts, whose first line may have to be changed.
-        importable: whether it goes where Python imports from.
+        record: the path in RECORD, relative to the directory of the .dist-info.
+        script: whether it is one of the wheel's own scripts, with a first line that may have to be changed.
+        importable: whether Python imports from its directory.
         member: the file in the archive; None for one that the installer writes.
         executable: whether its mode is 0755.
     """
@@ -438,7 +416,7 @@ class Place:
 
     @property
     def wants_bytecode(self) -> bool:
-        """Whether Python will import it, tests inside of packages apart."""
+        """Whether Python imports it; False for tests inside packages."""
         folders = self.path.split("/")[:-1]
         return self.importable and self.path.endswith(".py") and _TEST_FOLDERS.isdisjoint(folders)
 
@@ -475,7 +453,7 @@ class Scheme:
                 above = above.rpartition("/")[0]
 
     def place(self, key: str, path: str, *, member: Member | None = None, executable: bool = False) -> Place:
-        """Return where a file of a scheme's key goes.
+        """Return the destination of a file of a scheme's key.
 
         Args:
             key: purelib, platlib, headers, scripts or data.
@@ -495,10 +473,10 @@ class Scheme:
         )
 
     def member(self, member: Member) -> Place | None:
-        """Return where a file of the archive goes; None for one that the installer writes itself, or leaves away.
+        """Return the destination of a file of the archive; None for a file that the installer writes or leaves out.
 
         Raises:
-            BadArchive: it lies in a .data directory that is not the distribution's, or below a key that is none.
+            BadArchive: it is in another distribution's .data directory, or below an unknown key.
         """
         top, slash, rest = member.name.partition("/")
         if not slash or not top.endswith(".data"):
@@ -510,29 +488,29 @@ class Scheme:
             refuse(f"its directory {top!r} belongs to another distribution")
         key, slash, path = rest.partition("/")
         if key not in self._folders or not slash:
-            refuse(f"{member.name!r} goes nowhere: below {top!r} stand {', '.join(sorted(self._folders))}")
+            refuse(f"{member.name!r} has no destination: {top!r} may have {', '.join(sorted(self._folders))}")
         if key == "scripts" and self._wraps(path):
             return None
         return self.place(key, path, member=member, executable=member.executable)
 
     def _wraps(self, path: str) -> bool:
-        """Return whether a script is what old setuptools made of an entry point, from which it is made anew."""
+        """Return whether a script is old setuptools' wrapper of an entry point, which gets a new one."""
         name = re.sub(r"(\.exe|-script\.py|\.pya)$", "", path.rpartition("/")[2], flags=re.IGNORECASE)
         return name in self._scripts
 
 
 def places(scheme: Scheme, members: tuple[Member, ...], metadata: Metadata) -> tuple[Place, ...]:
-    """Return where a wheel's files go, its scripts included, in the order of their paths.
+    """Return the destinations of a wheel's files, its scripts included, in the order of their paths.
 
     Raises:
-        BadArchive: a file goes nowhere, two go to the same place, one lies where another wants a directory, one would
-            replace a part of the environment, or there are too many directories.
+        BadArchive: a file has no destination, two have the same, a file is another's directory, a file would replace a
+            part of the environment, or there are too many directories.
     """
     found: dict[str, Place] = {}
-    # Where no wheel puts a file, whether or not this one has any below.
+    # Directories of every environment, whether or not this wheel has a file there.
     folders = set(scheme.folders)
     for place in _all(scheme, members, metadata):
-        # Deeper in the environment the archive's own paths have been checked, but not what they make together.
+        # The archive's path was checked, but not the longer one in the environment.
         check_path(place.path)
         if place.path in found:
             refuse(f"two of its files go to {place.path!r}")

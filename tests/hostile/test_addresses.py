@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,7 +164,7 @@ def test_what_can_be_read_in_two_ways_is_no_address(text):
 )
 def test_an_address_has_one_form(text, same):
     assert checked_url(text) == same == checked_url(same)
-    assert str(httpx.URL(same)) == same
+    assert str(httpx2.URL(same)) == same
 
 
 _PIECES = [*"ab.:/\\@?#%2e5c[]0x7f \t\n$ {}'\"~", "..", "%2e", "%2f", "%25", "nexus.example.com"]
@@ -178,7 +178,7 @@ def test_any_text_is_one_address_to_every_reader_or_none(text):
     except Ambiguous:
         return
     assert canonical(url, query=True) == url
-    read = httpx.URL(url)
+    read = httpx2.URL(url)
     assert read.scheme == "https"
     assert f"://{read.netloc.decode()}/" in f"{url.partition('?')[0]}/"
     assert not read.userinfo
@@ -195,15 +195,15 @@ def test_what_is_within_a_prefix_begins_with_it(prefix, rest):
         except Ambiguous:
             continue
         if is_within(url, base):
-            assert str(httpx.URL(url)).startswith(canonical(base).rstrip("/"))
-            assert httpx.URL(url).host == "nexus.example.com"
+            assert str(httpx2.URL(url)).startswith(canonical(base).rstrip("/"))
+            assert httpx2.URL(url).host == "nexus.example.com"
 
 
 @given(_TEXT)
 def test_a_link_keeps_to_one_origin_in_every_reading(text):
     found = linked("https://nexus.example.com/simple/x/", text)
     if found is not None:
-        read = httpx.URL(found)
+        read = httpx2.URL(found)
         assert read.scheme in {"http", "https"}
         assert not read.userinfo
         assert "\\" not in found

@@ -8,8 +8,7 @@ from pydantic import ValidationError
 
 from builder.package_index.client import NoPage, parse_page
 from builder.package_index.wheel_file import LockedWheel
-from builder.wheels.bytecode import Budget
-from builder.wheels.install import WheelLayer
+from builder.wheels.install import Budget, WheelLayer
 from builder.wheels.wheel import open_wheel
 from tests.hostile.bounded import MIB, bounded
 from tests.wheels.made import INFO, METADATA, PYTHON, SITE, WHEEL, built, compiler, digest, make
@@ -164,7 +163,7 @@ def slow(count):
 
 
 def compiled(path, seconds, shared):
-    limits = {"seconds": seconds, "workers": 1, "budget": Budget(shared)}
+    limits = {"seconds": seconds, "budget": Budget(shared)}
     built(Path(path), bytecode=compiler(**limits))
 
 

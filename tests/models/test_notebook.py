@@ -16,9 +16,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from builder.dockerfile.template import rendered
 from builder.models.catalog import MlflowCatalog
 from builder.models.context import write_context
-from builder.publish.fetch import rendered
 from builder.settings import CatalogSettings
 from tests.models.models import TARGET
 from tests.waiting import HANG

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from builder.clients import Registries
 from builder.errors import BuildFailed, InvalidVersion, TryAgain
-from builder.oci import layer
 from builder.oci.authn import Credentials
 from builder.oci.descriptor import OCI_LAYER, check, verified
 from builder.oci.files_layer import BUCKET, LARGE, FileEntry, FilesLayer, split
+from builder.oci.layer import END, MTIME, file_header
 from builder.reference import Digest, Repository
 
 MODEL = {
@@ -70,9 +70,7 @@ def test_a_layer_holds_the_files_and_their_folders(tmp_path):
     modes = {name: member.mode for name, member in members.items()}
     assert {modes.pop(name) for name in [*folders, "app/client/app.py"]} == {0o755}
     assert set(modes.values()) == {0o644}
-    assert {(member.uid, member.gid, member.uname, member.mtime) for member in members.values()} == {
-        (0, 0, "", layer.MTIME)
-    }
+    assert {(member.uid, member.gid, member.uname, member.mtime) for member in members.values()} == {(0, 0, "", MTIME)}
     names = list(members)
     assert all(names.index(str(Path(name).parent)) < names.index(name) for name in names if "/" in name)
 
@@ -130,7 +128,7 @@ def test_names_that_tar_does_not_hold_plainly(tmp_path, path):
 
 @pytest.mark.parametrize("size", [(8 << 30) - 1, 8 << 30, 300 << 30])
 def test_a_file_of_eight_gibibytes_has_a_header_that_says_so(size):
-    with tarfile.open(fileobj=io.BytesIO(layer.file_header("a", size) + layer.END), mode="r|") as archive:
+    with tarfile.open(fileobj=io.BytesIO(file_header("a", size) + END), mode="r|") as archive:
         assert archive.next().size == size
 
 
@@ -154,7 +152,7 @@ def test_a_large_file_is_never_in_memory(tmp_path):
 def test_many_small_files_are_streamed_in_chunks_worth_sending(tmp_path):
     layer = FilesLayer.of(make(tmp_path, {f"folder/{n}": b"x" * 100 for n in range(2000)}))
     sizes = [len(chunk) for chunk in layer.stream()]
-    assert len(sizes) == 2
+    assert len(sizes) == 8
     assert all(size >= 256 << 10 for size in sizes[:-1])
 
 
@@ -268,7 +266,7 @@ def test_a_change_that_hides_its_time_is_found_by_the_digest(tmp_path):
     status = entry.source.stat()
     entry.source.write_bytes(b"CONTENT")
     os.utime(entry.source, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(BuildFailed, match="holds something else"):
+    with pytest.raises(BuildFailed, match="does not match its digest"):
         check(layer)
 
 
@@ -294,7 +292,7 @@ WRONG_PATHS = {
 def test_paths_that_no_layer_may_have(tmp_path, path):
     entry = FileEntry(path=path, source=one(tmp_path).source, size=7)
     for make_layers in (lambda: FilesLayer.of([entry]), lambda: split([entry], most=3)):
-        with pytest.raises(InvalidVersion, match=f"cannot stand in an image.*{WRONG_PATHS[path]}") as caught:
+        with pytest.raises(InvalidVersion, match=f"is not allowed in an image.*{WRONG_PATHS[path]}") as caught:
             make_layers()
         caught.value.one_line().encode()
 
@@ -490,7 +488,7 @@ def test_files_that_do_not_fit_are_refused():
         split(shards, most=9, limit=10 * GB)
 
 
-@pytest.mark.parametrize("path", ["a", "modèle-重み/" * 30 + "n" * 200, "/".join("d" * 200)])
+@pytest.mark.parametrize("path", ["a", "é", "modèle-重み/" * 30 + "n" * 200, "/".join("d" * 200)])
 @pytest.mark.parametrize("size", [0, 1, 70_000, 3 << 20])
 def test_a_layer_is_no_larger_than_it_was_reckoned(tmp_path, path, size):
     entry = one(tmp_path, random.Random(size).randbytes(size), path)

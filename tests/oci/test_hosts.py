@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.http import api_host, canonical, is_loopback, is_named, proxy_for, split
-from builder.oci.authn import Challenge, challenges
+from builder.oci.transport import Challenge, challenges
 
 
 @pytest.mark.parametrize(

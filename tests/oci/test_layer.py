@@ -8,6 +8,7 @@ import io
 import os
 import tarfile
 import zlib
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -41,37 +42,51 @@ def plain(content: bytes, step: int = 1 << 20) -> Plain:
     return Plain(chunks=[content[n : n + step] for n in range(0, len(content), step)], size=len(content))
 
 
-def written(*steps) -> tuple[LayerWriter, bytes]:
-    writer = LayerWriter()
+def written(*steps, compresses: bool = True) -> tuple[LayerWriter, bytes]:
+    writer = LayerWriter(compresses=compresses)
     data = b"".join(chunk for step in steps for chunk in step(writer))
     return writer, data + b"".join(writer.finish())
 
 
 @given(st.lists(PIECES, max_size=20).map(b"".join))
-def test_fixed_codes_hold_what_was_put_into_them(content):
-    if not layer.encodable(content):
-        with pytest.raises(ValueError, match="144"):
-            layer.fixed(content)
-        return
-    stream = layer.fixed(content) + layer.ALIGN + layer.LAST
-    assert zlib.decompress(stream, -15) == content
+def test_compressed_headers_hold_what_was_put_into_them(content):
+    stream = layer.deflated(content)
+    assert zlib.decompressobj(-15).decompress(stream) == content
+    # The next block begins on a byte boundary.
+    assert zlib.decompress(stream + layer.stored(b"rest") + layer.LAST, -15) == content + b"rest"
 
 
 @pytest.mark.parametrize(
     "count", [*range(4, 12), *range(255, 275), *range(510, 525), 774, 775, 776, 777, 1024, 100_000]
 )
 def test_zeros_of_every_length(count):
-    stream = layer.fixed(b"a" + bytes(count) + b"b") + layer.stored(b"rest") + layer.LAST
+    stream = layer.deflated(b"a" + bytes(count) + b"b") + layer.stored(b"rest") + layer.LAST
     assert zlib.decompress(stream, -15) == b"a" + bytes(count) + b"b" + b"rest"
 
 
 def test_a_header_takes_a_third_of_its_block():
     header = layer.file_header("opt/model/lib/python3.11/site-packages/numpy/_core/_methods.py", 12345)
-    assert len(layer.fixed(header) + layer.ALIGN) < 180
+    assert len(layer.deflated(header)) < 160
 
 
-@given(st.lists(st.tuples(PATHS, PATHS, st.binary(max_size=300), st.booleans(), st.booleans()), max_size=8))
-def test_a_layer_holds_what_was_put_into_it(entries):
+@pytest.mark.parametrize("size", [0, 1, 300, 65_535])
+def test_a_stored_block_holds_its_content(size):
+    content = os.urandom(size)
+    assert zlib.decompress(layer.stored(content) + layer.LAST, -15) == content
+
+
+def test_another_zlib_has_another_identity(monkeypatch):
+    own = layer.zlib_identity()
+    assert own == layer.zlib_identity.__wrapped__()
+    compressobj = zlib.compressobj
+    monkeypatch.setattr(zlib, "compressobj", lambda _level, *rest: compressobj(1, *rest))
+    assert layer.zlib_identity.__wrapped__() != own
+
+
+@given(
+    st.lists(st.tuples(PATHS, PATHS, st.binary(max_size=300), st.booleans(), st.booleans()), max_size=8), st.booleans()
+)
+def test_a_layer_holds_what_was_put_into_it(entries, compresses):
     files = {f"{folder}-d/{name}-f": rest for folder, name, *rest in entries}
     steps = [
         lambda writer, path=path, content=content, executable=executable, pack=pack: writer.file(
@@ -79,7 +94,7 @@ def test_a_layer_holds_what_was_put_into_it(entries):
         )
         for path, (content, executable, pack) in files.items()
     ]
-    writer, data = written(*steps)
+    writer, data = written(*steps, compresses=compresses)
     archive = gzip.decompress(data)
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         found = {m.name: [opened.extractfile(m).read(), m.mode == 0o755] for m in opened if m.isfile()}
@@ -168,9 +183,31 @@ def test_entries_that_no_file_follows():
     assert writer.layer.size < writer.layer.uncompressed / 3
 
 
-def test_an_empty_layer():
-    _, data = written()
+@pytest.mark.parametrize("compresses", [True, False])
+def test_an_empty_layer(compresses):
+    _, data = written(compresses=compresses)
     assert gzip.decompress(data) == bytes(1024)
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_more_headers_than_a_stored_block_holds(compresses):
+    deep = "/".join(["d" * 50] * 200)
+    writer, data = written(lambda writer: writer.file(f"{deep}/f", plain(b"x")), compresses=compresses)
+    assert writer.layer.uncompressed > 2 * layer.LARGEST_STORED
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as opened:
+        assert opened.extractfile(f"{deep}/f").read() == b"x"
+
+
+def test_a_layer_that_is_not_compressed_depends_on_no_compressor():
+    """A change of this digest is a change of every model layer in every registry."""
+    paths = ["app/mymodel/MLmodel", "app/mymodel/é", "app/mymodel/" + "n" * 120]
+    writer, _ = written(
+        *(partial(LayerWriter.file, path=path, content=plain(b"x" * 700)) for path in paths), compresses=False
+    )
+    assert str(writer.layer.digest) == STORED_LAYER
+
+
+STORED_LAYER = "sha256:090f9dee66e51813698ad0069117c6a781dcb1c0ea5bb6d473ca55d5e7971f16"
 
 
 def test_a_layer_without_its_end_has_no_digest():

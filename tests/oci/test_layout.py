@@ -115,7 +115,7 @@ HOSTILE: dict[str, tuple[Callable[[Layout], object], str]] = {
     "no oci-layout": (lambda made: (made.folder / "oci-layout").unlink(), "oci-layout cannot be opened"),
     "oci-layout of another version": (
         lambda made: (made.folder / "oci-layout").write_text('{"imageLayoutVersion": "2"}'),
-        "no version that is known",
+        "unknown version",
     ),
     "oci-layout is huge": (lambda made: (made.folder / "oci-layout").write_text(" " * 5000), "larger than"),
     "index is a link": (lambda made: replaced(made.folder / "index.json", link), "index.json is not a regular file"),
@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[Callable[[Layout], object], str]] = {
     "a layer is gone": (lambda made: layer(made).unlink(), "cannot be opened"),
     "a layer holds something else": (
         lambda made: layer(made).write_bytes(bytes(layer(made).stat().st_size)),
-        "holds something else",
+        "does not match its digest",
     ),
     "a layer is longer": (lambda made: layer(made).write_bytes(layer(made).read_bytes() + b"x"), "something else"),
     "a layer is shorter": (lambda made: layer(made).write_bytes(layer(made).read_bytes()[:-1]), "something else"),
@@ -207,11 +207,11 @@ HOSTILE: dict[str, tuple[Callable[[Layout], object], str]] = {
         "2 layers",
     ),
     "too many layers": (lambda made: made.index(made.image(layers=made.manifest()["layers"] * 600)), "more than"),
-    "a manifest that is an index": (with_manifest(mediaType=INDEX), "something else"),
+    "a manifest that is an index": (with_manifest(mediaType=INDEX), "not the declared one"),
     "a config that is a link": (lambda made: replaced(config(made), link), "not a regular file"),
     "a config of another kind": (
         lambda made: made.index(made.image(config=made.blob(b"{}", "application/json"))),
-        "config is none",
+        "config is not an image's",
     ),
     "a config for another platform": (
         with_config({"os": "linux", "architecture": "arm64", "rootfs": {"diff_ids": [sha256(b""), sha256(b"")]}}),
@@ -370,5 +370,5 @@ def test_check_reads_to_the_end(last: bool, tmp_path: Path) -> None:
     check(blob)
     changed = content[:-1] + bytes([content[-1] ^ 1]) if last else bytes([content[0] ^ 1]) + content[1:]
     (layout.folder / "blobs/sha256" / blob.digest.hex).write_bytes(changed)
-    with pytest.raises(BuildFailed, match="holds something else"):
+    with pytest.raises(BuildFailed, match="does not match its digest"):
         check(blob)

@@ -20,7 +20,7 @@ from builder.clients import Registries
 from builder.errors import BuildFailed, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.http import RetryPolicy
 from builder.oci.authn import Credential, Credentials
-from builder.oci.base_image import published, resolve_base
+from builder.oci.base_image import find_image, published
 from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, BytesBlob, LayoutBlob
 from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import SOURCE_ID, Image, index
@@ -158,7 +158,7 @@ def test_a_single_image_is_read_back_with_the_platform_of_its_config(token_regis
         push_image(registry, tag.repository, layout, image)
         move_tag(registry, tag, image.manifest, OCI_MANIFEST, None)
         there = published(registry, tag)
-        base = resolve_base(registry, tag, ARM)
+        base = find_image(registry, tag, ARM)
     assert there is not None
     assert there.platforms == {ARM: image.descriptor}
     assert (there.source_id, there.is_index) == (SOURCE, False)
@@ -170,10 +170,10 @@ def test_a_base_is_resolved_for_each_of_its_platforms(base_image: str, registry:
     reference = Reference.parse(base_image)
     with registries_for(registry) as registries:
         client = registries.for_host(registry.host)
-        bases = {platform: resolve_base(client, reference, platform) for platform in (AMD64, ARM64, ARM)}
-        assert resolve_base(client, reference.repository.tag("no-such-tag"), AMD64) is None
+        bases = {platform: find_image(client, reference, platform) for platform in (AMD64, ARM64, ARM)}
+        assert find_image(client, reference.repository.tag("no-such-tag"), AMD64) is None
         with pytest.raises(Exception, match=r"no image for linux/s390x; it has linux/amd64, .*linux/arm64"):
-            resolve_base(client, reference, Platform("linux", "s390x"))
+            find_image(client, reference, Platform("linux", "s390x"))
     assert len({base.digest for base in bases.values()}) == 1, "the index is what the reference names"
     assert len({base.diff_ids for base in bases.values()}) == 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 
-import httpx
+import httpx2
 import pytest
 
 from builder.clients import Registries
@@ -59,7 +59,7 @@ def listed(client, repository, subject):
 def test_a_registry_without_the_list_gets_a_tag(client, server, repository, subject, crane):
     tag = attach(client, repository, subject, b"lock", kind=KIND, title="pylock.toml")
     # Neither of the distribution project's registries has the API; the answer says so.
-    assert httpx.get(f"{server.url}/v2/{repository.path}/referrers/{subject.digest}").status_code == 404
+    assert httpx2.get(f"{server.url}/v2/{repository.path}/referrers/{subject.digest}").status_code == 404
     (entry,) = listed(client, repository, subject)
     assert entry["digest"] == str(tag.digest)
     assert entry["artifactType"] == KIND
@@ -110,4 +110,4 @@ def test_a_registry_that_takes_no_artifacts_costs_a_warning(server, repository, 
     with forwarding(server.host, rule) as proxy, Registries() as registries:
         there = Repository(proxy.host, repository.path)
         assert attach(registries.for_host(proxy.host), there, subject, b"x", kind=KIND, title="pylock.toml") is None
-    assert "does not keep a referrer" in caplog.text
+    assert "does not accept a referrer" in caplog.text

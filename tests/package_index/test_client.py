@@ -3,6 +3,7 @@
 import hashlib
 import os
 import socket
+import subprocess
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builder.clients import Registries
 from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
-from builder.http import RetryPolicy
+from builder.http import RetryPolicy, _authorities
 from builder.package_index.client import IndexClient, NoPage, WheelMismatch, WheelNotFound, parse_page
 from builder.package_index.config import Indexes, IndexUrl
 from builder.package_index.wheel_file import LockedWheel
+from builder.reference import Repository
 from builder.settings import Network
 from tests.package_index.server import make_wheel, running
 from tests.servers.certificates import for_loopback, self_signed
@@ -151,7 +154,7 @@ def test_a_download_goes_on_where_it_broke(index, locked, tmp_path):
     assert sum(told) == len(content(index, locked))
 
 
-def test_a_server_without_ranges_is_asked_again_from_the_beginning(index, locked, tmp_path):
+def test_a_server_without_ranges_is_read_again_and_no_byte_counts_twice(index, locked, tmp_path):
     break_once = break_off(400_000, 1)
 
     def fault(handler, path):
@@ -165,8 +168,38 @@ def test_a_server_without_ranges_is_asked_again_from_the_beginning(index, locked
     with client(index.simple) as asked:
         asked.download(locked, tmp_path / "wheel", progress=told.append)
     assert (tmp_path / "wheel").read_bytes() == content(index, locked)
-    assert min(told) < 0
+    assert min(told) > 0
     assert sum(told) == len(content(index, locked))
+
+
+@pytest.mark.parametrize(("second", "error"), [("v1", None), ("v2", "changed meanwhile"), ("", "changed meanwhile")])
+def test_a_file_of_unknown_hash_that_changes_on_the_way_is_refused(index, tmp_path, second, error):
+    """Half of one file and half of another would have the right size and a hash that nothing contradicts."""
+    body, begun = PADDING, []
+
+    def fault(handler, path):
+        begin = int(handler.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        begun.append(begin)
+        handler.send_response(206 if begin else 200)
+        handler.send_header("Content-Length", str(len(body) - begin))
+        handler.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        handler.send_header("ETag", second if begin else "v1")
+        handler.end_headers()
+        handler.wfile.write(body[begin:] if begin else body[:600_000])
+        handler.close_connection = not begin
+        return True
+
+    index.faults = fault
+    with client(index.simple) as asked:
+        if error is None:
+            assert asked.digest("x-1-py3-none-any.whl", f"{index.url}/x") == (
+                hashlib.sha256(body).hexdigest(),
+                len(body),
+            )
+        else:
+            with pytest.raises(ServiceUnavailable, match=error):
+                asked.digest("x-1-py3-none-any.whl", f"{index.url}/x")
+    assert begun == [0, 600_000]
 
 
 def answer(status, body=b"", kind="text/plain", **headers):
@@ -255,6 +288,17 @@ def test_pages_that_are_none(index, kind, body):
     wanted = LockedWheel(name="x", version="1", filename="x-1-py3-none-any.whl", sha256="0" * 64)
     with client(index.simple) as asked, pytest.raises((ServiceUnavailable, WheelNotFound)):
         asked.find(wanted)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_a_page_of_too_many_files_is_refused(monkeypatch, kind):
+    monkeypatch.setattr("builder.package_index.client._MOST_FILES", 3)
+    file = b'{"filename": "x", "url": "x"}'
+    bodies = {"application/json": b'{"files": [%s]}', "text/html": b"%s"}
+    one, between = {"application/json": (file, b","), "text/html": (b"<a href=x>", b"")}[kind]
+    assert len(parse_page(bodies[kind] % between.join([one] * 3), kind, "https://example.com/simple/x/")) == 3
+    with pytest.raises(NoPage, match="more than 3 files"):
+        parse_page(bodies[kind] % between.join([one] * 4), kind, "https://example.com/simple/x/")
 
 
 def test_another_file_of_the_same_name_is_not_taken(index, locked):
@@ -358,6 +402,39 @@ def test_a_certificate_that_is_not_trusted(certificate, locked):
             asked.find(locked)
         with client(index.simple, trusted=frozenset({"127.0.0.1"})) as asked, pytest.raises(WheelNotFound):
             asked.find(locked)
+
+
+@pytest.fixture
+def fresh_authorities():
+    """What is trusted is read once in a process, so it is read again before and after."""
+    _authorities.cache_clear()
+    yield
+    _authorities.cache_clear()
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+@pytest.mark.usefixtures("fresh_authorities")
+def test_the_system_s_authorities_are_those_that_openssl_s_variables_name(certificate, tmp_path, monkeypatch, variable):
+    """In the builder image they are in a folder of its own, which SSL_CERT_DIR names."""
+    authority, server = certificate
+    hashed = subprocess.run(
+        ["openssl", "x509", "-noout", "-subject_hash", "-in", authority.path],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    (tmp_path / f"{hashed}.0").write_bytes(authority.path.read_bytes())
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv(variable, str(authority.path if variable == "SSL_CERT_FILE" else tmp_path))
+    with running(certificate=server) as index, client(index.simple) as asked:
+        assert asked.files("nothing") == ()
+        host = index.url.removeprefix("https://")
+        with Registries(policy=QUICK) as registries, pytest.raises(ServiceUnavailable, match="404"):
+            registries.for_host(host).manifest(Repository(host, "x").tag("v1"))
+        monkeypatch.setenv(variable, "/nonexistent")
+        _authorities.cache_clear()
+        with client(index.simple) as other, pytest.raises(InvalidSettings, match="is not trusted"):
+            other.files("nothing")
 
 
 def test_a_wrong_credential_is_no_absence_and_is_not_shown(index, locked):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from builder.clients import connected
 from builder.errors import BuildFailed, InvalidVersion, ServiceUnavailable, TryAgain, UsageError, VersionNotFound
 from builder.publish import Published, build, fetch, publish, push, workspace_of
-from builder.publish.inspect import connected, find, preview
+from builder.publish import plan as preview
+from builder.publish.inspect import find
 from builder.settings import Settings
 from scripts.launch import clean_environ
 from tests.versions import DOCKERFILE, register, seed_layout
@@ -333,7 +335,7 @@ def test_push_refuses_another_models_plan(settings, new):
     ):
         shutil.copytree(settings(one).workspace, workspace.folder, dirs_exist_ok=True)
         with pytest.raises(UsageError, match="MODEL_NAME"):
-            push(settings(other), services, workspace)
+            push(services, workspace)
 
 
 def test_a_base_that_moved_is_noticed_for_an_index_too(settings, new, crane, base_image, caplog):
@@ -350,12 +352,12 @@ def test_a_base_that_moved_is_noticed_for_an_index_too(settings, new, crane, bas
 
 def phases(settings) -> Published:
     with connected(settings) as services, workspace_of(settings) as workspace:
-        version = find(settings, services)
-        fetch(settings, services, workspace, version)
+        version = find(services)
+        fetch(services, workspace, version)
         yield "fetched"
         build(settings, workspace)
         yield "built"
-        push(settings, services, workspace)
+        push(services, workspace)
 
 
 def test_a_version_deleted_in_mid_run_is_not_tagged(settings, new, crane, registry):
@@ -414,7 +416,7 @@ def test_an_engine_that_is_killed_ends_the_build_phase(settings, new, tmp_path):
     model = new("FROM {base}\nRUN echo it-runs && sleep 300\n")
     before = settings(model)
     with connected(before) as services, workspace_of(before) as workspace:
-        fetch(before, services, workspace, find(before, services))
+        fetch(services, workspace, find(services))
     environ = {**clean_environ(), "BUILDER_WORKSPACE": str(before.workspace), "LOG_FORMAT": "json"}
     command = [sys.executable, "-m", "builder", "build"]
     with subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -431,5 +433,5 @@ def test_an_engine_that_is_killed_ends_the_build_phase(settings, new, tmp_path):
     assert process.returncode == 75, log
     assert "was killed" in log
     with pytest.raises(TryAgain, match="was killed"), connected(before) as services:
-        push(before, services, workspace)
+        push(services, workspace)
     assert "was killed" in model.outcome()["error"]

@@ -13,8 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from builder.wheels.bytecode import Compiler
-from builder.wheels.install import WheelLayer
+from builder.wheels.install import Compiler, WheelLayer
 from builder.wheels.wheel import open_wheel
 
 NAME = "demo-1.0-py3-none-any.whl"

@@ -11,14 +11,15 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from builder.errors import TryAgain
-from builder.wheels import bytecode as module
-from builder.wheels.bytecode import Compiler
-from builder.wheels.install import WheelLayer
+from builder.wheels import bytecode as program
+from builder.wheels import install as module
+from builder.wheels.install import Compiler, WheelLayer
 from builder.wheels.wheel import InvalidWheel, open_wheel
 from tests.wheels.made import INFO, PYTHON, SITE, built, compiler, make, unpacked
 
@@ -35,7 +36,7 @@ NAMES = b"alpha_word = beta_word = gamma_word = 1\n"
 
 
 def _many(count: int = 150) -> dict[str, bytes]:
-    """Sources that share strings with one another, in more groups than there are workers."""
+    """Sources that share strings with one another."""
     random.seed(1)
     words = [f"word_{number}" for number in range(400)]
     return {
@@ -84,17 +85,17 @@ def test_python_imports_it_in_the_place_of_the_source(tmp_path):
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "1"
 
 
-def test_a_layer_is_the_same_whatever_the_processes_did_and_however_many_there_are(tmp_path):
+def test_a_layer_is_the_same_whatever_its_maker_did_before_and_does_beside(tmp_path):
     path = make(tmp_path, _many())
-    one, _ = built(path, bytecode=compiler(workers=1))
-    three, _ = built(path, bytecode=compiler(workers=3))
-    assert one.layer == three.layer
+    with ThreadPoolExecutor(3) as pool:
+        one, *others = pool.map(lambda _: built(path, bytecode=compiler())[0], range(4))
+    assert [other.layer for other in others] == [one.layer] * 3
     assert not one.without_bytecode
     program = (
         "import asyncio, decimal, email, sqlite3, unittest, xml.dom.minidom, sys, pathlib\n"
         "from tests.wheels.made import built, compiler\n"
         "alpha_word = beta_word = gamma_word = 1\n"
-        "print(built(pathlib.Path(sys.argv[1]), bytecode=compiler(workers=2))[0].layer.digest)\n"
+        "print(built(pathlib.Path(sys.argv[1]), bytecode=compiler())[0].layer.digest)\n"
     )
     environ = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONOPTIMIZE": "2", "PYTHONPATH": str(Path.cwd())}
     other = subprocess.run(
@@ -107,8 +108,8 @@ def test_a_layer_is_the_same_whatever_the_processes_did_and_however_many_there_a
     assert other.stdout.strip() == str(one.layer.digest)
 
 
-def test_what_is_compiled_before_in_the_same_group_is_part_of_the_wheel(tmp_path):
-    """The premise of it all: Python's bytecode depends on history, so that the grouping has to be fixed."""
+def test_bytecode_depends_on_what_the_process_compiled_before():
+    """The premise of it all: Python's bytecode depends on history, so each wheel has a fresh process."""
     program = (
         "import marshal\n"
         f"sets = {SETS!r}\n"
@@ -198,7 +199,8 @@ def test_a_source_that_is_too_large_has_no_bytecode(tmp_path, monkeypatch):
     assert _compiled("demo/a.py") not in unpacked(data)
 
 
-def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch, reaped):
     """The system kills what takes too much memory; that says nothing of the wheel."""
     started = []
     real = subprocess.Popen
@@ -207,12 +209,39 @@ def test_a_compiler_that_was_killed_is_tried_again(tmp_path, monkeypatch):
         process = real(*args, **kwargs)
         started.append(process)
         os.kill(process.pid, signal.SIGKILL)
+        if reaped:  # as by `kill_descendants`
+            os.waitpid(process.pid, 0)
         return process
 
     monkeypatch.setattr(module.subprocess, "Popen", watched)
     with pytest.raises(TryAgain, match="ended from outside"):
-        built(make(tmp_path, {"demo/a.py": b"x = 1\n"}), bytecode=compiler(workers=1))
+        built(make(tmp_path, {"demo/a.py": b"x = 1\n"}), bytecode=compiler())
     assert started
+
+
+def test_a_full_disk_says_so(tmp_path, monkeypatch):
+    real = subprocess.Popen
+    with Path("/dev/full").open("wb") as full:
+        monkeypatch.setattr(
+            module.subprocess, "Popen", lambda *args, **kwargs: real(*args, **{**kwargs, "stdout": full})
+        )
+        with pytest.raises(TryAgain, match="cannot be written") as caught:
+            built(make(tmp_path, {"demo/a.py": b"x = 1\n"}), bytecode=compiler())
+    assert "TMPDIR" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("parent", "compiles"), [(os.getpid(), True), (1, False)])
+def test_the_program_compiles_for_its_parent_alone(parent, compiles):
+    """Of a publish that was killed nothing goes on."""
+    with Path(os.devnull).open("rb") as wheel:
+        done = subprocess.run(
+            [sys.executable, "-S", program.__file__, str(wheel.fileno()), str(parent), "10", "10"],
+            input=json.dumps([[0, 0, 0, 0, "/a.py"]]).encode(),
+            pass_fds=[wheel.fileno()],
+            capture_output=True,
+            check=True,
+        )
+    assert bool(done.stdout) == compiles
 
 
 def test_no_process_is_left_when_the_reader_stops(tmp_path, monkeypatch):
@@ -238,10 +267,4 @@ def test_a_compiler_is_for_one_minor_version():
     assert f"-{PYTHON}." in found.identity
     assert Compiler.find("3.9") is None
     assert Compiler.find(PYTHON[:-1]) is None
-    assert Compiler.find(PYTHON, executable="/nonexistent/python") is None
-    assert Compiler.find(PYTHON, executable="/bin/true") is None
-    # Asked as a program, it says the same as in the process.
-    done = subprocess.run(
-        [sys.executable, "-I", module.wheel_compile.__file__, "--identify"], check=True, capture_output=True
-    )
-    assert json.loads(done.stdout) == [found.identity, found.cache_tag]
+    assert found.cache_tag == sys.implementation.cache_tag

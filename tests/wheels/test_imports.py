@@ -13,8 +13,8 @@ import pytest
 from builder import report
 from builder.errors import ExitCode, InvalidVersion
 from builder.models import context
+from builder.publish import plan as preview
 from builder.publish import publish
-from builder.publish.inspect import preview
 from builder.settings import Settings
 from tests.package_index.server import running
 from tests.publish.test_fetch import downloads

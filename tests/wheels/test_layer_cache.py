@@ -18,7 +18,7 @@ from builder.package_index.client import IndexClient
 from builder.package_index.config import Indexes, IndexUrl
 from builder.package_index.wheel_file import LockedWheel
 from builder.reference import Repository
-from builder.wheels.layer_cache import Group, Room, WheelLayers
+from builder.wheels.layer_cache import ByteSemaphore, Group, WheelLayers
 from tests.package_index.server import running
 from tests.wheels.made import INFO, NAME, PYTHON, compiler, make, put, unpacked
 from tests.wheels.made import central as central_entry
@@ -60,7 +60,7 @@ def groups_of(index):
 def place(index, store, folder, groups, repository=None, **options):
     client, layers = make_layers(index, store, folder, **options)
     with client, layers:
-        return layers.placed(groups, repository), layers.traffic
+        return layers.placed(groups, repository), layers.transfers
 
 
 def downloads(index):
@@ -242,17 +242,17 @@ def test_a_disk_without_room_says_so(index, store):
 
 
 def test_what_is_in_the_works_is_bounded_and_what_is_larger_is_alone():
-    room, lock, used, most, alone = Room(10), threading.Lock(), [], [], []
+    semaphore, lock, used, most, alone = ByteSemaphore(10), threading.Lock(), [], [], []
 
     def work(size):
-        with room.taken(size):
+        with semaphore.acquired(size):
             with lock:
                 used.append(size)
                 most.append(sum(used))
             threading.Event().wait(0.01)
             with lock:
                 if size > 10:
-                    # What takes no room may be at work beside it.
+                    # A thread that needs no bytes may be at work beside it.
                     alone.append([each for each in used if each])
                 used.remove(size)
 

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion
-from builder.oci.manifest import _PROFILES, FOUNDRY
+from builder.oci.manifest import _TARGETS, FOUNDRY
+from builder.publish import plan as preview
 from builder.publish import publish
-from builder.publish.inspect import preview
 from scripts.launch import clean_environ
 from tests.servers.forwarding import forwarding
 from tests.servers.small import push_base, small_files
@@ -58,12 +58,12 @@ def content(storage):
 
 def tags_below(registry, namespace):
     """Return the references of all tags below a namespace that name images; locks and facts are artifacts."""
-    repositories = httpx.get(f"{registry.url}/v2/_catalog?n=1000").json()["repositories"]
+    repositories = httpx2.get(f"{registry.url}/v2/_catalog?n=1000").json()["repositories"]
     return [
         f"{registry.host}/{repository}:{tag}"
         for repository in repositories
         if repository.startswith(f"{namespace}/")
-        for tag in httpx.get(f"{registry.url}/v2/{repository}/tags/list").json().get("tags") or ()
+        for tag in httpx2.get(f"{registry.url}/v2/{repository}/tags/list").json().get("tags") or ()
         if not tag.startswith(("lock-", "base-", "sha256-"))
     ]
 
@@ -153,8 +153,8 @@ def _platform_manifest(registry, base):
     path = base.partition("/")[2]
     name, _, tag = path.rpartition(":")
     accept = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"}
-    index = httpx.get(f"{registry.url}/v2/{name}/manifests/{tag}", headers=accept).json()
-    return httpx.get(f"{registry.url}/v2/{name}/manifests/{index['manifests'][0]['digest']}", headers=accept).json()
+    index = httpx2.get(f"{registry.url}/v2/{name}/manifests/{tag}", headers=accept).json()
+    return httpx2.get(f"{registry.url}/v2/{name}/manifests/{index['manifests'][0]['digest']}", headers=accept).json()
 
 
 # -- processes that end in the middle, or are two
@@ -421,7 +421,7 @@ def test_a_shard_that_changes_is_sent_alone(small, small_settings, registry, mlf
 
 def test_a_file_that_no_layer_may_hold_is_refused_before_it_is_downloaded(small, small_settings, monkeypatch):
     rules = dataclasses.replace(FOUNDRY, most_layer_bytes=700_000)
-    monkeypatch.setitem(_PROFILES, "pltr_foundry", rules)
+    monkeypatch.setitem(_TARGETS, "pltr_foundry", rules)
     monkeypatch.setattr("builder.publish.write_context", lambda *_, **__: pytest.fail("it is downloaded"))
     model = small(files={"mymodel/large.bin": os.urandom(700_000)})
     with pytest.raises(InvalidVersion, match=r"'app/mymodel/large.bin' of 700000 bytes .* 700000 bytes.*shards"):

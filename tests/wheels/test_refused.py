@@ -97,7 +97,7 @@ def test_without_an_engine_source_alone_is_named_first(small, small_settings, pa
 
 def test_no_engine_is_tried_for_what_is_another_system_s(small, small_settings, packages, monkeypatch):
     packages.add("of-windows", "306", tag="cp311-cp311-win_amd64")
-    monkeypatch.setattr("builder.publish.fetch.select_engine", lambda *_: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr("builder.publish.prepare.select_engine", lambda *_: pytest.fail("an engine was asked for"))
     model = small("of-windows==306\n")
     with pytest.raises(NoWheel, match="no engine can build it") as caught:
         publish(small_settings(model, BUILD_ENGINE="buildah"))

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from packaging.version import Version
 
@@ -210,7 +210,7 @@ def test_a_model_is_served_with_no_more_than_what_is_locked(wheels, tmp_path, ml
         with ThreadPoolExecutor(2) as pool:
             # The socket listens already, so that the request waits for the server, and for its end if it dies.
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
-            answer = pool.submit(httpx.post, url, json={"dataframe_split": ROWS}, timeout=HANG)
+            answer = pool.submit(httpx2.post, url, json={"dataframe_split": ROWS}, timeout=HANG)
             ended = pool.submit(server.wait)
             try:
                 wait([answer, ended], return_when=FIRST_COMPLETED)

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from builder.reference import Platform
-from builder.wheels.install import GroupLayer, WheelLayer
+from builder.wheels.install import WheelLayer
 from builder.wheels.shared_libraries import Imports, Library, WheelLibraries, _Kept, from_note, lacking, to_note
 from builder.wheels.wheel import open_wheel
 from tests.package_index.server import make_wheel
@@ -29,9 +29,10 @@ def libraries(tmp_path):
         layer = WheelLayer(open_wheel(tmp_path / filename), python=python)
         for _ in layer:
             pass
-        assert from_note(layer.layer.note) == (layer.libraries,)
+        assert from_note(layer.layer.note) == layer.libraries
         assert [path.name for path in tmp_path.iterdir() if path.suffix != ".whl"] == []
-        return layer.libraries
+        (found,) = layer.libraries
+        return found
 
     return read
 
@@ -289,7 +290,7 @@ def test_a_library_that_a_later_wheel_overwrites_does_not_matter(libraries, tmp_
         if grouped:
             # In a layer the first of two files in one place is kept.
             names = [wheel.wheel for wheel in reversed(order)]
-            group = GroupLayer([WheelLayer(open_wheel(tmp_path / name), python="3.11") for name in names])
+            group = WheelLayer(*(open_wheel(tmp_path / name) for name in names), python="3.11")
             for _ in group:
                 pass
             order = from_note(group.layer.note)  # noqa: PLW2901
@@ -334,21 +335,22 @@ def test_what_is_too_much_for_a_note_is_not_known(libraries):
 
 def test_what_is_too_much_for_a_note_is_not_kept(tmp_path):
     large = make_elf(*(f"lib{number:0240}.so" for number in range(256)))
-    layers = []
+    wheels = []
     for name in ("one", "two", "three"):
         filename, content = make_wheel(name, "1.0", tag=TAG, files={f"{name}/lib{n}.so": large for n in range(12)})
         (tmp_path / filename).write_bytes(content)
-        layers.append(WheelLayer(open_wheel(tmp_path / filename), python="3.11"))
-    group = GroupLayer(layers)
+        wheels.append(open_wheel(tmp_path / filename))
+    group = WheelLayer(*wheels, python="3.11")
     for _ in group:
         pass
     assert group.layer.note == "null"
     # 65 kB each: all of the first wheel, of the second what makes it too much, and of the third nothing.
-    assert [len(layer.libraries.libraries) for layer in layers] == [12, 5, 0]
-    for _ in layers[2]:
+    assert [len(wheel.libraries) for wheel in group.libraries] == [12, 5, 0]
+    alone = WheelLayer(wheels[2], python="3.11")
+    for _ in alone:
         pass
-    assert from_note(layers[2].layer.note) == (layers[2].libraries,)
-    assert len(layers[2].libraries.libraries) == 12
+    assert from_note(alone.layer.note) == alone.libraries
+    assert len(alone.libraries[0].libraries) == 12
 
 
 @pytest.mark.parametrize(

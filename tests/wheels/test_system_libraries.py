@@ -10,8 +10,8 @@ import pytest
 
 from builder.batch.warm import warm
 from builder.errors import BuilderError, InvalidVersion
+from builder.publish import plan as preview
 from builder.publish import publish
-from builder.publish.inspect import preview
 from builder.settings import Settings
 from tests.servers.forwarding import forwarding
 from tests.servers.small import archive, push_base, rootfs

@@ -6,7 +6,7 @@ import pytest
 
 from builder.errors import InvalidVersion
 from builder.oci.descriptor import OCI_LAYER, Descriptor
-from builder.oci.manifest import FOUNDRY, GENERAL, Profile, check, profile_for
+from builder.oci.manifest import FOUNDRY, GENERAL, TargetRules, check_target, target_rules
 from builder.reference import Digest, Platform, Reference
 
 AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
@@ -23,20 +23,20 @@ def config(user: object = "10001", ports: object = ("8080/tcp",)) -> dict[str, o
     return {"os": "linux", "config": {"User": user, "ExposedPorts": exposed}}
 
 
-def judge(profile: Profile, *, reference=TAGGED, platforms=(AMD64,), layers=(), whole=None, **options) -> str:
+def judge(rules: TargetRules, *, reference=TAGGED, platforms=(AMD64,), layers=(), whole=None, **options) -> str:
     """Return what is said against an image, the same on all platforms; nothing where it is right."""
     images = [(platform, config(**options) if whole is None else whole, layers) for platform in platforms]
     try:
-        check(profile, reference=reference, platforms=iter(platforms), images=iter(images))
+        check_target(rules, reference=reference, platforms=iter(platforms), images=iter(images))
     except InvalidVersion as error:
         return str(error)
     return ""
 
 
 def test_the_target_says_which_rules():
-    assert profile_for("pltr_foundry") is FOUNDRY
-    assert profile_for("pltr_foundry2") is GENERAL
-    assert profile_for("") is GENERAL
+    assert target_rules("pltr_foundry") is FOUNDRY
+    assert target_rules("pltr_foundry2") is GENERAL
+    assert target_rules("") is GENERAL
 
 
 @pytest.mark.parametrize("user", ["10001", "10001:0", "1", "5001:5001", "10001:app", "2147483647", "007"])
@@ -130,7 +130,7 @@ def test_foundry_runs_amd64():
 
 
 def test_a_platform_that_is_there_already_counts():
-    check(FOUNDRY, reference=TAGGED, platforms=[AMD64, ARM64], images=[(ARM64, config(), [layer()])])
+    check_target(FOUNDRY, reference=TAGGED, platforms=[AMD64, ARM64], images=[(ARM64, config(), [layer()])])
 
 
 def test_foundry_refuses_latest():
@@ -159,7 +159,7 @@ def test_no_target_runs_more_layers_than_docker(profile):
 
 def test_everything_is_said_at_once_and_what_is_the_same_once():
     with pytest.raises(InvalidVersion) as caught:
-        check(
+        check_target(
             FOUNDRY,
             reference=Reference.parse("model"),
             platforms=[ARM64, Platform("linux", "s390x")],

@@ -1,4 +1,4 @@
-"""Push: images assembled and pushed, one of them run, all joined, and the tag moved last."""
+"""Images assembled and pushed, one of them run, all joined, and the tag moved last."""
 
 from __future__ import annotations
 
@@ -9,31 +9,29 @@ from functools import partial
 from pathlib import Path
 
 from builder.clients import Registries, Services
-from builder.errors import InvalidVersion, TryAgain, UsageError, VersionNotFound
+from builder.errors import InvalidVersion, TryAgain, UsageError
 from builder.log import get_logger, stage
 from builder.masking import one_line
 from builder.models.context import listing_digest
-from builder.models.version import ModelVersion
 from builder.oci import manifest as manifests
 from builder.oci.base_image import Addition, BaseImage, Runtime, assembled, base_image
 from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Blob, BytesBlob, Descriptor, from_bytes, to_bytes
 from builder.oci.files_layer import FileEntry, FilesLayer, split
 from builder.oci.layer import Layer
 from builder.oci.layout import MOST_BYTES, LayoutImage, finished_image, open_layout
-from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image, check, profile_for
+from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image, check_target, target_rules
 from builder.oci.registry import Registry, RemoteBlob, Stoppable, move_tag, push_image
 from builder.oci.store import LayerStore, attach
 from builder.parallel import in_background
-from builder.plan import Base, Plan, PlatformPlan
-from builder.publish.inspect import existing_image
+from builder.plan import Base, Build, Plan
+from builder.publish.inspect import existing_image, same_version
 from builder.publish.record import Record
 from builder.reference import Digest, Platform, Reference, Repository
-from builder.settings import Settings
 from builder.smoke import Candidate
 from builder.smoke.runtime import Content
 from builder.wheels.inputs import PORT
 from builder.wheels.install import venv_layer
-from builder.wheels.recipe import HOME, PlatformRecipe, Recipe, check_wheels, layer_store, wheel_layers
+from builder.wheels.recipe import HOME, PlatformRecipe, Recipe, WheelsMethod, check_wheels
 from builder.wheels.resolve import LOCK_FILE, LOCK_TYPE
 from builder.wheels.wheel import ENVIRONMENT
 from builder.workspace import Workspace
@@ -43,39 +41,28 @@ _THREADS = 4
 USER = "10001:0"
 
 
-def push_images(
-    settings: Settings,
-    registries: Registries,
-    plan: Plan,
-    recipe: Recipe,
-    context: Path,
-    *,
-    notes: Callable[[PlatformPlan], dict[str, str]],
-    check: Callable[[Image], None],
-) -> list[Image]:
+def push_images(services: Services, plan: Plan, recipe: Recipe, context: Path) -> list[Image]:
     """Push the image of every platform that is made of wheel layers, by its digest; no tag is touched.
 
     Args:
-        settings: what the environment says.
-        registries: those of images and of base images.
+        services: the clients to work through.
         plan: what is to be made.
         recipe: from what.
         context: the folder the version's artifacts are in.
-        notes: returns the annotations of one platform's image, which are its labels too.
-        check: raises where an image must not be pushed.
 
     Returns:
         The images, in the plan's order.
 
     Raises:
-        BuilderError: a wheel cannot be had or installed, a file has changed, or a registry refuses.
+        BuilderError: a wheel cannot be had or installed, a file has changed, an image breaks the target's rules, or a
+            registry refuses.
     """
     steps = plan.made_by("wheels")
     recipe = recipe.within(context)
     parts = [recipe.for_platform(step.platform) for step in steps]
-    target = _Target(registries, plan.reference.repository, layer_store(settings, registries))
-    bases = [_base(registries, step) for step in steps]
-    shares = _shares(context, recipe, parts, profile_for(plan.target).most_layer_bytes)
+    target = _Target(services.registries, plan.reference.repository, services.wheels.store)
+    bases = [_base(services.wheels, step) for step in steps]
+    shares = _shares(context, recipe, parts, target_rules(plan.target).most_layer_bytes)
     # Platforms have all or most of them in common.
     each = list(dict.fromkeys(files for share in shares for files in share))
     tasks: list[Callable[[], list[Addition]]] = [
@@ -84,7 +71,7 @@ def push_images(
     ]
     # After a failure uploads end within a chunk, or with the answer that they wait for.
     with in_background(tasks, threads=_THREADS, stop=target.stop) as results:
-        wheels = _wheel_layers(settings, target, recipe, parts)
+        wheels = _wheel_layers(services.wheels, target, recipe, parts)
         for step, part in zip(steps, parts, strict=True):
             for warning in check_wheels(part, step.base.name if step.base else "", wheels):
                 _log.warning("a library is not there", platform=str(part.platform), why=warning)
@@ -95,7 +82,8 @@ def push_images(
             venv, content = venv_layer(part.interpreter, recipe.python)
             target.push(content)
             lock = part.lock.to_text().encode()
-            labels = notes(step) | {LOCK_DIGEST: str(Digest.of(lock)), REQUIREMENTS_DIGEST: str(recipe.requirements)}
+            labels = _annotations(plan, step) | (_of_base(step.base) if step.base else {})
+            labels |= {LOCK_DIGEST: str(Digest.of(lock)), REQUIREMENTS_DIGEST: str(recipe.requirements)}
             image = assembled(
                 base,
                 [
@@ -108,7 +96,7 @@ def push_images(
                 annotations=labels,
                 created=plan.version.created,
             )
-            check(image)
+            _check_profile(plan, [image])
             target.push(BytesBlob(image.config))
             target.registry.put_manifest(
                 target.repository, image.manifest, image.descriptor.media_type, image.descriptor.digest
@@ -194,7 +182,7 @@ def _title(recipe: Recipe, files: Sequence[FileEntry]) -> str:
     return f"{what} {files[0].path}" if len(files) == 1 else f"{what}, {len(files)} files"
 
 
-def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
+def _base(wheels: WheelsMethod, step: Build) -> BaseImage:
     """Return the base image as the plan saw it.
 
     Raises:
@@ -205,7 +193,7 @@ def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
         raise UsageError(message, remedy="Run 'builder fetch' again.")
     named = Reference.parse(step.base.name)
     reference = named.repository.digest(step.base.digest)
-    base = base_image(registries.for_host(named.repository.host), reference, step.platform)
+    base = wheels.base(reference, step.platform)
     if base is None:
         message = f"The base image {named} is no longer {step.base.digest}."
         raise TryAgain(message, remedy="Publish again: it starts from the base as it is then.")
@@ -213,13 +201,13 @@ def _base(registries: Registries, step: PlatformPlan) -> BaseImage:
 
 
 def _wheel_layers(
-    settings: Settings, target: _Target, recipe: Recipe, parts: Sequence[PlatformRecipe]
+    wheels: WheelsMethod, target: _Target, recipe: Recipe, parts: Sequence[PlatformRecipe]
 ) -> dict[str, Layer]:  # fmt: skip
     """Return the layers of groups of wheels by their sources, placed in the repository."""
     groups = [group for part in parts for group in part.groups]
-    with wheel_layers(settings, target.store, recipe) as layers:
+    with wheels.layers(recipe) as layers:
         placed = layers.placed(groups, target.repository)
-        _log.info("wheel layers are there", **asdict(layers.traffic))
+        _log.info("wheel layers are there", **asdict(layers.transfers))
     return placed
 
 
@@ -252,13 +240,10 @@ def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
 log = get_logger("join")
 
 
-def push_and_tag(
-    settings: Settings, services: Services, workspace: Workspace, plan: Plan, record: Record
-) -> tuple[Digest, int]:  # fmt: skip
+def push_and_tag(services: Services, workspace: Workspace, plan: Plan, record: Record) -> tuple[Digest, int]:
     """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version.
 
     Args:
-        settings: what the environment says.
         services: the registry, and MLflow, which is asked whether the version is still there.
         workspace: holds layouts, and the recipe.
         plan: what is to be pushed where; nothing else is believed.
@@ -286,7 +271,8 @@ def push_and_tag(
         push_image(registry, plan.reference.repository, layout, image, mount_from=mount_from)
     images = [image for _, image, _ in built]
     if plan.made_by("wheels"):
-        images += _push_assembled(settings, services, workspace, plan)
+        recipe = Recipe.from_json(workspace.recipe())
+        images += push_images(services, plan, recipe, workspace.context)
     with stage("smoke test"):
         local = {blob.digest: blob for layout, _, _ in built for blob in layout.blobs()}
         services.smoke_tests.run(
@@ -348,7 +334,7 @@ def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
 
 
 def _finished(
-    workspace: Workspace, plan: Plan, step: PlatformPlan, *, most_bytes: int
+    workspace: Workspace, plan: Plan, step: Build, *, most_bytes: int
 ) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
     """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
     layout = open_layout(workspace.layout(step.platform), step.platform, most_bytes=most_bytes)
@@ -364,31 +350,11 @@ def _finished(
 
 def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
     """Refuse images that break the target's rules, and a plan of which no image could keep them."""
-    check(
-        profile_for(plan.target),
+    check_target(
+        target_rules(plan.target),
         reference=plan.reference,
         platforms=[step.platform for step in plan.platforms],
         images=[(image.platform, from_bytes(image.config), image.layers) for image in images],
-    )
-
-
-def _push_assembled(settings: Settings, services: Services, workspace: Workspace, plan: Plan) -> list[manifests.Image]:
-    """Push the images that are made of wheel layers; nothing names them yet."""
-    with stage("imports"):
-        from builder.wheels.recipe import Recipe
-
-    def notes(step: PlatformPlan) -> dict[str, str]:
-        return _annotations(plan, step) | (_of_base(step.base) if step.base else {})
-
-    recipe = Recipe.from_json(workspace.recipe())
-    return push_images(
-        settings,
-        services.registries,
-        plan,
-        recipe,
-        workspace.context,
-        notes=notes,
-        check=lambda image: _check_profile(plan, [image]),
     )
 
 
@@ -398,7 +364,7 @@ def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:
     Raises:
         TryAgain: the tag is not what the plan saw.
     """
-    keep = {step.platform: step.kept for step in plan.platforms if step.action == "keep"}
+    keep = {step.platform: step.kept for step in plan.keeps}
     if not keep:
         return {}
     existing = existing_image(services, plan.reference)
@@ -413,7 +379,7 @@ def _of_base(base: Base) -> dict[str, str]:
     return {manifests.BASE_NAME: base.name, manifests.BASE_DIGEST: str(base.digest)}
 
 
-def _annotations(plan: Plan, step: PlatformPlan | None = None) -> dict[str, str]:
+def _annotations(plan: Plan, step: Build | None = None) -> dict[str, str]:
     """Return what an image says of where it comes from; no tracking URI, registry or user is among it.
 
     Args:
@@ -431,16 +397,3 @@ def _annotations(plan: Plan, step: PlatformPlan | None = None) -> dict[str, str]
         manifests.CONTENT_DIGEST: str(plan.content_digest),
         manifests.ARTIFACTS_DIGEST: str(listing_digest(plan.artifacts)),
     }
-
-
-def same_version(services: Services, plan: Plan) -> ModelVersion:
-    """Return the plan's version as MLflow has it now.
-
-    Raises:
-        VersionNotFound: it was deleted, and perhaps another has its number.
-    """
-    now = services.catalog.find(plan.version.name, plan.version.version)
-    if now.created_ms != plan.version.created_ms:
-        message = f"{plan.version} was deleted and registered again while it was being published."
-        raise VersionNotFound(message, remedy="Publish it again.")
-    return now

@@ -10,8 +10,8 @@ import pytest
 
 from builder.errors import ExitCode, InvalidVersion
 from builder.models.context import listing_digest
+from builder.publish import plan as preview
 from builder.publish import publish
-from builder.publish.inspect import preview
 from builder.settings import Settings
 from tests.servers.forwarding import forwarding
 from tests.servers.small import small_files
