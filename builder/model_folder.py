@@ -19,6 +19,7 @@ from builder.masking import one_line
 from builder.safe_open import SAFE_PATH, exists_beneath, read_beneath
 from builder.yaml_file import MOST_BYTES, read_mapping, read_yaml, scalar_places
 
+# `packaging` takes a while to import, and `download` needs none of it: functions import it.
 if TYPE_CHECKING:
     from packaging.version import Version
 
@@ -29,7 +30,7 @@ SETUPTOOLS = "setuptools"
 WSGI = ("gunicorn", "mlflow.pyfunc.scoring_server.wsgi:app")
 ASGI = ("uvicorn", "mlflow.pyfunc.scoring_server.app:app")
 # From this release on, MLflow's scoring server is an ASGI application; it was a WSGI one before.
-_FIRST_ASGI = (2, 21)
+_FIRST_ASGI = "2.21"
 # What serving needs of other packages' versions, of releases from the first one and before the second.
 # `mlflow` has these bounds itself but for those of _UNKNOWN_TO_MLFLOW; `mlflow-skinny` has none.
 _BOUNDS = (
@@ -78,10 +79,13 @@ _RELEASE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){1,9}")
 
 def release_of(text: str) -> Version | None:
     """Return the release that a text names; None where it is not a plain number."""
-    # `packaging` takes a while to import, and `download` reads templates without it.
+    return _version(text) if _RELEASE.fullmatch(text) else None
+
+
+def _version(text: str) -> Version:
     from packaging.version import Version
 
-    return Version(text) if _RELEASE.fullmatch(text) else None
+    return Version(text)
 
 
 def resolved_release(specifier: str, logged: str) -> Version | None:
@@ -92,7 +96,6 @@ def resolved_release(specifier: str, logged: str) -> Version | None:
         logged: the release that logged the model, which is preferred where the specifier allows it; may be empty.
     """
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
-    from packaging.version import Version
 
     try:
         allowed = SpecifierSet(specifier)
@@ -105,29 +108,25 @@ def resolved_release(specifier: str, logged: str) -> Version | None:
     ends = (f"{major}.{minor}.99" for major, most in ((3, 99), (2, 22), (1, 30)) for minor in range(most, -1, -1))
     exact = [one.version for one in allowed if one.operator in {"==", "<=", "~="}]
     return max(
-        map(Version, (one for one in (*ends, *exact) if release_of(one) and allowed.contains(one))), default=None
+        map(_version, (one for one in (*ends, *exact) if release_of(one) and allowed.contains(one))), default=None
     )
 
 
 def server_of(release: Version | None) -> tuple[str, str]:
     """Return the module of a release's scoring server and its argument; the newest one's for None."""
-    return ASGI if release is None or release.release >= _FIRST_ASGI else WSGI
+    return ASGI if release is None or release >= _version(_FIRST_ASGI) else WSGI
 
 
 def needs_of(release: Version | None) -> tuple[str, ...]:
     """Return the packages that a release's scoring server imports, and `mlflow-skinny` does not require."""
-    if release is None or release.release >= _FIRST_ASGI:
-        return "pandas", "uvicorn"
-    return "pandas", "flask", "gunicorn"
+    return ("pandas", "uvicorn") if server_of(release) == ASGI else ("pandas", "flask", "gunicorn")
 
 
 def bounds_of(release: Version | None) -> tuple[tuple[str, str], ...]:
     """Return the bounds that a release's server needs: a package and a specifier each; none for None."""
-    from packaging.version import Version
-
     if release is None:
         return ()
-    return tuple((name, bound) for first, end, name, bound in _BOUNDS if Version(first) <= release < Version(end))
+    return tuple((name, bound) for first, end, name, bound in _BOUNDS if _version(first) <= release < _version(end))
 
 
 REQUIREMENTS = "requirements.txt"

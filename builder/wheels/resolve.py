@@ -168,7 +168,7 @@ class _Locking:
             return self._complete(question)
         except Unsatisfiable as error:
             build = question.requirements.build
-            if not build & set(re.findall(r"[a-z0-9-]+", error.said)):
+            if not build & set(re.findall(r"[a-z0-9-]+", error.explanation)):
                 raise
             _log.info("build dependencies give way", packages=sorted(build), why=error.what)
         return self._complete(replace(question, requirements=question.requirements.without_build()))

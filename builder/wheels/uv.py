@@ -57,7 +57,7 @@ from builder.wheels.requirements import Requirements
 _log = get_logger("lock")
 _Value = bool | str | Sequence[str]
 _File = dict[str, Any]
-_MOST_SAID = 700
+_LONGEST_EXPLANATION = 700
 
 
 class NoWheel(BuildFailed):
@@ -65,50 +65,52 @@ class NoWheel(BuildFailed):
 
     Args:
         package: its normal name.
-        platform: which one.
-        said: uv's own words; may be empty.
-        systems: the platform tags of the only files that there are, where these are wheels for other systems.
+        platform: the platform.
+        explanation: uv's own words; may be empty.
+        systems: the platform tags of all files, where these are wheels for other systems.
     """
 
-    def __init__(self, package: str, platform: Platform, said: str = "", *, systems: Sequence[str] = ()) -> None:
-        why = f" ({one_line(said, _MOST_SAID)})" if said else ""
+    def __init__(self, package: str, platform: Platform, explanation: str = "", *, systems: Sequence[str] = ()) -> None:
         self.package = package
         self.platform = platform
         self.buildable = not systems
-        if systems:
-            there = one_line(", ".join(systems), 200)
-            message = (
-                f"{package} has no wheel for {platform}, and no engine can build it: it has no source, only wheels "
+        message = f"{package} has no wheel for {platform}"
+        if self.buildable:
+            message += f" ({one_line(explanation, _LONGEST_EXPLANATION)})." if explanation else "."
+            remedy = (
+                "Build this platform with an engine (BUILD_ENGINE) or a Dockerfile.template, configure an index that "
             )
-            message += f"for {there}."
+            remedy += (
+                "has the wheel, pin a version that has one, log the wheel with the model, or leave the platform out "
+            )
+            remedy += "(MODEL_PLATFORMS)."
+        else:
+            message += ", and no engine can build it: it has no source, only wheels for "
+            message += f"{one_line(', '.join(systems), 200)}."
             windows = all(system.startswith("win") for system in systems)
             marker = "sys_platform == 'win32'" if windows else "sys_platform != 'linux'"
-            remedy = f"Leave {package}, or what requires it, out of the model's requirements, or ask for it where it "
-            remedy += f"belongs (`{package}; {marker}`), and register the model again."
-            super().__init__(message, remedy=remedy)
-            return
-        remedy = (
-            "Build this platform with an engine (BUILD_ENGINE) or a Dockerfile.template, configure an index that has "
-            "the wheel, pin a version that has one, log the wheel with the model, or leave the platform out "
-            "(MODEL_PLATFORMS)."
-        )
-        super().__init__(f"{package} has no wheel for {platform}{why}.", remedy=remedy)
+            remedy = (
+                f"Remove {package}, or the package that requires it, from the model's requirements, or limit it to "
+            )
+            remedy += f"its system (`{package}; {marker}`), and register the model again."
+        super().__init__(message, remedy=remedy)
 
 
 class Unsatisfiable(InvalidVersion):
     """No set of packages fulfils the requirements.
 
     Args:
-        platform: what was resolved for.
-        said: uv's own words.
+        platform: the platform.
+        explanation: uv's own words.
     """
 
-    def __init__(self, platform: Platform, said: str) -> None:
-        message = f"The model's requirements cannot be satisfied on {platform}: {one_line(said, _MOST_SAID)}"
+    def __init__(self, platform: Platform, explanation: str) -> None:
+        why = one_line(explanation, _LONGEST_EXPLANATION)
+        message = f"The model's requirements cannot be satisfied on {platform}: {why}"
         remedy = "Correct them and register the model again. RESOLVE_AS_OF=now allows packages newer than the model."
         super().__init__(message, remedy=remedy)
         self.platform = platform
-        self.said = said
+        self.explanation = explanation
 
 
 def names_an_address(required: str, wheel: str = "A wheel") -> InvalidVersion:
@@ -118,9 +120,7 @@ def names_an_address(required: str, wheel: str = "A wheel") -> InvalidVersion:
         required: what it requires.
         wheel: which one.
     """
-    message = (
-        f"{wheel} requires {one_line(required, 200)!r}, which is at an address. Only packages of an index are allowed."
-    )
+    message = f"{wheel} requires {one_line(required, 200)!r}, which is at an address. Only indexes may provide it."
     remedy = "Build the wheel again with the package's name alone, and add the address to the model's requirements.txt."
     return InvalidVersion(message, remedy=remedy)
 

@@ -17,7 +17,7 @@ from builder.publish import plan as preview
 from builder.publish import publish
 from builder.settings import Settings
 from tests.package_index.server import running
-from tests.publish.test_fetch import downloads
+from tests.publish.test_prepare import downloads
 from tests.servers.small import push_base
 from tests.versions import register
 
