@@ -46,8 +46,7 @@ _CHUNK = 1 << 16
 _START = """\
 import json, socket, sys
 sys.path[:] = json.loads(sys.argv[1])
-from builder.masking import known_secrets, mask_forms
-from builder.supervisor import main
+from builder.batch.supervisor import main
 main(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
 """
 # No work here computes with several threads, and a process that is to fork must have one alone.

@@ -184,7 +184,7 @@ def test_who_is_killed_takes_the_child_with_it(tmp_path):
 import os, pathlib
 from functools import partial
 from builder.budget import Budget
-from builder.children import Children
+from builder.batch.children import Children
 from tests.hostile.test_children import code
 work = code('''
 child = subprocess.Popen(["sleep", "600"])
