@@ -103,7 +103,7 @@ def publish_version(
     began = time.monotonic()
     # One for both: what fetch takes is no longer there for push. An engine has bounds of its own.
     deadline = Deadline(Budget.of(settings), version)
-    plan = fetch(
+    plan = fetch_phase(
         settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress, deadline=deadline
     )
     if plan.made_by("dockerfile"):
@@ -185,7 +185,7 @@ def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[
 # ---- fetch: MLflow read and write, registry pull
 
 
-def fetch(
+def fetch_phase(
     settings: Settings,
     services: Services,
     workspace: Workspace,
@@ -236,6 +236,9 @@ def fetch(
                 log.warning(change, reference=str(plan.reference))
         workspace.write_plan(plan)
     return plan
+
+
+fetch = fetch_phase  # until the module `builder.publish.fetch`, once imported, has this name
 
 
 def _written(
@@ -420,7 +423,7 @@ def run_fetch(
         began = time.monotonic()
         workspace.clear_plan()
         version = find(settings, services)
-        plan = fetch(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
+        plan = fetch_phase(settings, services, workspace, version, force=force, rebuild=rebuild, progress=progress)
         size = sum(artifact.size or 0 for artifact in plan.artifacts)
         _tell_end(plan, "fetched", began, action=plan.action, reason=plan.reason, bytes=size)
         return plan
