@@ -111,7 +111,9 @@ def _tell_near_misses(catalog: MlflowCatalog, tag: str) -> None:
         log.warning("no version carries the target tag", tag=tag, error=error.one_line())
         return
     remedy = f"A version is selected by its own tag {tag} with the value true."
-    log.warning("no version carries the target tag", tag=tag, versions=found.versions, seen=found.told(), remedy=remedy)
+    log.warning(
+        "no version carries the target tag", tag=tag, versions=found.versions, seen=found.findings(), remedy=remedy
+    )
 
 
 def _sweep_one(
