@@ -21,6 +21,7 @@ from builder import __version__
 from builder.errors import InvalidSettings
 from builder.http import RetryPolicy, proxy_for
 from builder.models.catalog import MlflowCatalog
+from builder.models.domino import restored
 from builder.models.version import Catalog
 from builder.oci.authn import Credential, Credentials
 from builder.oci.registry import Registry
@@ -196,7 +197,7 @@ class Services:
 @contextmanager
 def connected(settings: Settings) -> Iterator[Services]:
     """Give clients for MLflow and for registries, and close them afterwards."""
-    with ExitStack() as stack:
+    with restored(), ExitStack() as stack:
         registries = stack.enter_context(Registries.from_settings(settings))
         bases = stack.enter_context(Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=20)))
         catalog = MlflowCatalog.from_settings(settings)
