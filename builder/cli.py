@@ -333,10 +333,10 @@ def sweep(
         swept.append(result)
         if result.reference is not None:
             invocation.product(str(result.reference))
-    report.sweep(swept)
+    report.results("swept", swept)
     states = dict(Counter(result.state for result in swept))
-    failed = [f"{result.version}: {result.detail}" for result in swept if result.state == "failed"]
-    code = max((result.exit_code if strict else result.trouble for result in swept), default=0)
+    failed = [f"{result.name}: {result.detail}" for result in swept if result.state == "failed"]
+    code = max((result.exit_code for result in swept if strict or not result.own_fault), default=0)
     invocation.leave_message({"state": "failed" if code else "swept", "versions": states, "error": "; ".join(failed)})
     return code
 
@@ -405,7 +405,7 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
         results.append(result)
         if result.state in {"new", "changed"}:
             invocation.product(str(result.folder))
-    report.downloads(results)
+    report.results("downloaded", results)
     return max((result.exit_code for result in results), default=0)
 
 
