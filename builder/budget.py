@@ -150,7 +150,7 @@ class Deadline:
 
 
 class _Expired(BaseException):
-    """A bound was exceeded; as with `Terminated`, nothing may swallow it, and nobody waits for threads."""
+    """A bound was exceeded; as with `Terminated`, nothing may swallow it, and threads are not waited for."""
 
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)

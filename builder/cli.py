@@ -193,25 +193,65 @@ def _again(command: Callable[..., object]) -> Callable[..., object]:
 
 _MODEL = ("MODEL_NAME", "MODEL_VERSION")
 
+_EXIT_CODES = """\b
+Exit codes:
+  0   done, or nothing to do
+  64  the command line is wrong
+  65  the model version cannot be published as it is
+  66  there is no such model, version or alias
+  69  a service is away: MLflow, a registry, a package index
+  70  a defect of this program
+  73  the image could not be built
+  75  try again: a lost race, a full disk, a signal
+  77  a credential is missing or refused
+  78  a setting is missing or wrong"""
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+def _epilog(*examples: str, codes: str = "see builder --help.") -> str:
+    """Return what stands below a command's options: examples, and exit codes."""
+    lines = "\n".join(f"  {example}" for example in examples)
+    return f"\b\nExamples:\n{lines}\n\nExit codes: {codes}"
+
+
+_EXAMPLES = """\b
+Examples:
+  builder plan pump_alarm 3       what a publish would do
+  builder publish pump_alarm 3    publish one version
+  builder sweep                   publish every version that is tagged"""
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}",
+)
 @click.version_option(__version__, prog_name="builder", message="%(prog)s %(version)s")
 def builder() -> None:
     """Publish registered MLflow models as container images, without a Docker daemon.
 
-    Settings come from the environment; docs/settings.md lists them. NAME and VERSION stand for MODEL_NAME and
-    MODEL_VERSION; a version is a number or an alias, as @champion. A digest reference is all that goes to stdout; logs
-    go to stderr. Exit codes are those of sysexits(3): 65 the model version cannot be published, 69 a service is away,
-    73 the image could not be built, 75 try again, 77 permission denied, 78 settings.
+    Settings come from the environment; docs/settings.md lists them. MLFLOW_TRACKING_URI has to be set, and
+    REGISTRY_URL for all commands but download and register. NAME and VERSION stand for MODEL_NAME and MODEL_VERSION; a
+    version is a number, or an alias such as @champion. Only results go to stdout, such as a digest reference; logs go
+    to stderr.
     """
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "builder publish pump_alarm 3",
+        "builder publish pump_alarm @champion",
+        "image=$(MODEL_NAME=pump_alarm MODEL_VERSION=3 builder publish)",
+        codes="0 published, or there already; 65 the version cannot be published; see builder --help for the others.",
+    )
+)
 @_model
 @_again
 @_pass
 def publish(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
-    """Publish one model version: fetch, build and push."""
+    """Publish one model version: fetch, build and push.
+
+    The image's digest reference is printed. Where the image is there already, nothing is changed.
+    """
     from builder import publish as story
     from builder.report import progress
     from builder.settings import Settings
@@ -222,7 +262,14 @@ def publish(invocation: Invocation, name: str | None, version: str | None, *, fo
     _tell(invocation, published)
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "builder plan pump_alarm 3",
+        "builder plan pump_alarm @champion --check-push",
+        "builder plan pump_alarm 3 --json | jq .action",
+        codes="those that a publish would end with, as far as they can be seen beforehand.",
+    )
+)
 @_model
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--check-push", is_flag=True, help="Open an upload and cancel it, to see if the credential may push.")
@@ -238,7 +285,7 @@ def plan(
     force: bool,
     rebuild: bool,
 ) -> None:
-    """Print what a publish would do, and touch nothing."""
+    """Print what a publish would do, and change nothing."""
     from builder import report
     from builder.publish import plan as plan_version
     from builder.publish.inspect import engine_here
@@ -255,12 +302,21 @@ def plan(
         invocation.product(report.plan(planned, engine=engine, push_checked=check_push, smoke_test=tested))
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "export BUILDER_WORKSPACE=/workspace",
+        "builder fetch pump_alarm 3 && builder build && builder push",
+    )
+)
 @_model
 @_again
 @_pass
 def fetch(invocation: Invocation, name: str | None, version: str | None, *, force: bool, rebuild: bool) -> None:
-    """Phase 1: artifacts, Dockerfile or locks, and plan into the workspace."""
+    """Phase 1: fetch what the image needs, and write the plan.
+
+    Artifacts, Dockerfile or locks, and the plan are written to BUILDER_WORKSPACE, the folder that the three phases
+    share. MLflow is needed, and the registry for reading.
+    """
     from builder import publish as story
     from builder.report import progress
     from builder.settings import Settings
@@ -270,14 +326,19 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
         story.run_fetch(settings, force=force, rebuild=rebuild, progress=of_artifacts)
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "BUILDER_WORKSPACE=/workspace builder build",
+        codes="0 also where the Dockerfile fails: push reports it. 75 the engine was killed. Others: builder --help.",
+    )
+)
 @_pass
 def build(invocation: Invocation) -> None:
-    """Phase 2: run the Dockerfile, where there is one.
+    """Phase 2: run the Dockerfile, if there is one.
 
-    It runs once for each platform, and leaves an OCI image layout for each in the workspace. A version that is put
-    together from wheel layers has nothing to be done here. A Dockerfile that fails is written to the workspace and
-    recorded by push; this command then still exits with 0. An engine that is killed, as when memory runs out, is 75.
+    It runs once for each platform, and leaves an OCI image layout for each in the workspace. A version that is made of
+    wheel layers needs no build. The failure of a Dockerfile is written to the workspace, and push records and reports
+    it. No credential is needed.
     """
     from builder import publish as story
     from builder.settings import BuildSettings
@@ -285,10 +346,18 @@ def build(invocation: Invocation) -> None:
     story.run_build(invocation.settings(BuildSettings))
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "BUILDER_WORKSPACE=/workspace builder push",
+        codes="73 the build had failed; see builder --help for the others.",
+    )
+)
 @_pass
 def push(invocation: Invocation) -> None:
-    """Phase 3: push the images, move the tag, record it."""
+    """Phase 3: push the images, and move the tag.
+
+    The outcome is recorded on the model version, and the image's digest reference is printed.
+    """
     from builder import publish as story
     from builder.report import progress
     from builder.settings import Settings
@@ -308,10 +377,18 @@ def _tell(invocation: Invocation, published: Published) -> None:
         invocation.product(str(published.reference))
 
 
-@builder.command()
-@click.option("--check", is_flag=True, help="Ask the registry about published versions too.")
+@builder.command(
+    epilog=_epilog(
+        "builder sweep",
+        "builder sweep --check            also look for images that are missing",
+        "builder sweep --retry-failed     after a correction of the settings",
+        codes="69, 70, 75, 77 or 78 where the publisher itself was hindered; 65, 66 or 73, of a version, with --strict "
+        "alone; else 0.",
+    )
+)
+@click.option("--check", is_flag=True, help="Look at the registry for published versions, too.")
 @click.option("--retry-failed", is_flag=True, help="Try versions again that have failed too often.")
-@click.option("--strict", is_flag=True, help="End with the exit code of a version that cannot be published, too.")
+@click.option("--strict", is_flag=True, help="Exit with the code of a version that cannot be published, too.")
 @_again
 @_pass
 def sweep(
@@ -319,8 +396,9 @@ def sweep(
 ) -> int:  # fmt: skip
     """Publish every version that carries the target tag.
 
-    What is wrong with a version (65, 66, 73) is on the version, in the log and in the summary; the exit code tells of
-    what hinders the publisher itself: 69, 70, 75, 77 or 78.
+    The tag is EXTERNAL_TARGET_PLTR_FOUNDRY=true unless TARGET_TAG names another. Each version is published in a process
+    of its own, so a version that fails stops no other: its error is on the version, in the log and in the summary.
+    The digest references of new images are printed.
     """
     from builder import report
     from builder.batch.sweep import Options
@@ -334,32 +412,39 @@ def sweep(
         swept.append(result)
         if result.reference is not None:
             invocation.product(str(result.reference))
-    report.sweep(swept)
+    report.results("swept", swept)
     states = dict(Counter(result.state for result in swept))
-    failed = [f"{result.version}: {result.detail}" for result in swept if result.state == "failed"]
-    code = max((result.exit_code if strict else result.trouble for result in swept), default=0)
+    failed = [f"{result.name}: {result.detail}" for result in swept if result.state == "failed"]
+    code = max((result.exit_code for result in swept if strict or not result.own_fault), default=0)
     invocation.leave_message({"state": "failed" if code else "swept", "versions": states, "error": "; ".join(failed)})
     return code
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "builder warm",
+        "builder warm --requirements common.txt --python 3.11",
+        "builder warm --verify",
+        codes="65 --verify found a difference; 73 a layer cannot be rebuilt; see builder --help for the others.",
+    )
+)
 @click.option(
     "--requirements",
     type=click.Path(dir_okay=False, path_type=Path),
     help="A requirements file, in place of the tagged versions.",
 )
-@click.option("--python", default="", metavar="X.Y", help="The Python that the requirements are for, such as 3.11.")
+@click.option("--python", default="", metavar="X.Y", help="The Python version for --requirements, such as 3.11.")
 @click.option("--platforms", help="Platforms, separated by commas, in place of TARGET_PLATFORMS.")
-@click.option("--verify", is_flag=True, help="Keep nothing: make again what is kept, and compare.")
+@click.option("--verify", is_flag=True, help="Write nothing: rebuild what is stored, and compare.")
 @_pass
 def warm(
     invocation: Invocation, requirements: Path | None, python: str, platforms: str | None, *, verify: bool
 ) -> int:  # fmt: skip
     """Make wheel layers and locks ahead of time.
 
-    Those of every version that carries the target tag, unless --requirements names a file. A publish then finds them in
-    WHEEL_LAYERS, and downloads and makes nothing. With --verify what they find there is made again from wheels and base
-    images, and compared: exit code 65 where something differs, 73 where a layer cannot be made again.
+    They are those of every version that carries the target tag, unless --requirements names a file. A publish then
+    finds them in WHEEL_LAYERS, and neither downloads nor builds any. With --verify, the layers and locks that are
+    stored there are rebuilt from wheels and base images, and compared.
     """
     from builder import report
     from builder.batch import warm as story
@@ -380,16 +465,22 @@ def warm(
     return max((result.exit_code for result in results), default=0)
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "builder download /srv/models",
+        "builder download /srv/models --model pump_alarm --version 3",
+        codes="that of a version that could not be downloaded, the highest of several; see builder --help.",
+    )
+)
 @click.argument("destination", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--model", "name", help="Only this registered model.")
 @click.option("--version", "version", help="Only this version of it; it need not carry the target tag.")
 @_pass
 def download(invocation: Invocation, destination: Path, name: str | None, version: str | None) -> int:
-    """Write tagged versions to a folder, templates rendered.
+    """Download tagged versions to a folder.
 
-    Each becomes DESTINATION/<model>/v<N>, whole or not at all; only what is new or changed is downloaded. The folders
-    that were written are printed.
+    Each version becomes DESTINATION/<model>/v<N>, whole or not at all, with its templates rendered. Only new and
+    changed versions are downloaded. The folders that were written are printed. No registry is needed.
     """
     from builder import report
     from builder.batch.download import download_all
@@ -406,11 +497,16 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
         results.append(result)
         if result.state in {"new", "changed"}:
             invocation.product(str(result.folder))
-    report.downloads(results)
+    report.results("downloaded", results)
     return max((result.exit_code for result in results), default=0)
 
 
-@builder.command()
+@builder.command(
+    epilog=_epilog(
+        "builder register --name pump_alarm --model mymodel --client client \\\n      --entry-point app.py",
+        codes="65 the model could not be published like that, and nothing was sent; see builder --help for the others.",
+    )
+)
 @click.option("--name", required=True, help="The registered model's name; made where it does not exist.")
 @click.option(
     "--model", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of a saved MLflow model."
@@ -427,8 +523,8 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
 def register(invocation: Invocation, /, model: Path, **options: Any) -> None:  # what the options above are named
     """Register a saved model, ready to be published.
 
-    Its folder, the client and the templates are checked, logged in the layout that publishing reads, and registered
-    with the tags it needs. The version's number is printed.
+    The model, the client and the templates are checked, logged in the layout that publishing reads, and registered with
+    the tags that publishing needs. The new version's number is printed.
     """
     from builder.dockerfile.template import rendered
     from builder.models.register import register as run

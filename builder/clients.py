@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from builder.http import Client, RetryPolicy
 from builder.log import stage
 from builder.models.catalog import MlflowCatalog
+from builder.models.domino import restored
 from builder.models.version import Catalog
 from builder.oci.authn import Credential, Credentials
 from builder.oci.registry import Registry
@@ -150,7 +151,7 @@ class Services:
 @contextmanager
 def connected(settings: Settings) -> Iterator[Services]:
     """Give clients for MLflow and for registries, and close them afterwards."""
-    with ExitStack() as stack:
+    with restored(), ExitStack() as stack:
         registries = stack.enter_context(Registries.from_settings(settings))
         bases = stack.enter_context(Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=20)))
         catalog = MlflowCatalog.from_settings(settings)

@@ -125,46 +125,51 @@ def safe_line(text: str) -> str:
 
 
 class Meter(Protocol):
-    """Is told what moves, from any thread, some times for each MiB."""
+    """Counts what moves; it is called from any thread, several times for each MiB."""
 
     def __call__(self, what: str, done: int, more: int) -> None:
-        """Take note.
+        """Count.
 
         Args:
             what: `wheels` and `uploads` are in bytes, `layers` are counted.
-            done: how much has moved since it was told last; fewer than none where it begins again.
-            more: how much is known to have to move beside what was known.
+            done: how much has moved since the last call; negative where a transfer begins again.
+            more: how much has turned out to have to move, in addition to what was known.
         """
         ...
 
 
 _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 _lock = threading.Lock()
-_seconds: dict[str, float] = {}
+# Of one publish: threads that it begins share it, since they have a copy of its context.
+_seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Count the time that passes inside as a stage's; stages may overlap, and several threads may be in one."""
+    """Add the time that passes inside to a stage's; stages may overlap, and several threads may be in one."""
     began = time.monotonic()
+    seconds = _seconds.get()
+    if seconds is None:
+        seconds = {}
+        _seconds.set(seconds)
     try:
         yield
     finally:
         with _lock:
-            _seconds[name] = _seconds.get(name, 0.0) + time.monotonic() - began
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
 
 
 def taken() -> dict[str, float]:
-    """Return the seconds of each stage, and begin anew."""
+    """Return the seconds of each stage so far in this context, and begin anew."""
     with _lock:
-        seconds = {name: round(value, 3) for name, value in _seconds.items()}
-        _seconds.clear()
+        seconds = {name: round(value, 3) for name, value in (_seconds.get() or {}).items()}
+    _seconds.set({})
     return seconds
 
 
 @contextmanager
 def metered(meter: Meter) -> Iterator[None]:
-    """Tell a meter what moves in the context, in threads that are begun there as well."""
+    """Have a meter count what moves in the context, in threads that are begun there as well."""
     token = _meter.set(meter)
     try:
         yield
@@ -173,7 +178,7 @@ def metered(meter: Meter) -> Iterator[None]:
 
 
 def moved(what: str, done: int = 0, *, more: int = 0) -> None:
-    """Tell the meter of this context, if there is one; see `Meter`."""
+    """Count with the meter of this context, if it has one; see `Meter`."""
     meter = _meter.get()
     if meter:
         meter(what, done, more)

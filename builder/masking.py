@@ -1,4 +1,7 @@
-"""Secrets that nothing may show: each is added where it is read, and masked in whatever goes out."""
+"""Secrets that nothing may show: each is added where it is read, and masked in whatever goes out.
+
+They are the process's, and none is ever removed: a later publish's message may still quote an earlier one's secret.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MASK = "*****"
-# Shorter values are words that stand everywhere: to mask them would hide the log, not the secret. They are masked where
-# a user or the word `password` stands beside them; docs/decisions/0041-what-is-masked.md.
+# Shorter values are words that are everywhere: masking them would hide the log, not the secret. They are masked where a
+# user or the word `password` is beside them; docs/decisions/0041-what-is-masked.md.
 _SHORTEST = 6
 _SHORTEST_LINE = 12
 _HEAD = 4
@@ -30,7 +33,7 @@ _AUTHORITY = re.compile(r"[^/?#\\]*")
 _HOST_AND_PORT = re.compile(r"[^:@]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]*\](?::[0-9]*)?")
 _URL_SAFE = str.maketrans("+/", "-_")
 _PERCENT = re.compile(r"%[0-9A-F]{2}")
-# Whoever has a signed URL needs no other credential; servers redirect to them, and libraries quote them.
+# A signed URL needs no other credential; servers redirect to them, and libraries quote them.
 _SIGNED = re.compile(
     r"([?&](?:amp;)?(?:sig|code|[a-z0-9_.-]{0,40}"
     r"(?:signature|token|credential|secret|password|passwd|access_?key_?id|api[_-]?key))=)[^\s&\"'<>#\\]+",
@@ -62,7 +65,7 @@ class _Known:
                     self.blocks.setdefault(text[start : start + _BLOCK], []).append((text, start))
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yield where secrets stand, in no order; spans may overlap."""
+        """Yield the places of secrets, in no order; spans may overlap."""
         # The reader of a program's output cuts what is too long, and a secret may be what it cut.
         cut = len(text) - 1 if text.endswith("…") else 0
         heads = self.heads
@@ -77,7 +80,7 @@ class _Known:
             yield from self._parts(text)
 
     def _parts(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yield where parts of random secrets stand, one behind the other."""
+        """Yield the places of parts of random secrets, one behind the other."""
         reach = 0
         for run in _RUN.finditer(text):
             for at in range(run.start(), run.end() - _BLOCK + 1):
@@ -135,7 +138,7 @@ def masked(text: str) -> str:
 
 
 def url_credentials(text: str, *, quotes: bool = True) -> Iterator[tuple[int, int]]:
-    """Yield where the credentials of a text's URLs stand: from behind `://` to behind the `@`; linear in its length.
+    """Yield the places of the credentials of a text's URLs: from behind `://` to behind the `@`; linear in its length.
 
     What stands before an `@` in the authority is one. Behind the authority's first slash an `@` begins a revision or a
     digest, unless what stands before the slash is no host: `user:pass/word@host` is a password that nobody encoded.
@@ -309,7 +312,7 @@ PATH_VARIABLES = frozenset({*_FILE_VARIABLES, *_DOCKER_VARIABLES, "SECRETS_DIR"}
 
 
 class Secret(NamedTuple):
-    """A secret, and the user it belongs to; empty where that is not told."""
+    """A secret, and the user it belongs to; empty where that is unknown."""
 
     value: str
     user: str = ""
@@ -434,7 +437,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _content(path: Path) -> str:
-    """Return a regular file's text; empty where there is none that can be read."""
+    """Return a regular file's text; empty where no file can be read."""
     try:
         if not path.is_file():
             return ""

@@ -20,11 +20,10 @@ _LONG = 3600.0
 def side_by_side(
     work: Callable[[Item], Result], items: Sequence[Item], *, threads: int, every: float
 ) -> Iterator[Result | None]:
-    """Do `work` to every item in several threads; yield results as they come, and None when none came for a while.
+    """Apply `work` to every item in several threads; yield results as they come, and None after a while without one.
 
-    An error ends it: no further item is begun, those that were are waited for, and it is raised. What is no error, such
-    as a request to end the process, waits for nobody: a large file would hold the process up for minutes, which is
-    what `concurrent.futures` does.
+    An error ends it: no further item is begun, those in progress are waited for, and it is raised. A request to end the
+    process waits for none of them, since a large file would take minutes; `concurrent.futures` would wait.
 
     Args:
         work: what to do.
@@ -32,14 +31,14 @@ def side_by_side(
         threads: the most threads at a time.
         every: seconds after which None is yielded.
     """
-    crew = _Crew(work, items, threads)
+    running = _Threads(work, items, threads)
     try:
-        yield from crew.results(every)
+        yield from running.results(every)
     except Exception:
-        crew.join()
+        running.join()
         raise
     finally:
-        crew.stop.set()
+        running.stop.set()
 
 
 @contextmanager
@@ -58,27 +57,27 @@ def in_background(
     Yields:
         What waits for all tasks, and returns their results in the order of the tasks.
     """
-    crew = _Crew(lambda task: (task[0], task[1]()), list(enumerate(tasks)), threads)
+    running = _Threads(lambda task: (task[0], task[1]()), list(enumerate(tasks)), threads)
 
     def results() -> list[Result]:
-        found = dict(each for each in crew.results(_LONG) if each is not None)
+        found = dict(each for each in running.results(_LONG) if each is not None)
         return [found[number] for number in range(len(tasks))]
 
     try:
         yield results
     except Exception:
-        crew.stop.set()
+        running.stop.set()
         stop.set()
-        crew.join()
+        running.join()
         raise
     except BaseException:
-        crew.stop.set()
+        running.stop.set()
         stop.set()
         raise
-    crew.join()
+    running.join()
 
 
-class _Crew(Generic[Item, Result]):
+class _Threads(Generic[Item, Result]):
     """Threads that have begun; the process may end while they run."""
 
     def __init__(self, work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> None:

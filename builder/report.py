@@ -1,11 +1,11 @@
-"""What people see beside logs: a plan, a sweep's table, the progress of a publish."""
+"""What people see beside logs: a plan, tables of results, the progress of a publish."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from builder.batch.download import DownloadResult
-    from builder.batch.sweep import Swept
+    from builder.batch import Result
     from builder.batch.warm import Warmed
     from builder.models.context import Progress
-    from builder.models.version import ModelVersion
     from builder.plan import Plan
 
 
@@ -100,62 +98,47 @@ def _cell(text: str) -> str:
     return visible(masked(text))
 
 
-def sweep(swept: Sequence[Swept]) -> None:
-    """Show a sweep's summary: a table on a terminal, one log line elsewhere."""
-    waiting = [str(result.version) for result in swept if result.state == "waiting"]
-    notes: dict[str, object] = {}
-    if waiting:
-        remedy = "What waits has failed too often: it is tried again when it is changed, or with --retry-failed."
-        notes = {"waiting": waiting, "remedy": remedy}
-    _summary("swept", [(r.version, r.state, str(r.reference or r.detail)) for r in swept], notes)
+def results(event: str, found: Sequence[Result]) -> None:
+    """Show what became of versions: a table on a terminal, one line of the log elsewhere.
 
-
-def downloads(results: Sequence[DownloadResult]) -> None:
-    """Show a download's summary: a table on a terminal, one log line elsewhere."""
-    rows = [(r.version, r.state, r.error.one_line() if r.error else str(r.folder)) for r in results]
-    _summary("downloaded", rows)
-
-
-def warmed(results: Sequence[Warmed]) -> None:
-    """Show what became of environments: a table on a terminal, one log line for each elsewhere."""
+    Args:
+        event: what was done, `swept` or `downloaded`.
+        found: the results, in their order.
+    """
+    counts = Counter(result.state for result in found)
+    waiting = [result.name for result in found if result.state == "waiting"]
+    remedy = "What waits has failed too often: it is tried again when it is changed, or with --retry-failed."
     if not sys.stderr.isatty():
-        for result in results:
-            log.info(result.state, of=result.name, known=result.known, made=result.made, detail=result.detail)
-        return
-    _table(
-        ("environment of", "state", "known", "made", "detail"),
-        [(each.name, each.state, str(each.known), str(each.made), each.detail) for each in results],
-        "" if results else "no version carries the target tag",
-    )
-
-
-def _summary(
-    event: str, rows: Sequence[tuple[ModelVersion, str, str]], notes: Mapping[str, object] | None = None
-) -> None:
-    """Show what became of versions: each with its state and a detail; `notes` are added to the log's line."""
-    counts = Counter(state for _, state, _ in rows)
-    if not sys.stderr.isatty():
-        log.info(event, versions=len(rows), states=dict(counts), **(notes or {}))
+        notes = {"waiting": waiting, "remedy": remedy} if waiting else {}
+        log.info(event, versions=len(found), states=dict(counts), **notes)
         return
     caption = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag"
-    if notes:
-        caption += f". {notes['remedy']}"
-    _table(
-        ("model", "version", "state", "detail"),
-        [(version.name, version.version, state, detail) for version, state, detail in rows],
-        caption,
-    )
+    _table(found, caption + (f". {remedy}" if waiting else ""))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+def warmed(found: Sequence[Warmed]) -> None:
+    """Show what became of environments: a table on a terminal, one line of the log for each elsewhere."""
+    if not sys.stderr.isatty():
+        for result in found:
+            log.info(result.state, of=result.name, known=result.known, made=result.made, detail=result.detail)
+        return
+    layers = [(str(result.known), str(result.made)) for result in found]
+    _table(found, "" if found else "no version carries the target tag", ("known", "made"), layers)
+
+
+def _table(
+    found: Sequence[Result], caption: str, more: Sequence[str] = (), values: Sequence[Sequence[str]] = ()
+) -> None:  # fmt: skip
+    """Print a table of results, with further columns between state and detail, and their values."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, caption=Text(caption), caption_justify="left")
-    for row in rows:
+    table = Table("model", "version", "state", *more, "detail", caption=Text(caption), caption_justify="left")
+    for result, further in zip(found, values or [()] * len(found), strict=True):
+        of = (result.version.name, result.version.version) if result.version else (result.name, "")
         # Names and errors come from others: as text they cannot be taken for markup.
-        table.add_row(*(Text(_cell(cell)) for cell in row))
+        table.add_row(*(Text(_cell(cell)) for cell in (*of, result.state, *further, result.summary)))
     Console(stderr=True).print(table)
 
 
@@ -166,7 +149,7 @@ def progress() -> Iterator[Progress | None]:
     A line is there as long as there is something to wait for, and is drawn ten times a second at most.
 
     Yields:
-        What is told of the artifacts; None where nothing is shown.
+        A callable for the progress of the artifacts; None where nothing is shown.
     """
     if not sys.stderr.isatty():
         yield None
@@ -183,7 +166,7 @@ def progress() -> Iterator[Progress | None]:
 
 
 class _Bars:
-    """A line for each thing that moves, hidden until there is something to wait for, and once there is no more."""
+    """A line for each kind of transfer, shown only while there is something to wait for."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
@@ -197,7 +180,7 @@ class _Bars:
             self._set(what, before + done, total + more)
 
     def artifacts(self, done: int, total: int) -> None:
-        """Take note of how many bytes are here of how many; see `builder.models.context.Progress`."""
+        """Show how many bytes of how many are here; see `builder.models.context.Progress`."""
         with self._lock:
             self._set("artifacts", done, total)
 

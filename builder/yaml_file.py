@@ -3,7 +3,7 @@
 `yaml.load` composes recursively in C, so a hundred thousand brackets end the process, and what it constructs is worse:
 aliases and merge keys multiply, numbers and dates raise errors of their own. Here the parser's events are counted while
 they come, and nothing but text is made of a scalar, so `python: 3.10` stays `3.10`. PyYAML itself writes an alias where
-an object stands in a document twice, as in the metadata of an MLmodel: aliases are read, and count as if what they
+an object is in a document twice, as in the metadata of an MLmodel: aliases are read, and count as if what they
 stand for were written out. The source is https://yaml.org/spec/1.1/, as libyaml reads it.
 """
 
@@ -47,7 +47,7 @@ _TAG = re.compile(r"tag:yaml\.org,2002:(map|omap|pairs|seq|set|str|binary|bool|f
 def read_yaml(content: bytes, name: str) -> Yaml:
     """Return what a YAML file holds: text, None, lists, and mappings whose keys are text.
 
-    Of a key that stands in a mapping twice the last one counts, as with PyYAML and so with MLflow.
+    Of a key that is in a mapping twice the last one counts, as with PyYAML and so with MLflow.
 
     Args:
         content: the file's bytes: UTF-8, with or without a byte order mark.
@@ -82,12 +82,12 @@ def read_yaml(content: bytes, name: str) -> Yaml:
 def scalar_places(
     content: bytes, name: str, wanted: Collection[tuple[str, ...]]
 ) -> dict[tuple[str, ...], tuple[int, int]]:
-    """Return where values of mappings within mappings stand: first character and end in the text, by their keys.
+    """Return the places of values of mappings within mappings: first character and end in the text, by their keys.
 
     Args:
         content: the file's bytes, which `read_yaml` has read.
         name: the file's, for messages.
-        wanted: the keys that lead to each value; one that stands in the file as an alias, or in a list, is not found.
+        wanted: the keys that lead to each value; a value that is an alias, or in a list, is not found.
 
     Raises:
         InvalidVersion: as `read_yaml`.

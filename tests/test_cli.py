@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from builder.cli import builder as commands
 from builder.errors import ExitCode
 from tests.versions import MLMODEL, register, seed_layout
 from tests.waiting import HANG
@@ -78,6 +80,24 @@ def test_every_command_has_help(command):
     assert f"builder {command}" in done.stdout
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_has_examples_that_exist_and_exit_codes(command):
+    said = bare(command, "--help", COLUMNS="80").stdout
+    assert max(map(len, said.splitlines())) <= 80
+    examples, _, codes = said.partition("Examples:")[2].partition("Exit codes:")
+    assert codes.strip()
+    assert f"builder {command}" in examples
+    for number in re.findall(r"\b[6-7][0-9]\b", codes):
+        assert int(number) in set(ExitCode)
+    options = {option for parameter in commands.commands[command].params for option in parameter.opts}
+    assert set(re.findall(r" (--[a-z-]+)", examples)) <= options
+
+
+def test_help_names_every_exit_code():
+    listed = re.findall(r"(?m)^ +([0-9]+)  +\w", bare("--help").stdout.partition("Exit codes:")[2])
+    assert [int(code) for code in listed] == sorted(ExitCode)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -130,7 +150,8 @@ def test_what_fails_is_a_line_of_the_log_like_all_others(tmp_path):
 
 BROKEN = """\
 import sys
-from builder import __main__, download
+from builder import __main__
+from builder.batch import download
 def broken(*_, **__):
     raise RuntimeError("one\\nforged: line")
 download.download_all = broken

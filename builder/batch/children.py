@@ -1,7 +1,7 @@
-"""Work on versions, each piece in a child process of its own: nothing that it does, crash included, reaches the next.
+"""Work on versions, each piece in a child process of its own: nothing it does, a crash included, reaches the next.
 
-The child holds the credentials that the work needs, and reads what strangers wrote. What it answers is therefore held
-against a type, and bounded; so is what it logs, which comes out of this process as if it had been logged here.
+A child holds the credentials that the work needs, and reads what strangers wrote. Its answer is therefore validated
+against a type, and bounded; so are its log lines, which are logged by this process.
 """
 
 from __future__ import annotations
@@ -13,42 +13,62 @@ import pickle
 import queue
 import select
 import signal
-import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from builder import log
-from builder.batch.supervisor import GRACE, HEAD, TERMINATE, End, Work
+from builder.batch.supervisor import GRACE, TERMINATE, End, Work
 from builder.budget import Budget, out_of_memory
-from builder.errors import BuilderError, Defect, ExitCode, TryAgain, VersionCrashed
-from builder.masking import known_secrets, mask_forms
+from builder.errors import (
+    BuilderError,
+    BuildFailed,
+    Defect,
+    ExitCode,
+    InvalidSettings,
+    InvalidVersion,
+    PermissionRefused,
+    ServiceUnavailable,
+    TryAgain,
+    UsageError,
+    VersionCrashed,
+    VersionNotFound,
+    of_kind,
+)
+from builder.masking import known_secrets, mask_forms, masked
 from builder.process import Lines
 
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 _log = log.get_logger("children")
+# A frame of an answer: its length, a byte that says what it is, JSON. It is read without waiting for its end, which a
+# hostile child may never send.
+_HEAD = struct.Struct(">I")
 # An answer is a kilobyte, of `warm --verify` some hundreds.
 _MOST_ANSWER = 16 << 20
 _MOST_EVENT = 64 << 10
-# An engine may say much about one version; beyond this nobody reads it.
+# An engine may print much about one version; further lines are left out.
 _MOST_LOGGED = 32 << 20
 _CHUNK = 1 << 16
 # Nothing of this environment's is read before the path is this process's.
 _START = """\
-import json, socket, sys
+import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from builder.masking import known_secrets, mask_forms
+from multiprocessing.connection import Connection
 from builder.batch.supervisor import main
-main(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
+main(Connection(int(sys.argv[2])), sys.argv[3:])
 """
 # No work here computes with several threads, and a process that is to fork must have one alone.
 _ONE_THREAD = {
@@ -59,8 +79,8 @@ _ONE_THREAD = {
 }
 
 
-_RESULT, _EVENT = b"R", b"E"
-# The exit code of a child that was refused memory; none of sysexits(3).
+_ANSWER, _FAILURE, _EVENT = b"A", b"F", b"E"
+# The exit code of a child that was refused memory; sysexits(3) has no such code.
 _OUT_OF_MEMORY = 12
 # What a logger's call has as names of its own.
 _RESERVED = frozenset({"event", "level", "exc_info", "stack_info", "stacklevel", "extra", "args", "self"})
@@ -68,9 +88,20 @@ _REPORT = (
     "Something in the version's files or tags ends the process; the log has more. Correct it, or remove the target tag."
 )
 _KILLED = (
-    "The publisher did not send that: probably memory ran out. Give the container more memory, or lower VERSION_MEMORY "
-    "so that a version is told in time."
+    "The publisher did not send that signal: probably memory ran out. Give the container more memory, or lower "
+    "VERSION_MEMORY, so that a version is ended with a reason before that."
 )
+# For an error whose class only the child knows.
+_BY_EXIT_CODE: dict[ExitCode, type[BuilderError]] = {
+    ExitCode.USAGE: UsageError,
+    ExitCode.DATA: InvalidVersion,
+    ExitCode.NO_INPUT: VersionNotFound,
+    ExitCode.UNAVAILABLE: ServiceUnavailable,
+    ExitCode.CANNOT_CREATE: BuildFailed,
+    ExitCode.TEMPORARY: TryAgain,
+    ExitCode.NO_PERMISSION: PermissionRefused,
+    ExitCode.CONFIG: InvalidSettings,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +112,7 @@ class _Event:
         name: the logger's, without `builder.`.
         level: the number of its severity.
         event: what happened.
-        fields: what stands beside.
+        fields: further fields.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z_.]{1,50}$")]
@@ -104,7 +135,7 @@ class Children:
     def __init__(self, budget: Budget, *, modules: Sequence[str] = ()) -> None:
         self._budget = budget
         self._modules = modules
-        self._control: socket.socket | None = None
+        self._control: Connection | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -122,34 +153,42 @@ class Children:
         self._control = self._supervisor = None
 
     def run(
-        self, call: Callable[[], Result], kind: type[Result], *, whose: str, folders: Sequence[Path] = ()
-    ) -> Result:
-        """Return what a call returns, made in a child of its own.
+        self,
+        call: Callable[[], Answer],
+        kind: type[Answer],
+        *,
+        whose: str,
+        folders: Sequence[Path] = (),
+        ended: Callable[[BuilderError], None] = lambda _: None,
+    ) -> Answer:
+        """Call a function in a child of its own, and return what it returns.
 
-        A request to end this process is handed on, and raised when the child has ended.
+        A request to end this process is passed on, and raised when the child has ended.
 
         Args:
-            call: a function of a module of ours, or a partial of one, with arguments that can be pickled. It should
-                return failures, and raise none.
-            kind: the type of what it returns: a dataclass that pydantic can write as JSON, and read.
+            call: a function of a module of ours, or a partial of one, with arguments that can be pickled.
+            kind: the type of its result: a dataclass that pydantic can write as JSON, and read.
             whose: the version, as errors name it.
             folders: where it writes, beside the temporary folder.
+            ended: called with the error before it is raised, where the child ended without an answer.
 
         Raises:
+            BuilderError: the function raised it.
             OverBudget: it took more than it may.
             VersionCrashed: it ended without an answer.
-            TryAgain: it was asked to end, and this process was not.
+            TryAgain: the child was asked to end, and this process was not.
         """
         control = self._started()
         answered, answer = os.pipe()
         printed, output = os.pipe()
         answers = _Answers(answered, printed)
         child = partial(_in_child, call, kind, logging.getLogger("builder").getEffectiveLevel(), known_secrets())
-        work = pickle.dumps(Work(call=pickle.dumps(child), budget=self._budget, folders=tuple(folders)))
+        work = Work(call=pickle.dumps(child), budget=self._budget, folders=tuple(folders))
         try:
             try:
-                socket.send_fds(control, [HEAD.pack(len(work))], [answer, output])
-                control.sendall(work)
+                control.send(work)
+                for descriptor in (answer, output):
+                    send_handle(control, descriptor, None)
             except OSError as error:
                 raise _gone() from error
             finally:
@@ -161,11 +200,17 @@ class Children:
             raise
         finally:
             answers.close()
-        return _result(end, answers, kind, whose, self._budget)
+        if end.code == 0 and not end.bound and answers.failure is not None:
+            raise _failure(answers.failure, whose)
+        try:
+            return _result(end, answers, kind, whose, self._budget)
+        except BuilderError as error:
+            ended(error)
+            raise
 
-    def _started(self) -> socket.socket:
+    def _started(self) -> Connection:
         if self._control is None:
-            self._control, theirs = socket.socketpair()
+            self._control, theirs = Pipe()
             argv = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), str(theirs.fileno()), *self._modules]
             with theirs:
                 self._supervisor = subprocess.Popen(
@@ -177,37 +222,36 @@ class Children:
                 )
         return self._control
 
-    def _stop(self, control: socket.socket, answers: _Answers) -> None:
-        """Ask the child to end, and wait until it has; it may have an outcome to record."""
+    def _stop(self, control: Connection, answers: _Answers) -> None:
+        """Have the child end, and wait for that; it may have an outcome to record."""
         with suppress(OSError, BuilderError):
-            control.sendall(TERMINATE)
+            control.send(TERMINATE)
             self._end(control, answers)
         self.__exit__()
 
     @staticmethod
-    def _end(control: socket.socket, answers: _Answers) -> End:
+    def _end(control: Connection, answers: _Answers) -> End:
         """Return how the child ended, and take what it answers and prints meanwhile."""
-        said = bytearray()
-        while len(said) < HEAD.size or len(said) < HEAD.size + HEAD.unpack(said[: HEAD.size])[0]:
+        ready: list[Any] = []
+        while control not in ready:
             waiting: list[Any] = [control, *answers.open]
             ready = select.select(waiting, [], [])[0]
             answers.take([each for each in ready if each is not control])
-            if control in ready:
-                chunk = control.recv(_CHUNK)
-                if not chunk:
-                    raise _gone()
-                said += chunk
+        try:
+            end = control.recv_bytes()
+        except (OSError, EOFError):
+            raise _gone() from None
         answers.take_rest()
-        return TypeAdapter(End).validate_json(bytes(said[HEAD.size :]))
+        return TypeAdapter(End).validate_json(end)
 
 
 def _gone() -> Defect:
-    message = "The process that watches over versions has ended."
-    return Defect(message, remedy="See the lines above; it may have run out of memory.")
+    message = "The process that supervises the work on versions has ended."
+    return Defect(message, remedy="See the lines above: it may have run out of memory.")
 
 
 class _Answers:
-    """What a child answers, logs and prints; the last of its answers is its result.
+    """What a child answers, logs and prints; the last of its answers counts.
 
     Args:
         answered: descriptor that its answers come from.
@@ -217,6 +261,7 @@ class _Answers:
     def __init__(self, answered: int, printed: int) -> None:
         self.open = [answered, printed]
         self.result: bytes | None = None
+        self.failure: bytes | None = None
         self._answered, self._printed = answered, printed
         self._buffer = bytearray()
         self._lines = Lines()
@@ -236,7 +281,7 @@ class _Answers:
                 self._frames()
 
     def take_rest(self) -> None:
-        """Read what is there, now that nothing is added; somebody else may still hold the other end."""
+        """Read what is left, once the child has ended; another process may still hold the other end."""
         while self.open and (ready := select.select(self.open, [], [], 0)[0]):
             self.take(ready)
         for line in self._lines.rest():
@@ -253,18 +298,20 @@ class _Answers:
         self.open.remove(descriptor)
 
     def _frames(self) -> None:
-        while len(self._buffer) >= HEAD.size:
-            (length,) = HEAD.unpack(self._buffer[: HEAD.size])
+        while len(self._buffer) >= _HEAD.size:
+            (length,) = _HEAD.unpack(self._buffer[: _HEAD.size])
             if length > _MOST_ANSWER:
-                # It is no answer, and nobody can tell where the next begins.
+                # Not an answer, and where the next one begins is unknown.
                 self._end_of(self._answered)
                 return
-            if len(self._buffer) < HEAD.size + length:
+            if len(self._buffer) < _HEAD.size + length:
                 return
-            frame = bytes(self._buffer[HEAD.size : HEAD.size + length])
-            del self._buffer[: HEAD.size + length]
-            if frame[:1] == _RESULT:
+            frame = bytes(self._buffer[_HEAD.size : _HEAD.size + length])
+            del self._buffer[: _HEAD.size + length]
+            if frame[:1] == _ANSWER:
                 self.result = frame[1:]
+            elif frame[:1] == _FAILURE:
+                self.failure = frame[1:]
             elif self._room(length):
                 _relog(frame[1:])
 
@@ -277,7 +324,7 @@ class _Answers:
         return self._logged <= _MOST_LOGGED
 
 
-def _result(end: End, answers: _Answers, kind: type[Result], whose: str, budget: Budget) -> Result:
+def _result(end: End, answers: _Answers, kind: type[Answer], whose: str, budget: Budget) -> Answer:
     """Return what a child answered.
 
     Raises:
@@ -288,18 +335,59 @@ def _result(end: End, answers: _Answers, kind: type[Result], whose: str, budget:
     if end.code == _OUT_OF_MEMORY:
         raise out_of_memory(whose)
     if end.code == ExitCode.TEMPORARY:
-        message = f"The publisher's process for {whose} was asked to end."
+        message = f"The publisher's process for {whose} was asked to end by a signal."
         raise TryAgain(message, remedy="Publish the version again.")
     if end.code == 0 and answers.result is not None:
         with suppress(ValidationError, BuilderError):
             return TypeAdapter(kind).validate_json(answers.result)
-        message = f"The publisher's process for {whose} answered what cannot be read."
-        raise VersionCrashed(message, remedy=_REPORT)
+        raise _unreadable(whose)
     if end.code < 0:
         message = f"The publisher's process for {whose} was killed by {_name(-end.code)}."
         raise VersionCrashed(message, remedy=_KILLED if end.code == -signal.SIGKILL else _REPORT)
-    message = f"The publisher's process for {whose} ended with exit code {end.code}, and gave no outcome."
+    message = f"The publisher's process for {whose} ended with exit code {end.code}, without an outcome."
     raise VersionCrashed(message, remedy=_REPORT)
+
+
+def _unreadable(whose: str) -> VersionCrashed:
+    return VersionCrashed(f"The publisher's process for {whose} gave an answer that cannot be read.", remedy=_REPORT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """An error of a child's.
+
+    Attributes:
+        name: its class's.
+        exit_code: its exit code.
+        of_version: whether the version's author is to blame although the exit code alone does not say so.
+        what: what failed.
+        remedy: what to do about it.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]{1,50}$")]
+    exit_code: ExitCode
+    of_version: bool
+    what: str
+    remedy: str
+
+
+def _failure(frame: bytes, whose: str) -> BuilderError:
+    """Return the error that a child has raised.
+
+    Its class may be of a module that only the child imports, or be made of other arguments: then one of the same name
+    is derived from the exit code's class.
+    """
+    try:
+        failure = TypeAdapter(_Failure).validate_json(frame)
+    except ValidationError:
+        return _unreadable(whose)
+    with suppress(TypeError):
+        error = of_kind(failure.name, failure.exit_code, failure.what, failure.remedy)
+        if type(error).__name__ == failure.name:
+            return error
+    base = _BY_EXIT_CODE.get(failure.exit_code, Defect)
+    kind: type[BuilderError] = type(failure.name, (base,), {"of_version": failure.of_version})
+    return kind(failure.what, remedy=failure.remedy)
 
 
 def _name(number: int) -> str:
@@ -323,7 +411,7 @@ def _relog(frame: bytes) -> None:
 
 
 def _in_child(
-    call: Callable[[], Result], kind: type[Result], level: int, secrets: Mapping[str, bool], answers: int
+    call: Callable[[], Answer], kind: type[Answer], level: int, secrets: Mapping[str, bool], answers: int
 ) -> int:  # fmt: skip
     """Do the work, and answer; return the exit code."""
     mask_forms(secrets)
@@ -333,8 +421,17 @@ def _in_child(
     logger.propagate = False
     logger.setLevel(level)
     try:
-        result = call()
-        sender.send(_RESULT, _json(TypeAdapter(kind).dump_python(result, mode="json")))
+        answer = call()
+        sender.send(_ANSWER, _json(TypeAdapter(kind).dump_python(answer, mode="json")))
+    except BuilderError as error:
+        failure = _Failure(
+            name=type(error).__name__,
+            exit_code=ExitCode(error.exit_code),
+            of_version=error.of_version,
+            what=masked(error.what),
+            remedy=masked(error.remedy),
+        )
+        sender.send(_FAILURE, _json(asdict(failure)))
     except MemoryError:
         return _OUT_OF_MEMORY
     finally:
@@ -376,7 +473,7 @@ class _Sender(logging.Handler):
 
     def send(self, kind: bytes, text: bytes) -> None:
         """Send a frame."""
-        self._frames.put(HEAD.pack(len(text) + 1) + kind + text)
+        self._frames.put(_HEAD.pack(len(text) + 1) + kind + text)
 
     def finish(self) -> None:
         """Wait until all is sent."""
@@ -384,7 +481,7 @@ class _Sender(logging.Handler):
         self._thread.join()
 
     def _write(self) -> None:
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # the other end is closed
             while (frame := self._frames.get()) is not None:
                 view = memoryview(frame)
                 while view:

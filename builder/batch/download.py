@@ -1,6 +1,6 @@
 """`builder download`: versions as `DEST/<model>/v<N>`, each whole or not at all.
 
-Beside `v<N>` stands `.v<N>.json`, which says what `v<N>` was made from, so that only what is new, changed or no longer
+Beside `v<N>` is `.v<N>.json`, which says what `v<N>` was made from, so that only what is new, changed or no longer
 whole is downloaded. A folder is made under another name and then renamed; nothing here ever removes a version's folder,
 that of a deleted version included.
 """
@@ -12,18 +12,17 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
+from builder.batch import Batch, Result, State
 from builder.batch.children import Children
 from builder.budget import Budget, check_listing
 from builder.dockerfile.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, rendered
-from builder.errors import BuilderError, Defect, ExitCode, InvalidVersion, VersionNotFound, of_kind
+from builder.errors import BuilderError, InvalidVersion, VersionNotFound
 from builder.log import get_logger
-from builder.masking import masked
 from builder.models.catalog import MlflowCatalog
 from builder.models.context import listing_digest, write_context
 from builder.models.errors import on_disk
@@ -37,50 +36,32 @@ SCRIPT = "create_docker_image.sh"
 Render = Callable[[ModelVersion, Path], Mapping[str, bytes]]
 # Raises where a version has more artifacts than it may.
 CheckListing = Callable[[Sequence[Artifact]], None]
-State = Literal["new", "changed", "unchanged", "gone", "failed"]
 # Part of what a folder was made from: raised when the same version would come out otherwise.
 _LAYOUT = 2
-_MODULES = ("mlflow", "builder.batch.download")
 _log = get_logger("download")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DownloadResult:
-    """What became of one version.
-
-    Attributes:
-        version: the version.
-        folder: where it is, or would be.
-        state: `gone` is a version that was deleted, before or while this ran, which is no failure; where a folder of it
-            is there, it stays.
-        error: why it failed; None where it did not.
-    """
-
-    version: ModelVersion
-    folder: Path
-    state: State
-    error: BuilderError | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code that this result alone would end the process with."""
-        return int(self.error.exit_code) if self.error else int(ExitCode.OK)
+_DOWNLOAD = Batch(
+    kind=Result,
+    logger="download",
+    modules=("mlflow", "builder.batch.download"),
+    failed="the version could not be downloaded",
+    gone="the version was deleted meanwhile",
+)
 
 
 def download_all(
     settings: CatalogSettings, destination: Path, *, name: str = "", version: str = ""
-) -> Iterator[DownloadResult]:
+) -> Iterator[Result]:
     """Download one version, a model's tagged versions, or every tagged version.
 
     Args:
-        settings: where MLflow is, and what its templates may stand on.
+        settings: where MLflow is, and the base images that templates may use.
         destination: the folder to write to; made where it does not exist.
         name: only this registered model.
         version: only this version of it, a number or an alias; it need not carry the target tag.
 
     Raises:
         VersionNotFound: the one version that was named does not exist.
-        ServiceUnavailable, PermissionRefused: MLflow cannot be asked for the versions.
+        ServiceUnavailable, PermissionRefused: MLflow cannot list the versions.
     """
     catalog = MlflowCatalog.from_settings(settings)
     if name and version:
@@ -88,13 +69,12 @@ def download_all(
     else:
         versions = natural_order(found for found in catalog.tagged(settings.target_tag) if name in {"", found.name})
     destination = destination.absolute()
-    results = _in_children(settings, destination, versions)
+    work = partial(_in_child, settings, destination)
+    results = _with_folders(destination, _DOWNLOAD.results(Budget.of(settings), versions, work))
     return results if name and version else chain(results, _deleted(catalog, destination, versions, name))
 
 
-def _deleted(
-    catalog: Catalog, destination: Path, versions: Sequence[ModelVersion], name: str
-) -> Iterator[DownloadResult]:
+def _deleted(catalog: Catalog, destination: Path, versions: Sequence[ModelVersion], name: str) -> Iterator[Result]:
     """Yield the folders of versions that are no longer there; those of versions that lost their tag are left out.
 
     Args:
@@ -115,20 +95,12 @@ def _deleted(
             catalog.find(version.name, version.version)
         except VersionNotFound:
             _log.warning("the version was deleted, and its folder stays", version=str(version), folder=str(folder))
-            yield DownloadResult(version=version, folder=folder, state="gone")
-
-
-def _in_children(
-    settings: CatalogSettings, destination: Path, versions: Iterable[ModelVersion]
-) -> Iterator[DownloadResult]:
-    with Children(Budget.of(settings), modules=_MODULES) as children:
-        for version in versions:
-            yield _in_child(settings, children, destination, version)
+            yield Result(name=str(version), version=version, folder=folder, state="gone")
 
 
 def download(
     catalog: Catalog, destination: Path, versions: Iterable[ModelVersion], *, render: Render
-) -> Iterator[DownloadResult]:
+) -> Iterator[Result]:
     """Download versions one after another, and yield what became of each; one that fails does not stop the others.
 
     Args:
@@ -137,78 +109,42 @@ def download(
         versions: what to download.
         render: see `Render`.
     """
-    for version in versions:
-        yield _guarded(catalog, destination, version, render)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
-    """A result as a child answers it."""
-
-    state: State
-    exit_code: int = 0
-    error: str = ""
-    what: str = ""
-    remedy: str = ""
-
-
-def _in_child(
-    settings: CatalogSettings, children: Children, destination: Path, version: ModelVersion
-) -> DownloadResult:
-    """Download a version in a child of its own."""
-    folder = _folder(destination, version)
-    unfinished = _unfinished(folder)
-    try:
-        work = partial(_answer, settings, destination, version)
-        answer = children.run(work, _Answer, whose=str(version), folders=(unfinished,))
-    except BuilderError as error:
-        _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return DownloadResult(version=version, folder=folder, state="failed", error=error)
-    failure = of_kind(answer.error, answer.exit_code, answer.what, answer.remedy) if answer.error else None
-    return DownloadResult(version=version, folder=folder, state=answer.state, error=failure)
-
-
-def _answer(settings: CatalogSettings, destination: Path, version: ModelVersion) -> _Answer:
-    """Download a version: this is what a child does."""
-
-    def render(version: ModelVersion, folder: Path) -> Mapping[str, bytes]:
-        return rendered_files(settings, version, folder)
-
-    check = partial(check_listing, settings, version)
-    result = _guarded(MlflowCatalog.from_settings(settings), destination, version, render, check=check)
-    if result.error is None:
-        return _Answer(state=result.state)
-    error = result.error
-    return _Answer(
-        state=result.state,
-        exit_code=error.exit_code,
-        error=type(error).__name__,
-        what=masked(error.what),
-        remedy=masked(error.remedy),
+    results = (
+        _DOWNLOAD.result(version, partial(_downloaded, catalog, destination, version, render)) for version in versions
     )
+    return _with_folders(destination, results)
 
 
-def _guarded(
+def _with_folders(destination: Path, results: Iterable[Result]) -> Iterator[Result]:
+    """Yield results, each with the version's folder, whatever became of it."""
+    for result in results:
+        yield replace(result, folder=_folder(destination, result.version) if result.version else None)
+
+
+def _in_child(settings: CatalogSettings, destination: Path, children: Children, version: ModelVersion) -> Result:
+    """Download a version in a child of its own."""
+    unfinished = _unfinished(_folder(destination, version))
+
+    def ended(_error: BuilderError) -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+    work = partial(_with_settings, settings, destination, version)
+    return children.run(work, Result, whose=str(version), folders=(unfinished,), ended=ended)
+
+
+def _with_settings(settings: CatalogSettings, destination: Path, version: ModelVersion) -> Result:
+    """Download a version: this is what a child does."""
+    catalog = MlflowCatalog.from_settings(settings)
+    check = partial(check_listing, settings, version)
+    with _DOWNLOAD.defects(str(version)):
+        return _downloaded(catalog, destination, version, partial(rendered_files, settings), check=check)
+
+
+def _downloaded(
     catalog: Catalog, destination: Path, version: ModelVersion, render: Render, *, check: CheckListing | None = None
-) -> DownloadResult:
-    """Return what became of a version, its failure included: one must not keep the others from coming."""
-    folder = _folder(destination, version)
-    try:
-        state = _download(catalog, version, folder, render, check)
-    except VersionNotFound as error:
-        _log.info("the version was deleted meanwhile", version=str(version), reason=error.what)
-        return DownloadResult(version=version, folder=folder, state="gone")
-    except BuilderError as error:
-        _log.error("the version could not be downloaded", version=str(version), error=error.one_line())
-        return DownloadResult(version=version, folder=folder, state="failed", error=error)
-    except MemoryError:
-        raise  # `Children` knows what it means
-    except Exception as error:  # noqa: BLE001  # see above
-        _log.exception("the version could not be downloaded", version=str(version))
-        defect = Defect(f"{type(error).__name__} while {version} was downloaded.", remedy="See the log.")
-        return DownloadResult(version=version, folder=folder, state="failed", error=defect)
-    return DownloadResult(version=version, folder=folder, state=state)
+) -> Result:
+    state = _download(catalog, version, _folder(destination, version), render, check)
+    return Result(name=str(version), state=state)
 
 
 def _folder(destination: Path, version: ModelVersion) -> Path:
@@ -227,10 +163,10 @@ def rendered_files(settings: CatalogSettings, version: ModelVersion, folder: Pat
     """Return a version's Dockerfile and script, made from its own templates, else from the built-in ones.
 
     The built-in ones take the place of no file of the version's. Where they cannot be made (no requirements.txt, a
-    folder whose name may not stand in a Dockerfile), there are none: the version's files are of use without.
+    folder whose name is not allowed in a Dockerfile), there are no such files: the version's own are of use without.
 
     Args:
-        settings: the base images that templates may stand on.
+        settings: the base images that templates may use.
         version: the version.
         folder: its artifacts.
 
@@ -290,10 +226,10 @@ def _made_from(version: ModelVersion, artifacts: tuple[Artifact, ...]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Note:
-    """What stands beside a version's folder.
+    """The file beside a version's folder.
 
     Attributes:
-        made_from: a digest of what it was made from; empty where that cannot be told, as all else is then.
+        made_from: a digest of what it was made from; empty, as all else is then, where that is unknown.
         name: the registered model's.
         version: its number.
         added: the files in it that are no artifacts.
@@ -328,7 +264,7 @@ def _add(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         path = folder / name
         if path.is_dir():
-            message = f"The version has a folder {name!r} where a rendered file belongs."
+            message = f"The version has a folder {name!r}, and the rendered file of this name has no place."
             raise InvalidVersion(message, remedy="Log that folder under another name, and register again.")
         path.write_bytes(content)
         path.chmod(0o755 if path.suffix == ".sh" else 0o644)

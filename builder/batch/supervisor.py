@@ -1,13 +1,14 @@
-"""The process that has every version's work done in a child of its own, and watches it.
+"""The supervisor: a process that forks a child for each piece of work, and watches it.
 
 `builder.batch.children` starts it, as a fresh interpreter: it has one thread and has read nothing of a stranger's, so
-that forking it is safe and costs milliseconds, with all that is slow to import imported once. It is told of a piece of
-work by its control socket, forks, measures what all processes that come of it take together, and ends them all,
-whatever ended the work. It knows nothing of versions, and reads nothing that the work writes.
+that forking it is safe and costs milliseconds, with all that is slow to import imported once. It receives a piece of
+work by its control socket, forks, measures what all processes of the work take together, and ends them all, whatever
+ended the work. It knows nothing of versions, and reads nothing that the work writes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -19,38 +20,27 @@ import resource
 import select
 import shutil
 import signal
-import socket
-import struct
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from builder.budget import Bound, Budget
 from builder.errors import ExitCode, Terminated
-from builder.process import (
-    PREFIX,
-    adopt_orphans,
-    descendants,
-    end_with_parent,
-    is_bounded,
-    kill_descendants,
-    lock,
-    memory_of,
-    remove_leftovers,
-)
+from builder.process import PREFIX, lock, remove_leftovers
 
 if TYPE_CHECKING:
     from types import FrameType
 
 
-HEAD = struct.Struct(">I")
-TERMINATE = b"T"
+TERMINATE = "terminate"
 # Seconds that work has between a request to end and its end; it has an outcome to record.
 GRACE = 20.0
 _END = 10.0
@@ -61,6 +51,11 @@ _MOMENT = 0.002
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 # What a process may reserve beyond what it may have: stacks of threads, what an allocator keeps.
 _RESERVED = 512 << 20
+_PROC = Path("/proc")
+_PAGE = resource.getpagesize()
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,17 +88,17 @@ class End:
     amount: float = 0.0
 
 
-def main(control: socket.socket, modules: Sequence[str]) -> None:
-    """Do the work that comes by a socket until that closes.
+def main(control: Connection, modules: Sequence[str]) -> None:
+    """Do the work that comes by a connection until that closes.
 
     Args:
-        control: bytes with a length before them are work, sent with the descriptors of what is answered on and of what
-            stands for stdout and stderr; what is sent back is the end of the work.
+        control: `Work` comes by it with two descriptors, for the answers, and for stdout and stderr; the end of the
+            work is sent back.
         modules: what to import beforehand.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    adopt_orphans()
+    _adopt_orphans()
     for name in modules:
         importlib.import_module(name)
     remove_leftovers()
@@ -113,34 +108,23 @@ def main(control: socket.socket, modules: Sequence[str]) -> None:
         end = _Watch(control, work).over(descriptors)
         if end is None:
             return
-        text = json.dumps({"code": end.code, "bound": end.bound, "amount": end.amount}).encode()
-        control.sendall(HEAD.pack(len(text)) + text)
+        control.send_bytes(json.dumps(asdict(end)).encode())
 
 
-def _received(control: socket.socket) -> tuple[Work, list[int]] | None:
+def _received(control: Connection) -> tuple[Work, list[int]] | None:
     """Return the next piece of work and its descriptors; None where there is no more."""
     try:
-        head, descriptors, _, _ = socket.recv_fds(control, HEAD.size, 2)
+        work = control.recv()
         # A request to end that came when there was nothing left to end is the last that comes.
-        if len(head) != HEAD.size:
-            return None
-        (length,) = HEAD.unpack(head)
-        data = bytearray()
-        while len(data) < length:
-            chunk = control.recv(length - len(data))
-            if not chunk:
-                return None
-            data += chunk
-    except OSError:
+        return (work, [recv_handle(control), recv_handle(control)]) if isinstance(work, Work) else None
+    except (OSError, EOFError):
         return None
-    work = pickle.loads(bytes(data))  # noqa: S301  # see Work
-    return work, descriptors
 
 
 class _Watch:
     """One piece of work, while it is done."""
 
-    def __init__(self, control: socket.socket, work: Work) -> None:
+    def __init__(self, control: Connection, work: Work) -> None:
         self._control = control
         self._work = work
         self._usage = _Usage()
@@ -148,7 +132,7 @@ class _Watch:
         self._pid = 0
 
     def over(self, descriptors: Sequence[int]) -> End | None:
-        """Return how the work ended, with nothing of it left; None where whoever wanted it has gone meanwhile."""
+        """Return how the work ended, with nothing of it left; None where the parent has ended meanwhile."""
         self._folder = tempfile.mkdtemp(prefix=f"{PREFIX}version-")
         # The child inherits the lock, and it goes when the child does.
         locked = lock(Path(self._folder))
@@ -169,7 +153,7 @@ class _Watch:
             os.close(alive)
             with suppress(ProcessLookupError):
                 os.killpg(self._pid, signal.SIGKILL)
-            kill_descendants(_END)
+            _kill_descendants(_END)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _watched(self, alive: int) -> End | None:
@@ -186,7 +170,7 @@ class _Watch:
             if ending or alive in ready:
                 continue
             if self._control.fileno() in ready:
-                if self._control.recv(1) != TERMINATE:
+                if not self._is_to_terminate():
                     return None
                 os.kill(self._pid, signal.SIGTERM)
                 waiting = [descriptor for descriptor in waiting if descriptor == alive]
@@ -197,6 +181,12 @@ class _Watch:
             if exceeded := self._usage.exceeded(self._work.budget):
                 return End(code=-signal.SIGKILL, bound=exceeded[0], amount=exceeded[1])
         return End(code=self._code())
+
+    def _is_to_terminate(self) -> bool:
+        try:
+            return bool(self._control.recv() == TERMINATE)
+        except (OSError, EOFError):
+            return False
 
     def _exited(self) -> bool:
         """Return whether the child has ended; it stays a zombie, so that its group's number is not given away."""
@@ -232,11 +222,11 @@ class _Usage:
     def measure(self, pid: int, folders: Sequence[Path]) -> None:
         """Measure what descends from this process, the child `pid` first of all."""
         began = time.monotonic()
-        processes = descendants(os.getpid())
-        ours = [process for process in processes if is_bounded(process)]
+        processes = _descendants(os.getpid())
+        ours = [process for process in processes if _is_bounded(process)]
         engine = len(ours) < len(processes)
         child = next((process for process in ours if process.pid == pid), None)
-        self.memory = sum(memory_of(process) for process in ours)
+        self.memory = sum(_memory_of(process) for process in ours)
         total = sum(process.own + process.children for process in ours)
         own = child.own if child else self._own
         # An engine's processor time is its parent's as soon as it has ended.
@@ -249,7 +239,7 @@ class _Usage:
         self.pause = max(_EVERY, _SHARE * (time.monotonic() - began))
 
     def exceeded(self, budget: Budget) -> tuple[Bound, float] | None:
-        """Return the first bound that is exceeded, and by which amount; None where there is none."""
+        """Return the first bound that is exceeded, and the amount taken; None where all are kept."""
         taken: tuple[tuple[Bound, float, float], ...] = (
             ("VERSION_MEMORY", self.memory, budget.memory),
             ("VERSION_PROCESSOR_TIME", self.processor, budget.processor),
@@ -279,7 +269,7 @@ def _be_child(work: Work, descriptors: Sequence[int], folder: str, parent: int) 
     code: int = ExitCode.SOFTWARE
     try:
         os.setsid()
-        end_with_parent(parent)
+        _end_with_parent(parent)
         answers, output = descriptors
         os.set_inheritable(answers, False)  # noqa: FBT003  # the name says it
         _stand_alone(output, folder)
@@ -288,7 +278,7 @@ def _be_child(work: Work, descriptors: Sequence[int], folder: str, parent: int) 
         code = call(answers)
     except Terminated:
         code = ExitCode.TEMPORARY
-    except BaseException:  # noqa: BLE001  # there is nobody above
+    except BaseException:  # noqa: BLE001  # nothing above would handle it
         traceback.print_exc()
     finally:
         with suppress(BaseException):
@@ -329,3 +319,99 @@ def _bound(budget: Budget) -> None:
         _, hard = resource.getrlimit(what)
         with suppress(ValueError, OSError):
             resource.setrlimit(what, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
+
+
+# ---- all that descends from this process
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """One process.
+
+    Attributes:
+        pid: its number.
+        parent: its parent's number.
+        own: seconds of processor time that it took itself.
+        children: seconds that its children took which have ended.
+    """
+
+    pid: int
+    parent: int
+    own: float
+    children: float
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose parent has ended, so that none is lost."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Be killed when the parent ends.
+
+    Args:
+        parent: its number: one that ended before this call is noticed as well.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _descendants(root: int) -> list[_Process]:
+    """Return the living processes that descend from one; proc(5) has the fields."""
+    by_parent: dict[int, list[_Process]] = {}
+    for status in _PROC.glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            # The name is in parentheses, and may hold parentheses and blanks itself.
+            fields = status.read_text(errors="replace").rpartition(")")[2].split()
+            if fields[0] == "Z" and int(fields[1]) != root:
+                continue
+            times = [int(field) / _TICKS for field in fields[11:15]]
+            process = _Process(int(status.parent.name), int(fields[1]), times[0] + times[1], times[2] + times[3])
+            by_parent.setdefault(process.parent, []).append(process)
+    found: list[_Process] = []
+    waiting = [root]
+    while waiting:
+        children = by_parent.pop(waiting.pop(), [])
+        found += children
+        waiting += [child.pid for child in children]
+    return found
+
+
+def _memory_of(process: _Process) -> int:
+    """Return the bytes of memory that a process has and that are no file's; 0 where it has ended."""
+    with suppress(OSError, ValueError, IndexError):
+        _, resident, shared, *_ = (_PROC / str(process.pid) / "statm").read_text().split()
+        return (int(resident) - int(shared)) * _PAGE
+    return 0
+
+
+def _is_bounded(process: _Process) -> bool:
+    """Return whether a process has a limit of memory, which it inherits; True where that is unknown."""
+    with suppress(OSError, AttributeError):
+        return resource.prlimit(process.pid, resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    return True
+
+
+def _kill_descendants(seconds: float) -> None:
+    """Kill all that descends from this process, and reap what became its children.
+
+    Args:
+        seconds: how long to try, where a process may not be killed or does not end.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for process in _descendants(os.getpid()):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process.pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)

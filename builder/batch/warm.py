@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from builder.batch import Batch, Result, State
 from builder.batch.children import Children
 from builder.budget import Budget, check_listing
 from builder.clients import Registries, Services, connected
-from builder.errors import BuilderError, ExitCode, InvalidVersion, UsageError
+from builder.errors import ExitCode, InvalidVersion, UsageError
 from builder.log import get_logger
 from builder.models.catalog import MlflowCatalog
 from builder.models.context import sketch_context
@@ -114,7 +115,7 @@ class Verification:
         key = recipes.facts_key(base)
         if key not in self._seen:
             kept = self._store.text(key, kind=recipes.FACTS)
-            verdict = Verdict(state="missing") if kept is None else _held_against(kept, registry, base)
+            verdict = Verdict(state="missing") if kept is None else _facts_verdict(kept, registry, base)
             self._note(key, "base image", f"{source.base}, {platform}", verdict)
         return self._seen[key]
 
@@ -127,7 +128,7 @@ class Verification:
                 continue
             key = resolver.tag(part.platform, part.lock.glibc, kept.as_of)
             if key not in self._seen:
-                self._note(key, "lock", str(part.platform), _again(resolver, kept))
+                self._note(key, "lock", str(part.platform), _lock_verdict(resolver, kept))
             checks.append(self._seen[key])
         return checks
 
@@ -149,7 +150,7 @@ class Verification:
         )  # fmt: skip
 
 
-def _held_against(kept: bytes, registry: Registry, base: BaseImage) -> Verdict:
+def _facts_verdict(kept: bytes, registry: Registry, base: BaseImage) -> Verdict:
     try:
         said = BaseFacts.from_json(kept)
     except Malformed:
@@ -160,7 +161,7 @@ def _held_against(kept: bytes, registry: Registry, base: BaseImage) -> Verdict:
     return Verdict(state="different", detail=f"it says {kept[:500].decode()}, and the image {right.to_json().decode()}")
 
 
-def _again(resolver: Resolver, kept: Lock) -> Verdict:
+def _lock_verdict(resolver: Resolver, kept: Lock) -> Verdict:
     """Return whether a lock can be resolved again.
 
     One that cannot is no proof of anything: an index may have lost a release, or may give no upload times.
@@ -186,43 +187,33 @@ def _names(names: Sequence[str]) -> str:
 
 log = get_logger("warm")
 
-# `warm`: all is there now. `verified`: all that is there is what it should be. `different`: something is not.
-# `unproven`: a layer cannot be made again, so that nobody can tell. `passed over`: it is not made of wheel layers.
-State = Literal["warm", "verified", "different", "unproven", "passed over", "failed"]
-# What takes long to import, and every environment needs.
-_MODULES = ("mlflow", "builder.batch.warm")
 _MOST_BYTES = 1 << 20
-_CORRECT = "Correct the file; what it names by -r, -c or a path has to stand in it."
+_CORRECT = "Correct the file. Lines that name other files (-r, -c, paths) are not supported: write out what they hold."
 _EXCHANGED = (
-    "see who can write there, delete these tags and, where what a digest names is something else, that blob from the "
-    "registry's storage, and publish with --rebuild what was made of them"
+    "find out who can write there; delete these tags and, where a digest names another blob, that blob from the "
+    "registry's storage; then publish what was made of them with --rebuild"
 )
 _UNPROVEN = (
-    "configure the index that had these wheels or, if there is none, see who can write there, and delete the tags"
+    "configure the index that had these wheels. If no index has them, find out who can write there, and delete the tags"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Warmed:
+class Warmed(Result):
     """What became of one environment.
 
     Attributes:
-        name: whose it is: a model version, or a requirements file.
-        state: what became of it.
         known: layers that were there.
         made: layers that were made now.
-        checks: what was verified, thing by thing.
-        detail: what is to be said of it, on one line.
-        exit_code: of the error, 0 where there was none.
+        checks: what was verified, one by one.
     """
 
-    name: str
-    state: State
     known: int = 0
     made: int = 0
     checks: tuple[Check, ...] = ()
-    detail: str = ""
-    exit_code: int = 0
+
+
+_WARM = Batch(kind=Warmed, logger="warm", modules=("mlflow", "builder.batch.warm"), gone="", key="of")
 
 
 def warm(settings: Settings, *, verify: bool = False) -> Iterator[Warmed]:
@@ -230,31 +221,33 @@ def warm(settings: Settings, *, verify: bool = False) -> Iterator[Warmed]:
 
     Args:
         settings: what the environment says; MODEL_NAME and MODEL_VERSION are not used.
-        verify: make nothing; make layers again and hold what is kept against them.
+        verify: write nothing; rebuild layers, and compare what is stored with them.
 
     Raises:
         BuilderError: the listing failed. What fails of one version is yielded, not raised.
     """
     versions = natural_order(MlflowCatalog.from_settings(settings).tagged(settings.target_tag))
     seen: dict[str, Check] = {}
-    with Children(Budget.of(settings), modules=_MODULES) as children:
-        for version in versions:
-            work = partial(_version, settings, version, verify=verify, seen=seen)
-            warmed = _guarded(str(version), partial(children.run, work, Warmed, whose=str(version)))
-            seen.update({check.tag.tag: check for check in warmed.checks})
-            yield warmed
+
+    def in_child(children: Children, version: ModelVersion) -> Warmed:
+        work = partial(_version, settings, version, verify=verify, seen=seen)
+        warmed = children.run(work, Warmed, whose=str(version))
+        seen.update({check.tag.tag: check for check in warmed.checks})
+        return warmed
+
+    yield from _WARM.results(Budget.of(settings), versions, in_child)
 
 
 def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bool = False) -> Warmed:
     """Make the wheel layers and locks of a requirements file, for TARGET_PLATFORMS.
 
-    It counts as a model that is registered now and brings no client: MLflow's part is replaced as for a publish. Every
+    It counts as a model without a client that is registered now: MLflow's part is replaced as for a publish. Every
     version finds the layers. The lock is found by versions that are registered later on the same day (UTC), if they ask
     for the same: the same lines, MLflow pinned among them as MLflow logs it, the same Python, base image and indexes.
 
     Args:
         settings: what the environment says.
-        file: requirements in pip's form.
+        file: a requirements file of pip.
         python: the Python they are for, `3.11`.
         verify: as for `warm`.
 
@@ -267,10 +260,10 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
         content = file.read_bytes()
     except OSError as error:
         message = f"The requirements file {str(file)!r} cannot be read: {error.strerror}."
-        raise UsageError(message, remedy="Name a file in pip's form.") from error
+        raise UsageError(message, remedy="Name a requirements file of pip.") from error
     if len(content) > _MOST_BYTES:
         message = f"The requirements file {str(file)!r} is larger than {_MOST_BYTES >> 20} MiB."
-        raise UsageError(message, remedy="Name a file in pip's form.")
+        raise UsageError(message, remedy="Name a requirements file of pip.")
     created = int(datetime.now(tz=UTC).timestamp() * 1000)
     version = ModelVersion(name=file.name, version="1", created_ms=created)
     with connected(settings) as services, tempfile.TemporaryDirectory(prefix="builder-warm-") as name:
@@ -290,9 +283,8 @@ def warm_requirements(settings: Settings, file: Path, *, python: str, verify: bo
 
 def _version(settings: Settings, version: ModelVersion, *, verify: bool, seen: Mapping[str, Check]) -> Warmed:
     """Make, or verify, what a version's images are made of: this is what a child does."""
-    with connected(settings) as services:
-        warming = _Warming(settings, services, verify=verify, seen=seen)
-        return _guarded(str(version), partial(warming.version, version))
+    with _WARM.defects(str(version)), connected(settings) as services:
+        return _Warming(settings, services, verify=verify, seen=seen).version(version)
 
 
 class _Warming:
@@ -323,7 +315,7 @@ class _Warming:
         doing = "verifying" if self._verification else "warming"
         log.info(doing, of=name, platforms=[str(platform) for platform in platforms])
         if self._verification:
-            return _told(name, self._verification.environment(source, platforms))
+            return _warmed(name, self._verification.environment(source, platforms))
         planned = self._services.wheels.environments(source, platforms)
         with self._services.wheels.layers(planned.recipe) as layers:
             placed = layers.placed([group for part in planned.recipe.platforms for group in part.groups], None)
@@ -335,7 +327,7 @@ class _Warming:
         return Warmed(name=name, state="warm", known=transfers.known, made=transfers.made, detail=without)
 
 
-def _told(name: str, verified: Verified) -> Warmed:
+def _warmed(name: str, verified: Verified) -> Warmed:
     """Return what the checks of an environment come to."""
     checks = verified.checks
     wrong = [check for check in checks if check.verdict.state == "different"]
@@ -364,17 +356,3 @@ def _told(name: str, verified: Verified) -> Warmed:
 
 def _without(impossible: dict[Platform, NoWheel]) -> str:
     return "; ".join(error.what for error in impossible.values())
-
-
-def _guarded(name: str, work: Callable[[], Warmed]) -> Warmed:
-    """Return what became of an environment, its failure included: one must not keep the others from being done."""
-    try:
-        return work()
-    except BuilderError as error:
-        log.error("failed", of=name, error=error.one_line())
-        return Warmed(name=name, state="failed", detail=error.one_line(), exit_code=error.exit_code)
-    except MemoryError:
-        raise  # `Children` knows what it means
-    except Exception as error:
-        log.exception("defect", of=name)
-        return Warmed(name=name, state="failed", detail=f"Defect: {type(error).__name__}", exit_code=ExitCode.SOFTWARE)

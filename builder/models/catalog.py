@@ -1,4 +1,4 @@
-"""The catalog on an MLflow server. MLflow is imported when a catalog is first asked, since that takes a second."""
+"""The catalog on an MLflow server. MLflow is imported at the first request, since that takes a second."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 from builder.errors import BuilderError, InvalidVersion, PermissionRefused, VersionNotFound
 from builder.log import get_logger
 from builder.masking import one_line
-from builder.models.context import checked_path, union
+from builder.models.context import union
 from builder.models.domino import export, quiet_client
 from builder.models.errors import answering
 from builder.models.store import ArtifactRoots, ArtifactStore, Root
 from builder.models.version import TAG_MODEL_FOLDER, Inputs, ModelVersion, NearMisses, check_version_text
+from builder.safe_open import checked_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ class MlflowCatalog:
 
     @classmethod
     def from_settings(cls, settings: CatalogSettings) -> Self:
-        """Return the catalog of the settings' server. It sets variables in `os.environ`: see `environment.export`."""
+        """Return the catalog of the settings' server. It sets variables in `os.environ`: see `domino.export`."""
         export(settings)
         registry = settings.mlflow_variables.get("MLFLOW_REGISTRY_URI")
         return cls(
@@ -138,7 +139,7 @@ class MlflowCatalog:
                 page = self.client.search_model_versions(
                     filter_string=query,
                     max_results=self._page_size,
-                    # By default the last changed comes first, and pages would shift under whoever sets tags meanwhile.
+                    # By default the last changed comes first, and pages would shift while tags are set.
                     order_by=["name ASC", "version_number ASC"],
                     page_token=token,
                 )
@@ -294,7 +295,7 @@ class Origin:
         raise InvalidVersion(message, remedy="Register it from its run or its logged model.")
 
     def _run(self, run_id: str, version: ModelVersion) -> Any:
-        """Return MLflow's Run; None where there is none, or no longer."""
+        """Return MLflow's Run; None where it does not exist, or no longer."""
         if not run_id:
             return None
         with suppress(VersionNotFound), answering(f"find run {run_id} of {version}", server=self._server):
@@ -302,7 +303,7 @@ class Origin:
         return None
 
     def _logged_model(self, version: ModelVersion, source: str, run: Any) -> Any:
-        """Return MLflow's LoggedModel behind a version; None where its files are a run's, or nobody's."""
+        """Return MLflow's LoggedModel behind a version; None where it has none."""
         named = LOGGED_MODEL.fullmatch(source)
         model_id = named[1] if named else version.model_id
         if model_id:
@@ -322,7 +323,7 @@ class Origin:
 
     def _logged_model_by_id(self, model_id: str, version: ModelVersion, *, gone: type[BuilderError]) -> Any:
         if not _MODEL_ID.fullmatch(model_id):
-            message = f"{version} has the logged model {model_id[:200]!r}, which is no id."
+            message = f"{version} names the logged model {model_id[:200]!r}, which is not an id."
             raise InvalidVersion(message, remedy="Register it from its run or its logged model.")
         with answering(f"find the logged model {model_id} of {version}", server=self._server, gone=gone):
             return self._client.get_logged_model(model_id)

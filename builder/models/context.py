@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from builder.models.errors import on_disk
 from builder.models.version import TAG_MODEL_FOLDER, Inputs
 from builder.parallel import side_by_side
 from builder.reference import Digest
+from builder.safe_open import checked_path, digest_beneath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "MLmodel"
 MOST_FILES = 100_000
-MOST_FOLDERS_DEEP = 64
 # What may name modules: Python files, and what people call pickles and the archives that hold some.
 _CODE = (".py",)
 _PICKLES = (
@@ -37,51 +36,6 @@ _PICKLES = (
     *(".pth", ".sav", ".shap", ".skops", ".statsmodels"),
 )
 _PACKED = re.compile(r"\.(?:bz2|gz|lzma|xz|z)$")
-# Linux's own limits, in bytes.
-_LONGEST_PATH = 3000
-_LONGEST_COMPONENT = 255
-# Control characters, surrogates that no file name can hold, and Unicode's line and paragraph separators.
-_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
-_SHOWN = 200
-
-
-def checked_path(path: str) -> str:
-    """Return an artifact's path in Unicode's normal form C, if a file may have it in the context.
-
-    Args:
-        path: the path as an artifact store gave it.
-
-    Raises:
-        InvalidVersion: the path is absolute, has an empty, `.` or `..` component, a backslash, a control character or
-            a line break, or is longer than a file system takes.
-    """
-    problem = _problem(path)
-    if problem:
-        message = f"The artifact {path[:_SHOWN]!r} cannot be taken into the context: {problem}."
-        raise InvalidVersion(message, remedy="Log the file under another name and register the model again.")
-    return unicodedata.normalize("NFC", path)
-
-
-def _problem(path: str) -> str:
-    """Return what is wrong with an artifact's path; the empty string for nothing."""
-    parts = path.split("/")
-    problems = {
-        "its path has a control character or a line break": any(
-            unicodedata.category(character) in _REFUSED_CATEGORIES for character in path
-        ),
-        "its path has a backslash": "\\" in path,
-        "its path is absolute": path.startswith("/"),
-        "its path has a '..' and may leave the context": ".." in parts,
-        "its path has a component that is empty or '.'": "." in parts or "" in parts,
-        f"its path is more than {MOST_FOLDERS_DEEP} folders deep": len(parts) > MOST_FOLDERS_DEEP,
-        "its path is longer than a file system takes": _too_long(path),
-    }
-    return next((problem for problem, there in problems.items() if there), "")
-
-
-def _too_long(path: str) -> bool:
-    encoded = unicodedata.normalize("NFC", path).encode("utf-8", "surrogatepass")
-    return len(encoded) > _LONGEST_PATH or any(len(part) > _LONGEST_COMPONENT for part in encoded.split(b"/"))
 
 
 def names_modules(path: str) -> bool:
@@ -94,11 +48,11 @@ def union(
 ) -> tuple[Artifact, ...]:
     """Return artifacts ordered by path, each path once.
 
-    The same file may stand twice, in the run and in the logged model; then the later one of `artifacts` is taken.
+    The same file may be both in the run and in the logged model; then the later one of `artifacts` is taken.
 
     Args:
         artifacts: files with checked paths.
-        same: tells whether two artifacts have the same content; asked only where they have the same path.
+        same: whether two artifacts have the same content; called only where they have the same path.
         whose: the version they belong to, for errors.
 
     Raises:
@@ -190,7 +144,7 @@ def _above(folder: str) -> Iterator[str]:
 
 _THREADS = 8
 _REPORT_SECONDS = 0.5
-# A file takes at least a block, and something should be left for whoever else writes to the disk.
+# A file takes at least a block, and something should be left for other programs that write to the disk.
 _BLOCK = 4096
 _SPARE = 16 << 20
 # 1980-01-02, the first day that every archive format can hold.
@@ -203,10 +157,10 @@ _DESCRIPTION = (MODEL_FILE, "python_env.yaml", "conda.yaml", "requirements.txt")
 
 
 class Progress(Protocol):
-    """Is told how far a download is, some times a second, in the thread that asked for the download."""
+    """Shows how far a download is; called some times a second, in the thread that began the download."""
 
     def __call__(self, done: int, total: int) -> None:
-        """Take note.
+        """Show it.
 
         Args:
             done: bytes that are here, those of unfinished files included.
@@ -236,7 +190,7 @@ def write_context(
         catalog: where the artifacts are.
         artifacts: a version's artifacts, as the catalog listed them.
         folder: where to; it and its parents are made.
-        progress: told how far the download is.
+        progress: called with how far the download is.
 
     Raises:
         TryAgain: there is too little space, or the disk is full.
@@ -419,7 +373,7 @@ def _check_space(folder: Path, missing: Sequence[Artifact]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         message = f"The artifacts need {needed >> 20} MiB in {str(folder)!r}, and {free >> 20} MiB are free."
-        raise TryAgain(message, remedy="Free space, or name a larger disk by BUILDER_WORKSPACE.")
+        raise TryAgain(message, remedy="Free space, or name a folder on a larger disk by BUILDER_WORKSPACE.")
 
 
 def _reporter(
@@ -515,7 +469,9 @@ def content_digest(folder: Path) -> Digest:
             if not stat.S_ISREG(status.st_mode):
                 message = f"{name!r} in the context is neither a file nor a folder."
                 raise InvalidVersion(message, remedy="Fetch the version again.")
-            # Opened so that a link put there meanwhile is an error, and is not followed.
-            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as content:  # noqa: PTH123
-                lines.append([name, status.st_size, hashlib.file_digest(content, "sha256").hexdigest()])
+            found = digest_beneath(folder, name)
+            if found is None:
+                message = f"{name!r} in the context has vanished."
+                raise InvalidVersion(message, remedy="Fetch the version again.")
+            lines.append([name, found[1], found[0]])
     return Digest.of(json.dumps(sorted(lines)).encode())

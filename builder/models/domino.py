@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -11,6 +12,8 @@ from urllib.parse import urlsplit
 from builder.errors import InvalidSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from builder.settings import CatalogSettings
 
 
@@ -58,20 +61,19 @@ def use_domino() -> None:
     """Have MLflow's clients of this process send the headers, if the environment has what they are made of.
 
     Raises:
-        InvalidSettings: there is an API key, MLFLOW_TRACKING_AUTH names another authentication, and MLflow knows one at
-            a time.
+        InvalidSettings: there is an API key, and MLFLOW_TRACKING_AUTH names another authentication.
     """
     key, run_id, token = _variables()
     servers = _servers()
     if not (key or (run_id and token)) or (servers and not _elsewhere(servers)):
         return
-    # A run's number is in every run's environment: it is no reason against what somebody has chosen.
-    chosen = os.environ.setdefault(_CHOICE, _NAME)
+    # A run's number is in every run's environment, so it does not override an explicit choice.
+    chosen = _set_default(_CHOICE, _NAME)
     if key and chosen != _NAME:
-        message = f"{_CHOICE} is {chosen!r}, and DOMINO_USER_API_KEY is set: MLflow takes one of them."
+        message = f"{_CHOICE} is {chosen!r}, and DOMINO_USER_API_KEY is set. MLflow takes one authentication."
         raise InvalidSettings(message, remedy=f"Unset {_CHOICE}, or DOMINO_USER_API_KEY.")
     # requests takes only Authorization off a request that is redirected to another host, not Domino's key.
-    os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
+    _set_default("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
 
 
 def _origin(uri: str) -> tuple[str, str, int] | None:
@@ -113,7 +115,7 @@ def _execution(run_id: str) -> str:
     import jwt
 
     with warnings.catch_warnings():
-        # The word is shorter than a key should be; that it is no key is said above.
+        # The word is shorter than a key should be, and it is no key: see above.
         warnings.filterwarnings("ignore", message=".*HMAC key is .* bytes long", category=UserWarning)
         return jwt.encode({"execution_id": run_id}, _SIGNED_WITH, algorithm="HS256")
 
@@ -124,7 +126,7 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    # Progress is ours to show, and a publisher in a cluster reports to nobody.
+    # Progress is ours to show, and a publisher in a cluster sends no telemetry.
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -135,14 +137,59 @@ _DEFAULTS = {
 }
 
 
+# What was set here: the value, and the one it replaced.
+_exported: dict[str, tuple[str, str | None]] = {}
+
+
+def _set(name: str, value: str) -> None:
+    _exported[name] = value, _exported[name][1] if name in _exported else os.environ.get(name)
+    os.environ[name] = value
+
+
+def _set_default(name: str, value: str) -> str:
+    if name not in os.environ:
+        _set(name, value)
+    return os.environ[name]
+
+
+def _take_back() -> None:
+    """Undo what was set here; a variable that somebody has changed since is left alone."""
+    for name, (value, before) in _exported.items():
+        if os.environ.get(name) == value:
+            _restore(name, before)
+    _exported.clear()
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Give the variables that are set here, at the end of the context, the values that they had at its beginning."""
+    exported = dict(_exported)
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name, (value, _) in {**exported, **_exported}.items():
+            if os.environ.get(name) in {value, None}:
+                _restore(name, before.get(name))
+        _exported.clear()
+        _exported.update(exported)
+
+
 def quiet_client() -> None:
     """Set what MLflow's client should do by itself, unless the user has set it.
 
     Raises:
-        InvalidSettings: as `domino.use_domino`.
+        InvalidSettings: as `use_domino`.
     """
     for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
+        _set_default(name, value)
     use_domino()
 
 
@@ -152,7 +199,11 @@ def export(settings: CatalogSettings) -> None:
     That is MLFLOW_TRACKING_URI; every MLFLOW_, AWS_, AZURE_ and DATABRICKS_ variable that the settings hold, from the
     environment or from SECRETS_DIR; Domino's two; SSL_CERT_FILE, also as REQUESTS_CA_BUNDLE and AWS_CA_BUNDLE unless
     they are set, since neither requests nor boto3 knows it by that name; and the proxies.
+
+    MLflow reads them at each request, and from nowhere else. Whatever an earlier call has set, of other settings, is
+    taken back first: their credentials are not sent with these.
     """
+    _take_back()
     values = {name: secret.get_secret_value() for name, secret in settings.mlflow_variables.items()}
     values["MLFLOW_TRACKING_URI"] = settings.mlflow_tracking_uri
     values.update(settings.proxies)
@@ -160,10 +211,11 @@ def export(settings: CatalogSettings) -> None:
         values["DOMINO_USER_API_KEY"] = settings.domino_user_api_key.get_secret_value()
     if settings.domino_run_id:
         values["DOMINO_RUN_ID"] = settings.domino_run_id.get_secret_value()
-    os.environ.update(values)
+    for name, value in values.items():
+        _set(name, value)
     if settings.ssl_cert_file:
         bundle = str(settings.ssl_cert_file)
-        os.environ["SSL_CERT_FILE"] = bundle
-        os.environ.setdefault("REQUESTS_CA_BUNDLE", bundle)
-        os.environ.setdefault("AWS_CA_BUNDLE", bundle)
+        _set("SSL_CERT_FILE", bundle)
+        _set_default("REQUESTS_CA_BUNDLE", bundle)
+        _set_default("AWS_CA_BUNDLE", bundle)
     quiet_client()

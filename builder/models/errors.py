@@ -8,6 +8,7 @@ import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 from builder.errors import (
@@ -102,17 +103,17 @@ def answering(what: str, *, server: str, gone: type[BuilderError] = VersionNotFo
     """Turn whatever MLflow's client or an artifact store raises inside the block into our errors.
 
     Args:
-        what: what is asked, as it goes on after "could not": `find model 'x' version 3`.
-        server: what is asked, by the name of its setting or by its address: `MLFLOW_TRACKING_URI (https://…)`.
-        gone: the error for an answer that what was asked for is not there.
+        what: the request, as it goes on after "could not": `find model 'x' version 3`.
+        server: the server, by the name of its setting or by its address: `MLFLOW_TRACKING_URI (https://…)`.
+        gone: the error for something that does not exist.
 
     Raises:
         ServiceUnavailable: the server is away, answers 5xx, a page instead of an answer, or with a certificate that is
             not trusted.
         PermissionRefused: a credential is missing or refused.
         VersionNotFound: there is no such thing; or whatever `gone` is.
-        InvalidVersion: what was asked for is not acceptable to the server.
-        InvalidSettings: a package for this kind of artifact store is missing, or the tracking URI is none.
+        InvalidVersion: the server does not accept the request.
+        InvalidSettings: a package for this kind of artifact store is missing, or the tracking URI is not an address.
         TryAgain: the disk is full.
     """
     try:
@@ -176,7 +177,7 @@ def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) ->
         )
     if any(isinstance(one, ssl.SSLError) or _CERTIFICATE.search(f"{type(one).__name__} {one}") for one in chain):
         return ServiceUnavailable(
-            f"{failed}.", remedy=f"The certificate of {server} is not trusted: name its CA bundle by SSL_CERT_FILE."
+            f"{failed}.", remedy=f"The certificate of {server} is not trusted. Name its CA bundle by SSL_CERT_FILE."
         )
     code = _code(chain)
     status = _status(chain)
@@ -191,7 +192,7 @@ def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) ->
     if _is_no_address(chain):
         return InvalidSettings(f"{failed}.", remedy="MLFLOW_TRACKING_URI is a URI such as https://mlflow.example.com.")
     if code in _INPUT_CODES and status in {None, _UNPROCESSABLE}:
-        return InvalidVersion(f"{failed}.", remedy="The server's message says what it does not take.")
+        return InvalidVersion(f"{failed}.", remedy="Correct what the server's message names.")
     return ServiceUnavailable(f"{failed}.", remedy=f"Check that {server} is right and that the server is up.")
 
 
@@ -215,15 +216,14 @@ def _status(chain: list[BaseException]) -> int | None:
 def _status_in_frames(error: BaseException) -> int | None:
     """Return the status of the response that an exception was raised over.
 
-    Where the body is JSON, even of a gateway's making, MLflow raises with what it reads there and drops the status:
-    the response is then found only in the function that raised.
+    Where the body is JSON, a gateway's for instance, MLflow raises `RestException` with what it reads there and drops
+    the status: `get_http_status_code` is then 500, whatever the server answered. Every release from 2.20 to 3.17 does
+    that, and the response is left only in the frame of the function that raised.
     """
-    step = error.__traceback__
-    while step:
-        status = getattr(step.tb_frame.f_locals.get("response"), "status_code", None)
+    for frame, _ in walk_tb(error.__traceback__):
+        status = getattr(frame.f_locals.get("response"), "status_code", None)
         if isinstance(status, int):
             return status
-        step = step.tb_next
     return None
 
 

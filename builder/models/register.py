@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, UsageError
 from builder.log import get_logger
 from builder.models.catalog import MlflowCatalog
-from builder.models.context import MODEL_FILE, checked_path
+from builder.models.context import MODEL_FILE
 from builder.models.errors import answering, on_disk
 from builder.models.store import Root
 from builder.models.version import (
@@ -31,6 +31,7 @@ from builder.models.version import (
     ModelVersion,
     wanted_platforms,
 )
+from builder.safe_open import checked_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -92,7 +93,7 @@ def _check_entry_point(inputs: Inputs, folders: Mapping[str, Path]) -> None:
 
 
 def _check_folder(folder: str, path: Path) -> None:
-    """Raise InvalidVersion if a folder is none, is empty, or holds what is not a plain file with a plain name."""
+    """Raise InvalidVersion if a path is not a folder, is empty, or holds anything but plain files with plain names."""
     if not path.is_dir():
         message = f"{str(path)!r}, to be registered as {folder}/, is not a folder."
         raise InvalidVersion(message, remedy="Name a folder that exists.")
@@ -181,7 +182,7 @@ def register(
         The version, with its tags.
 
     Raises:
-        InvalidVersion: a folder is not what it should be or holds a link, a tag's value may not stand in a Dockerfile,
+        InvalidVersion: a folder is not what it should be or holds a link, a tag's value is not allowed in a Dockerfile,
             or MLflow does not take the name.
         ServiceUnavailable, PermissionRefused: as for every call to MLflow.
     """
@@ -267,7 +268,7 @@ def _send(
         run = client.create_run(experiment_id, run_name=name[:250])
     run_id = run.info.run_id
     try:
-        # Whoever made the experiment chose where its artifacts go, and it is this user's credential that goes there.
+        # The experiment's author chose where its artifacts go, and this user's credential is sent there.
         catalog.store.folder(run.info.artifact_uri)
         for folder, path in folders.items():
             with answering(f"log {str(path)!r} in run {run_id}", server=server, gone=InvalidVersion):

@@ -20,10 +20,10 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 from builder.errors import Defect, InvalidVersion, RootRefused, ServiceUnavailable, StoreNotSupported
 from builder.log import get_logger
 from builder.masking import one_line
-from builder.models.context import MOST_FILES, MOST_FOLDERS_DEEP, checked_path
+from builder.models.context import MOST_FILES
 from builder.models.errors import answering, naming_refused, on_disk
 from builder.models.version import Artifact
-from builder.safe_open import open_beneath
+from builder.safe_open import MOST_FOLDERS_DEEP, checked_path, open_beneath
 from builder.urls import ArtifactUri, NotAnArtifactUri, of_windows
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _SETTING = "ALLOWED_ARTIFACT_ROOTS"
 _PROXY = ("api", "2.0", "mlflow-artifacts", "artifacts")
 _DEFAULT_EXPERIMENT = "0"
 _WEB = frozenset({"http", "https"})
-# MLflow finds the folder behind these by asking, and takes whatever it is told.
+# MLflow looks up the folder behind these, and takes any answer.
 _INDIRECT = frozenset({"runs", "models"})
 _PORTS = {"http": 80, "https": 443}
 _log = get_logger("models")
@@ -48,7 +48,7 @@ class Folder:
         uri: what MLflow's artifact repository is given, written from checked parts.
         base: the allowed folder above it, where it is on this machine; links on the way there are the operator's.
         beneath: the path from `base`, with forward slashes; empty for `base` itself.
-        over_http: whether its files are asked for by their names in a URL.
+        over_http: whether its files are requested by their names in a URL.
     """
 
     uri: str
@@ -59,7 +59,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """A web server: its origin, and the path that it stands under."""
+    """A web server: its origin, and the path of its root."""
 
     scheme: str
     host: str
@@ -68,7 +68,7 @@ class _Server:
 
     @classmethod
     def of(cls, uri: str) -> _Server | None:
-        """Return the server of a tracking or registry URI; None where that is none."""
+        """Return the server of a tracking or registry URI; None for a URI of anything else."""
         try:
             split = urlsplit(uri)
             if split.scheme not in _WEB or not split.hostname:
@@ -120,7 +120,7 @@ class ArtifactRoots:
         Raises:
             RootRefused: it is not below an allowed root, or the address can be read in two ways.
             InvalidVersion: it is a folder of another machine.
-            ServiceUnavailable: MLflow is away, so that nobody can tell its own root.
+            ServiceUnavailable: MLflow is away, so its own root is unknown.
         """
         if of_windows(uri):
             raise _elsewhere(uri)
@@ -153,7 +153,7 @@ class ArtifactRoots:
         """Return a folder below a root of the list; None for any other."""
         for root in self._roots():
             parts = address.below(root)
-            # The server's own root holds everybody's artifacts: nobody's model is the whole of it.
+            # The server's own root holds everybody's artifacts, and is no version's own folder.
             if parts is None or not (parts or self._named):
                 continue
             if address.scheme == "file":
@@ -343,7 +343,7 @@ class Root:
         """Return the artifact for a file below this root.
 
         Raises:
-            InvalidVersion: its path may not stand in a context.
+            InvalidVersion: its path is not allowed in a context.
         """
         path = checked_path(remote)
         return Artifact(path=f"{self.folder}/{path}" if self.folder else path, size=size, root=self.uri, remote=remote)
@@ -365,13 +365,13 @@ class ArtifactStore:
         self._lock = Lock()
 
     def folder(self, uri: str) -> Folder:
-        """Return the artifact folder at an address; nothing is asked of its store.
+        """Return the artifact folder at an address; no request is sent to its store.
 
         Raises:
             RootRefused: it is not on the list, or the address can be read in two ways.
             InvalidVersion: it is a folder of another machine.
             StoreNotSupported: nothing is installed that reads this kind of store.
-            ServiceUnavailable: MLflow is away, so that nobody can tell its own root.
+            ServiceUnavailable: MLflow is away, so its own root is unknown.
         """
         if uri not in self._folders:
             scheme = uri.partition(":")[0].lower()
@@ -403,7 +403,7 @@ class ArtifactStore:
         """Return the files of an artifact folder, in no order; its folders are listed side by side.
 
         Raises:
-            InvalidVersion: a path may not stand in a context, a folder on this machine holds a link, or there are too
+            InvalidVersion: a path is not allowed in a context, a folder on this machine holds a link, or there are too
                 many files.
             RootRefused: the folder is not on the list of roots.
         """
@@ -499,10 +499,10 @@ def _size(entry: Any) -> int | None:
 
 
 def _folder(path: str) -> str:
-    """Return a folder's path as it is asked for.
+    """Return a folder's path as it is requested.
 
     Raises:
-        InvalidVersion: a file in it could not stand in a context either.
+        InvalidVersion: no file in it would be allowed in a context.
     """
     checked_path(path.rstrip("/"))
     if path.count("/") >= MOST_FOLDERS_DEEP - 1:
@@ -520,8 +520,8 @@ def _downloader(repository: Any) -> Callable[[str, str], None]:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
     name = "_download_file"
-    asked = vars(ArtifactRepository).get(name)
-    if not getattr(asked, "__isabstractmethod__", False) or list(signature(asked).parameters)[1:] != _DOWNLOAD:
+    method = vars(ArtifactRepository).get(name)
+    if not getattr(method, "__isabstractmethod__", False) or list(signature(method).parameters)[1:] != _DOWNLOAD:
         message = f"The MLflow that is installed here does not read files by {name}({', '.join(_DOWNLOAD)})."
         raise Defect(message, remedy="Install the release of mlflow-skinny that requirements/builder.txt names.")
     found: Callable[[str, str], None] = getattr(repository, name)

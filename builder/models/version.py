@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from builder.errors import InvalidVersion, VersionNotFound
 from builder.masking import one_line
 from builder.reference import Platform, parse_platforms
+from builder.safe_open import SAFE_PATH, path_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 
@@ -46,11 +47,9 @@ INPUT_TAGS = (
 DEFAULT_CLIENT_FOLDER = "client"
 DEFAULT_TEMPLATES_FOLDER = "templates"
 
-# What may stand in a Dockerfile and in a script without quoting, whatever stands around it.
-FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)*")
-# What may stand in an image and in a command. Where a Dockerfile is rendered, `FOLDER` counts.
-_PART = r"(?![.-])[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,255}"
-_ANY_FOLDER = re.compile(f"{_PART}(?:/{_PART})*")
+# A folder of a version that has a Dockerfile; without one, any folder will do that no program takes for an option.
+FOLDER = SAFE_PATH
+_HIDDEN_OR_OPTION = re.compile(r"(?:^|/)[.-]")
 # A command line may hold blanks, '=' and ',' beside that.
 _COMMAND_LINE = re.compile(r"[A-Za-z0-9_./@%+=:, -]*")
 # MLflow takes tags of 100,000 characters. A path of a file has at most 4,096, a reference fewer.
@@ -119,7 +118,7 @@ class ModelVersion(BaseModel):
 
 
 class Inputs(BaseModel):
-    """What a version's tags ask for, checked. Empty strings stand for tags that are not set.
+    """What a version's tags ask for, checked. Tags that are not set are empty strings.
 
     Attributes:
         source: the version's, which names the folder that was registered.
@@ -142,11 +141,11 @@ class Inputs(BaseModel):
         """Return the inputs that the version's tags name.
 
         Raises:
-            InvalidVersion: one or more tags hold what may not stand in a path, a Dockerfile or a script; all are named.
+            InvalidVersion: tags hold what is not allowed in a path, a Dockerfile or a script; all are named.
         """
         problems: list[str] = []
 
-        def checked(tag: str, pattern: re.Pattern[str], hint: str, default: str = "") -> str:
+        def checked(tag: str, accepts: Callable[[str], object], hint: str, default: str = "") -> str:
             value = version.tags.get(tag, "").strip()
             if not value:
                 return default
@@ -154,32 +153,36 @@ class Inputs(BaseModel):
                 value = value.strip("/") if tag != TAG_ENTRY_POINT else value
             if len(value) > _LONGEST_TAG:
                 problems.append(f"{tag} has {len(value):,} characters, but {_LONGEST_TAG:,} are the most")
-            elif not pattern.fullmatch(value) or ".." in value.split("/"):
+            elif not accepts(value) or ".." in value.split("/"):
                 problems.append(f"{tag} is {value[:100]!r}, but {hint}")
             return unicodedata.normalize("NFC", value)
 
         folder_hint = "a folder is a relative path of letters, digits and '_', '.', '@', '+', '-'"
-        entry_point = re.compile(rf"/?{FOLDER.pattern}")
+        entry_point = re.compile(rf"/?{SAFE_PATH.pattern}")
         any_hint = "a folder is a relative path without '.', '..', backslashes and control characters"
         inputs = cls(
             source=version.source,
-            model_folder=checked(TAG_MODEL_FOLDER, _ANY_FOLDER, any_hint),
-            client_folder=checked(TAG_CLIENT_FOLDER, _ANY_FOLDER, any_hint, DEFAULT_CLIENT_FOLDER),
-            templates_folder=checked(TAG_TEMPLATES_FOLDER, FOLDER, folder_hint, DEFAULT_TEMPLATES_FOLDER),
+            model_folder=checked(TAG_MODEL_FOLDER, _is_any_folder, any_hint),
+            client_folder=checked(TAG_CLIENT_FOLDER, _is_any_folder, any_hint, DEFAULT_CLIENT_FOLDER),
+            templates_folder=checked(TAG_TEMPLATES_FOLDER, SAFE_PATH.fullmatch, folder_hint, DEFAULT_TEMPLATES_FOLDER),
             entry_point=checked(
-                TAG_ENTRY_POINT, entry_point, "an entry point is a path of letters, digits and '_', '.', '@', '+', '-'"
+                TAG_ENTRY_POINT,
+                entry_point.fullmatch,
+                "an entry point is a path of letters, digits and '_', '.', '@', '+', '-'",
             ),
             command_line=checked(
                 TAG_EXECUTE_PATH,
-                _COMMAND_LINE,
+                _COMMAND_LINE.fullmatch,
                 "a command line has only letters, digits, blanks and '_', '.', '/', '@', '%', '+', '=', ':', ',', '-'",
             ),
             base_image=checked(
-                TAG_BASE_IMAGE, re.compile(r"[A-Za-z0-9._/:@-]+"), "an image reference has no such characters"
+                TAG_BASE_IMAGE, re.compile(r"[A-Za-z0-9._/:@-]+").fullmatch, "an image reference has no such characters"
             ),
             no_dockerfile=bool(
                 checked(
-                    TAG_DOCKERFILE, re.compile("none", re.IGNORECASE), "'none' is its only value: no Dockerfile is run"
+                    TAG_DOCKERFILE,
+                    re.compile("none", re.IGNORECASE).fullmatch,
+                    "'none' is its only value: no Dockerfile is run",
                 )
             ),
         )
@@ -187,6 +190,10 @@ class Inputs(BaseModel):
             message = f"{version} has tags that cannot be used: {'; '.join(problems)}."
             raise InvalidVersion(message, remedy="Set the tags again.")
         return inputs
+
+
+def _is_any_folder(path: str) -> bool:
+    return not path_problem(path) and not _HIDDEN_OR_OPTION.search(path)
 
 
 def wanted_platforms(version: ModelVersion, default: tuple[Platform, ...]) -> tuple[Platform, ...]:
@@ -241,7 +248,7 @@ def template_variables(version: ModelVersion, inputs: Inputs, repository: str) -
 
 def natural_order(versions: Iterable[ModelVersion]) -> list[ModelVersion]:
     """Return versions ordered by model name, then by number."""
-    # By the digits, since a number of thousands of them is none to Python.
+    # As text, since Python refuses to read a number of thousands of digits.
     return sorted(versions, key=lambda version: (version.name, len(version.version), version.version))
 
 
@@ -249,7 +256,7 @@ class Artifact(BaseModel):
     """One file of a model version.
 
     Attributes:
-        path: where it stands in the context, relative, with forward slashes, normalised and checked.
+        path: its place in the context, relative, with forward slashes, normalised and checked.
         size: bytes, as the artifact store tells; None where it does not.
         root: URI of the artifact folder it is in (the run's, or the logged model's).
         remote: its path below `root`.
@@ -298,12 +305,12 @@ class Catalog(Protocol):
         ...
 
 
-# Whoever gives a tag such a value means what happens.
+# With such a value, the tag was meant not to select the version.
 _NO = frozenset({"", "false", "no", "off", "0", "none"})
 _LIKE = 0.85
-# Tags are others' text: so many different names are compared, and so many findings told.
+# Tags are others' text: so many different names are compared, and so many findings shown.
 _MOST_NAMES = 2000
-_MOST_TOLD = 10
+_MOST_SHOWN = 10
 _LONGEST = 100
 
 
@@ -338,14 +345,14 @@ class NearMisses:
                 f"{tag}={value!r} on the registered model {one_line(name, _LONGEST)!r}, not a version"
             )
 
-    def told(self) -> list[str]:
+    def findings(self) -> list[str]:
         """Return a text for each finding, the most frequent first."""
         most = sorted(self._on_versions.items(), key=lambda item: -item[1][0])
         found = [
             f"{tag}={value!r} on {count} version{'s' if count > 1 else ''}, such as {first}"
             for (tag, value), (count, first) in most
         ]
-        return [*found, *self._on_models][:_MOST_TOLD]
+        return [*found, *self._on_models][:_MOST_SHOWN]
 
     def _near(self, tags: Mapping[str, str]) -> list[tuple[str, str]]:
         return [

@@ -1,4 +1,4 @@
-"""The smoke test: an image is run and asked before its tag moves (SMOKE_TEST)."""
+"""The smoke test: an image is run and queried before its tag moves (SMOKE_TEST)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SmokeTests:
         # Those that could not run anything, with why: not tried again by this command.
         self._unusable: dict[str, str] = {}
         self._checked = False
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def refuse(self, platforms: Sequence[Platform], *, asked_by_version: bool) -> None:
         """Refuse, before anything is made, what SMOKE_TEST=required does not allow.
@@ -102,7 +102,7 @@ class SmokeTests:
         """Run the image of this machine's platform, unless that was done, and record what came of it.
 
         Args:
-            images: all that will stand under the tag.
+            images: all that the tag will name.
             before: what was recorded last.
             folder: where an image may be written.
             record: takes one line for the version's tags.
@@ -190,11 +190,11 @@ class SmokeTests:
         if self._mode == "required":
             message = f"SMOKE_TEST is required, and the image cannot be run here: {why}."
             raise ServiceUnavailable(message, remedy=_REMEDY) from error
-        if why not in self._told:
-            self._told.add(why)
-            # That nothing here runs containers, as in a cluster, is nobody's fault; all else may be mended.
-            tell = _log.info if error is None or isinstance(error, NoContainers) else _log.warning
-            tell("smoke test not possible", why=why)
+        if why not in self._logged:
+            self._logged.add(why)
+            # A machine that runs no containers, as in a cluster, is to be expected; all else may be mended.
+            line = _log.info if error is None or isinstance(error, NoContainers) else _log.warning
+            line("smoke test not possible", why=why)
 
     def _why(self) -> str:
         return "; ".join(self._unusable.values()) or "neither podman nor Docker is here"

@@ -1,8 +1,8 @@
 """Ask MLflow's scoring server in this container: is the model loaded, and does its own input example get an answer?
 
 This file runs within the image, on the model's own Python (3.6 and later), by `python -c`; so it imports nothing of
-ours, and no syntax or type of a later Python stands in it. It prints a line of JSON for each thing that it has found
-out. What it prints is the author's word, since it runs in the author's container: whoever reads it bounds it.
+ours, and it uses no syntax or type of a later Python. It prints a line of JSON for each thing that it has found
+out. What it prints is the author's word, since it runs in the author's container: its reader bounds it.
 """
 
 import http.client
@@ -15,7 +15,7 @@ from typing import Any
 EXAMPLES = ("serving_input_example.json", "input_example.json")
 LARGEST_EXAMPLE = 64 << 20
 LARGEST_ANSWER = 16 << 20
-# As JSON on one line it must not be cut: whoever runs this takes lines of 4,000 characters at most.
+# As JSON on one line it must not be cut: its reader takes lines of 4,000 characters at most.
 LONGEST_COMPLAINT = 500
 _PAUSE = 0.1
 # What a request to MLflow 2 and later holds one of; `messages` and others are those of chat and completion models.
@@ -103,7 +103,7 @@ def ask(port: int, model: str, deadline: float) -> None:
 
 
 def _examples(model: str) -> Any:
-    """Return the requests that one stored example may be, each with the file's name; none where there is none."""
+    """Return the requests that one stored example may be, each with the file's name."""
     for name in EXAMPLES:
         path = os.path.join(model, name)  # noqa: PTH118  # pathlib's import takes longer than all of this
         try:
@@ -120,7 +120,7 @@ def _examples(model: str) -> Any:
 
 
 def _release() -> int:
-    """Return the major release of MLflow in this image; that of today where it cannot be told."""
+    """Return the major release of MLflow in this image; that of today where it is unknown."""
     for folder in sys.path:
         try:
             names = os.listdir(folder or ".")  # noqa: PTH208

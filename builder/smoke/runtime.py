@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from builder.errors import BuildFailed
 from builder.masking import one_line
@@ -38,7 +38,7 @@ from builder.reference import Platform
 
 _BLOCK = 512
 _ELF_HEADER, _PROGRAM_HEADER, _LOADED_AT = 64, 56, 0x400000
-# exit(0), as a kernel of that architecture is asked for it, behind the number that ELF gives the architecture.
+# ELF's number of an architecture, and the system call exit(0) in its machine code.
 _EXIT = {
     "amd64": (62, bytes.fromhex("b83c00000031ff0f05")),
     "arm64": (183, bytes.fromhex("a80b80d2000080d2010000d4")),
@@ -210,71 +210,7 @@ class Ended:
     of_memory: bool
 
 
-class ContainerRuntime(Protocol):
-    """Runs containers on this machine: without network, read-only, without a capability, bounded."""
-
-    name: str
-
-    def available(self) -> bool:
-        """Return whether its program is on this machine; it may still be unable to run anything."""
-        ...
-
-    def check(self) -> bool:
-        """Run the smallest image, once, so that a container which does not start is known to be at fault itself.
-
-        Returns:
-            Whether that could be tried.
-
-        Raises:
-            NoContainers: it does not run.
-        """
-        ...
-
-    def load(self, content: Content, name: str, folder: Path) -> None:
-        """Take an image.
-
-        Args:
-            content: the image.
-            name: what it is called from now on: letters, digits and dashes.
-            folder: an empty folder, for what has to be written for that.
-
-        Raises:
-            CannotRun: it cannot be taken.
-            BuilderError: what reading a layer raises.
-        """
-        ...
-
-    def start(self, name: str, limits: Limits) -> None:
-        """Start a container of the image of that name in the background; it is called so, too.
-
-        Raises:
-            CannotRun: perhaps no container can be run here: none was seen to.
-            CannotStart: others can, and this one cannot.
-        """
-        ...
-
-    def execute(self, name: str, argv: Sequence[str], output: Output, *, timeout: float) -> int | None:
-        """Run a program within a container, as its user; return its exit code, None where it took too long."""
-        ...
-
-    def ended(self, name: str, *, within: float = 0) -> Ended | None:
-        """Return how a container ended, None while it runs; wait for its end so many seconds."""
-        ...
-
-    def log(self, name: str) -> list[str]:
-        """Return the last lines of what a container printed."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Kill and remove a container, and remove its image, whether they are there or not."""
-        ...
-
-    def sweep(self, now: float) -> None:
-        """Remove what publishers that were killed have left here: containers and images whose time is over."""
-        ...
-
-
-# Names that nobody else gives; the number is the time after which what is called so belongs to nobody.
+# A prefix of our own; the number behind it is the time after which anybody may remove what has the name.
 PREFIX = "model-image-smoke-test"
 
 
@@ -303,8 +239,10 @@ _KILLED = 137
 _UNBOUNDED = re.compile(r"limits are not supported and ignored|does not support memory limit", re.IGNORECASE)
 
 
-class CommandLine:
-    """A container runtime that is used by its command line.
+class ContainerRuntime:
+    """Runs containers on this machine: without network, read-only, without a capability, bounded.
+
+    A runtime is used by its command line.
 
     Args:
         environ: variables that lead it to its storage or daemon.
@@ -322,14 +260,19 @@ class CommandLine:
         self._way: tuple[str, ...] | None = None
 
     def available(self) -> bool:
-        """Return whether the program is installed."""
+        """Return whether the program is installed; it may still be unable to run anything."""
         return shutil.which(self.name, path=_PATH) is not None
 
     def check(self) -> bool:
-        """Run the smallest image, once: containers can be run here, and are run in the way that worked for it.
+        """Run the smallest image, once, so that a container which does not start is known to be at fault itself.
+
+        Containers are then run in the way that worked for it.
 
         Returns:
-            False where that cannot be told, since no such image is known for the platform.
+            False where that cannot be tried, since no such image is known for the platform.
+
+        Raises:
+            NoContainers: it does not run.
         """
         content, name = probe(self._platform), new_name(time.time() + _SHORT, secrets.token_hex(6))
         if self._way is not None or content is None:
@@ -344,13 +287,28 @@ class CommandLine:
         return True
 
     def load(self, content: Content, name: str, folder: Path) -> None:
-        """Take an image."""
+        """Load an image.
+
+        Args:
+            content: the image.
+            name: what it is called from now on: letters, digits and dashes.
+            folder: an empty folder, for what has to be written for that.
+
+        Raises:
+            CannotRun: it cannot be loaded.
+            BuilderError: what reading a layer raises.
+        """
         if said := self._load(content, name, folder):
             message = f"{self.name} could not load the image: {said}"
             raise CannotRun(message)
 
     def start(self, name: str, limits: Limits) -> None:
-        """Start a container in the background."""
+        """Start a container of the image of that name in the background; the container has the same name.
+
+        Raises:
+            CannotRun: perhaps no container can be run here: none was seen to.
+            CannotStart: others can, and this one cannot.
+        """
         known = self._way is not None
         if said := self._start(name, limits):
             if known:
@@ -359,11 +317,11 @@ class CommandLine:
             raise CannotRun(message)
 
     def execute(self, name: str, argv: Sequence[str], output: Output, *, timeout: float) -> int | None:
-        """Run a program within a container."""
+        """Run a program within a container, as its user; return its exit code, None where it took too long."""
         return self._call(["exec", name, *argv], timeout=timeout, output=output)[0]
 
     def ended(self, name: str, *, within: float = 0) -> Ended | None:
-        """Return how a container ended, None while it runs."""
+        """Return how a container ended, None while it runs; wait for its end so many seconds."""
         if within > 0:
             self._call(["wait", name], timeout=within)
         form = "state={{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}"
@@ -385,7 +343,7 @@ class CommandLine:
         return list(lines)
 
     def remove(self, name: str) -> None:
-        """Kill and remove a container, and remove its image."""
+        """Kill and remove a container, and remove its image, whether they are there or not."""
         try:
             self._remove(name)
         except BaseException:
@@ -400,7 +358,7 @@ class CommandLine:
                 self._call(argv)
 
     def sweep(self, now: float) -> None:
-        """Remove what publishers that were killed have left here."""
+        """Remove what publishers that were killed have left here: containers and images whose time is over."""
         containers = self._call(["ps", "--all", f"--filter=name={PREFIX}", "--format={{.Names}}"])[1]
         images = self._call(["images", "--format={{.Repository}}"])[1]
         left = [*((["rm", "--force", "--volumes"], name) for name in containers), *((["rmi"], name) for name in images)]
@@ -410,7 +368,7 @@ class CommandLine:
                 self._call([*command, name])
 
     def _load(self, content: Content, name: str, folder: Path) -> str:
-        """Take an image; return what was said against it.
+        """Load an image; return the runtime's reason where it could not.
 
         Raises:
             CannotRun: there is no room for it.
@@ -508,7 +466,7 @@ class CommandLine:
         raise NotImplementedError
 
 
-class Podman(CommandLine):
+class Podman(ContainerRuntime):
     """podman: no daemon; what a container prints is in a file that is cut at 1 MB."""
 
     name = "podman"
@@ -526,7 +484,7 @@ class Podman(CommandLine):
         return [(), ("--ulimit=host",), lower, ("--runtime=runc", *lower)]
 
     def _bounds(self, limits: Limits) -> list[str]:
-        # Ends it even where nobody is left who would.
+        # Ends it even where the publisher was killed.
         return [*super()._bounds(limits), f"--timeout={limits.seconds}"]
 
     def _first_options(self, folder: Path) -> list[str]:
@@ -543,7 +501,7 @@ class Podman(CommandLine):
         return ["pull", "--quiet", f"oci:{name}:{name}"]
 
 
-class Docker(CommandLine):
+class Docker(ContainerRuntime):
     """Docker, if its daemon answers."""
 
     name = "docker"

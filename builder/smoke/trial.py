@@ -1,4 +1,4 @@
-"""One image's trial: a container is started, asked and judged."""
+"""One image's trial: a container is started, queried and judged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST_SAYING = 600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What a container of an image is asked.
+    """The requests to a container of an image.
 
     Attributes:
         ports: TCP ports that the image exposes; one of them has to be open.
@@ -49,7 +49,7 @@ class Question:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Question:
-        """Return what an image is asked, from its config as JSON, which may be a stranger's."""
+        """Return the requests for an image, from its config as JSON, which may be a stranger's."""
         runtime = config.get("config")
         runtime = runtime if isinstance(runtime, Mapping) else {}
         ports = _ports(runtime.get("ExposedPorts"))
@@ -76,8 +76,8 @@ class Answer:
 
     Attributes:
         loaded: whether it answered, so that its model is loaded: every release loads it before.
-        finished: whether the questions were asked to their end.
-        example: the file of the input example that was sent; empty where there is none.
+        finished: whether all requests were sent.
+        example: the file of the input example that was sent; empty for no example.
         problem: what is wrong with the answer to it; empty where nothing is.
     """
 
@@ -104,7 +104,7 @@ _SAID = ("example", "problem")
 
 
 def event_of(line: str) -> dict[str, Any]:
-    """Return one line of `builder.smoke.ask`; empty where it is none."""
+    """Return one line of `builder.smoke.ask`; empty for any other line."""
     if len(line) > _MOST_EVENT_CHARACTERS or not line.startswith("{"):
         return {}
     try:
@@ -151,7 +151,7 @@ def _ports(exposed: object) -> tuple[int, ...]:
 
 
 def _serving_port(command: Sequence[str]) -> int:
-    """Return the port that uvicorn or gunicorn is told to listen on; 0 where it is none."""
+    """Return the port that uvicorn or gunicorn listens on; 0 where that is unknown."""
     for option, value in pairwise(command):
         if option in {"--port", "--bind"} and re.fullmatch(r"(?:.*:)?[0-9]{1,5}", value):
             return int(value.rpartition(":")[2])
@@ -189,7 +189,7 @@ class Passed:
     """An image that answered.
 
     Attributes:
-        seconds: from its container's start to the first answer; None where nothing could be asked.
+        seconds: from its container's start to the first answer; None where no request could be sent.
         what: what it did, a few words.
     """
 
@@ -198,12 +198,12 @@ class Passed:
 
 
 class Trial:
-    """One container's trial; whoever runs it removes the container afterwards.
+    """One container's trial; the caller removes the container afterwards.
 
     Args:
         runtime: runs it.
         name: of its image, and of the container.
-        question: what it is asked.
+        question: the requests to it.
         timeout: seconds it may take from its start to all its answers.
     """
 
@@ -250,8 +250,8 @@ class Trial:
             what = f"MLflow's server does not answer the model's own {answer.example}: {answer.problem}"
             remedy = "A prediction of the stored input example has to succeed: correct the model, and register it anew."
             raise self._failure(what, remedy)
-        asked = "the model's input example" if answer.loaded else "GET /ping"
-        what = f"MLflow's server does not answer {asked} within {self._timeout:g} seconds"
+        request = "the model's input example" if answer.loaded else "GET /ping"
+        what = f"MLflow's server does not answer {request} within {self._timeout:g} seconds"
         raise self._failure(what, "Make the model load and predict quicker, or raise SMOKE_TEST_TIMEOUT.")
 
     def _watch(self) -> Passed:

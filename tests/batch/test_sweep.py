@@ -73,7 +73,7 @@ def test_a_sweep_over_everything(settings, new, crane, base_image, registry):
     }
     assert unselected.outcome(settings().target) == {}
     assert {result.exit_code for result in results} == {0, 65, 73}
-    assert {result.trouble for result in results} == {0}
+    assert all(result.own_fault for result in results if result.exit_code)
     for result in results:
         if result.state == "published":
             crane("validate", "--remote", str(result.reference))
@@ -192,7 +192,7 @@ def test_a_success_ends_the_count_of_attempts(settings, new):
 def test_trouble_of_the_publishers_is_told_from_a_versions_own(settings, new):
     new()
     (result,) = sweep(settings(REGISTRY_URL="127.0.0.1:1/swept"))
-    assert (result.state, result.exit_code, result.trouble) == ("failed", 69, 69)
+    assert (result.state, result.exit_code, result.own_fault) == ("failed", 69, False)
 
 
 def said(caplog, event):
@@ -224,7 +224,7 @@ def test_who_waits_is_in_the_summary(settings, new, caplog):
     model = new("FROM {base}\nCOPY nowhere /\n")
     once = settings(SWEEP_ATTEMPTS="1")
     assert [result.state for result in sweep(once)] == ["failed"]
-    report.sweep(list(sweep(once)))
+    report.results("swept", list(sweep(once)))
     line = said(caplog, "swept")
     assert line["states"] == {"waiting": 1}
     assert line["waiting"] == [f"model {model.name!r} version 1"]

@@ -249,7 +249,7 @@ def test_a_files_name_is_no_part_of_the_address(tmp_path):
 def test_a_models_id_is_no_part_of_an_address(earlier, model_id):
     version = earlier.in_run((Path(__file__).parent, "mymodel"))
     odd = version.model_copy(update={"model_id": model_id})
-    assert "is no id" in refused(earlier, odd, code=ExitCode.DATA).what
+    assert "not an id" in refused(earlier, odd, code=ExitCode.DATA).what
 
 
 # ---- an object store

@@ -18,19 +18,38 @@ import pytest
 from builder import log
 from builder.batch.children import Children
 from builder.budget import Budget
-from builder.errors import ExitCode, OverBudget, Terminated, TryAgain, VersionCrashed
+from builder.errors import (
+    BuildFailed,
+    Defect,
+    ExitCode,
+    InvalidSettings,
+    InvalidVersion,
+    OverBudget,
+    RootRefused,
+    Terminated,
+    TryAgain,
+    VersionCrashed,
+)
+
+
+class Odd(InvalidVersion):
+    """An error that is made of other arguments than most."""
+
+    def __init__(self, number):
+        super().__init__(f"No {number}.")
+
 
 GENEROUS = Budget(seconds=120, processor=120, memory=2 << 30, size=1 << 30)
 CRASHES = {
     "signal.raise_signal(signal.SIGSEGV)": "was killed by SIGSEGV",
     "signal.raise_signal(signal.SIGABRT)": "was killed by SIGABRT",
     "os.kill(os.getpid(), signal.SIGKILL)": "was killed by SIGKILL.*probably memory ran out",
-    "os._exit(0)": "ended with exit code 0, and gave no outcome",
+    "os._exit(0)": "ended with exit code 0, without an outcome",
     "os._exit(7)": "ended with exit code 7",
     "sys.exit(3)": "ended with exit code 70",
     "1 // 0": "ended with exit code 70",
     # Not of the type that was asked for.
-    "[1, 2]": "answered what cannot be read",
+    "[1, 2]": "gave an answer that cannot be read",
 }
 
 
@@ -210,3 +229,43 @@ with Children(Budget(seconds=600, processor=600, memory=1 << 31, size=1 << 31)) 
         time.sleep(0.02)
     assert not any(map(alive, numbers))
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("error", [InvalidVersion, RootRefused, TryAgain])
+def test_an_error_of_the_work_is_raised_here_masked_and_is_no_crash(children, error):
+    log.mask(["a-secret-of-ours"])
+    ended = []
+    text = f"""
+from builder.errors import {error.__name__}
+def fail():
+    raise {error.__name__}("a-secret-of-ours is wrong.", remedy="Correct it.")
+fail()
+"""
+    with pytest.raises(error, match=r"\*\*\*\*\* is wrong\. Correct it\.") as caught:
+        run(children, text, ended=ended.append)
+    assert (caught.value.exit_code, caught.value.of_version) == (error.exit_code, error.of_version)
+    assert not ended
+    with pytest.raises(VersionCrashed):
+        run(children, "os._exit(7)", ended=ended.append)
+    assert [type(error) for error in ended] == [VersionCrashed]
+
+
+@pytest.mark.parametrize(
+    ("base", "body", "own", "kind"),
+    [
+        ("BuildFailed", "{}", False, BuildFailed),
+        ("InvalidSettings", "{'of_version': True}", True, InvalidSettings),
+        ("BuilderError", "{}", False, Defect),
+        # There is a class of that name and exit code here, which is made of something else.
+        ("InvalidVersion", "{}", False, InvalidVersion),
+    ],
+)
+def test_an_error_of_a_class_that_only_the_child_knows_keeps_name_and_exit_code(children, base, body, own, kind):
+    text = f"""
+exec("import builder.errors; E = type('Odd', (builder.errors.{base},), {body})", g := {{}})
+(_ for _ in ()).throw(g["E"]("It is odd.", remedy="Look."))
+"""
+    with pytest.raises(kind) as caught:
+        run(children, text)
+    assert (caught.value.one_line(), caught.value.of_version) == ("Odd: It is odd. Look.", own)
+    assert caught.value.exit_code == kind.exit_code

@@ -171,10 +171,9 @@ import sys
 sys.modules["boto3"] = None
 from pathlib import Path
 from builder.errors import InvalidSettings
+from builder.models.store import ArtifactRoots, ArtifactStore
 from builder.models.version import Artifact
-from builder.models.store import ArtifactStore
 from builder.urls import parse_roots
-from builder.models.store import ArtifactRoots
 store = ArtifactStore("http://127.0.0.1:1", ArtifactRoots("http://127.0.0.1:1", named=parse_roots("s3://bucket")))
 try:
     store.download(Artifact(path="a", size=1, root="s3://bucket/f", remote="a"), Path("a"))

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from builder.clients import connected
 from builder.errors import BuilderError
 from builder.models.catalog import MlflowCatalog
-from builder.settings import CatalogSettings
+from builder.settings import CatalogSettings, Settings
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.certificates import for_loopback, self_signed
 
@@ -82,9 +83,51 @@ def test_dominos_key_does_not_follow_a_redirect_to_another_host(monkeypatch):
 def test_mlflow_is_imported_when_a_catalog_is_asked():
     script = """
 import sys
-import builder.models.mlflow_catalog, builder.models.context, builder.models.outcome, builder.models.register
-builder.models.mlflow_catalog.MlflowCatalog("http://127.0.0.1:1")
+import builder.models.catalog, builder.models.context, builder.publish.record, builder.models.register
+builder.models.catalog.MlflowCatalog("http://127.0.0.1:1")
 print(sorted({"mlflow", "requests", "boto3"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_settings_one_after_the_other_do_not_see_each_other_s(tmp_path):
+    before = dict(os.environ)
+    (tmp_path / "MLFLOW_TRACKING_TOKEN").write_text("token-of-the-first")
+    first = settings(
+        SECRETS_DIR=str(tmp_path), AWS_SECRET_ACCESS_KEY="key-of-the-first", SSL_CERT_FILE="/etc/hostname"
+    )  # fmt: skip
+    answers = Answers(status=404)
+    with answering_server(answers) as uri:
+        MlflowCatalog.from_settings(first)
+        assert os.environ["MLFLOW_TRACKING_TOKEN"] == "token-of-the-first"
+        second = MlflowCatalog.from_settings(settings(MLFLOW_TRACKING_URI=uri))
+        with pytest.raises(BuilderError):
+            second.find("m", "1")
+    assert "Authorization" not in answers.headers[0]
+    changed = {name for name in os.environ if os.environ[name] != before.get(name)}
+    assert not changed & {"MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSL_CERT_FILE", "AWS_CA_BUNDLE"}
+
+
+def test_clients_that_are_closed_leave_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://theirs")
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
+    before = dict(os.environ)
+    given = Settings.from_environ(
+        {"MLFLOW_TRACKING_URI": "http://ours", "REGISTRY_URL": "r.test/x", "MLFLOW_TRACKING_TOKEN": "a-long-token"}
+    )
+    with connected(given):
+        assert os.environ["MLFLOW_TRACKING_URI"] == "http://ours"
+        assert os.environ["MLFLOW_TRACKING_TOKEN"] == "a-long-token"
+        # What somebody else changes meanwhile stays.
+        monkeypatch.setenv("ANOTHER", "x")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    assert dict(os.environ) == {**before, "ANOTHER": "x", "MLFLOW_HTTP_REQUEST_TIMEOUT": "7"}
+
+
+def test_a_catalog_from_before_is_as_it_was_when_other_clients_are_closed():
+    MlflowCatalog.from_settings(settings(MLFLOW_TRACKING_TOKEN="the-first-token"))
+    before = dict(os.environ)
+    with connected(Settings.from_environ({"MLFLOW_TRACKING_URI": "http://ours", "REGISTRY_URL": "r.test/x"})):
+        assert "MLFLOW_TRACKING_TOKEN" not in os.environ
+    assert dict(os.environ) == before
