@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, Self
 from builder.errors import InvalidVersion
 from builder.log import get_logger
 from builder.masking import one_line
-from builder.safe_open import SAFE_PATH, exists_beneath, read_beneath
-from builder.yaml_file import MOST_BYTES, read_mapping, read_yaml, scalar_places
+from builder.safe_open import (
+    MOST_YAML_BYTES,
+    SAFE_PATH,
+    exists_beneath,
+    read_beneath,
+    read_mapping,
+    read_yaml,
+    scalar_places,
+)
 
 # `packaging` takes a while to import, and `download` needs none of it: functions import it.
 if TYPE_CHECKING:
     from packaging.version import Version
 
-    from builder.yaml_file import Yaml
+    from builder.safe_open import Yaml
 
 
 SETUPTOOLS = "setuptools"
@@ -220,7 +227,7 @@ def read_description(context: Path, model_folder: str, name: str) -> dict[str, Y
     Raises:
         InvalidVersion: it is a link, too large, or not YAML that can be read.
     """
-    content = read_beneath(context, f"{model_folder}/{name}", MOST_BYTES if name == MLMODEL else _LIMIT)
+    content = read_beneath(context, f"{model_folder}/{name}", MOST_YAML_BYTES if name == MLMODEL else _LIMIT)
     return {} if content is None else read_mapping(content, f"{model_folder}/{name}")
 
 
@@ -340,7 +347,7 @@ def check_served(context: Path, folder: str, paths: Collection[str]) -> None:
             not there and that no part of the folder can be meant by. Where the loader may do without, it is a warning.
     """
     name = f"{folder}/{MLMODEL}" if folder else MLMODEL
-    content = read_beneath(context, name, MOST_BYTES)
+    content = read_beneath(context, name, MOST_YAML_BYTES)
     if content is None:
         message = f"The folder {one_line(folder, _SHOWN)!r} has no file {MLMODEL}, and the version has no client."
         raise InvalidVersion(message, remedy="Log a model into it, or log a client and set MODEL_ENTRY_POINT.")
@@ -413,7 +420,7 @@ def repaired(context: Path, folder: str, paths: Collection[str]) -> bytes | None
         InvalidVersion: as `check_served`, of a path.
     """
     name = f"{folder}/{MLMODEL}" if folder else MLMODEL
-    content = read_beneath(context, name, MOST_BYTES)
+    content = read_beneath(context, name, MOST_YAML_BYTES)
     if content is None:
         return None
     changes, _ = _repairs(read_description(context, folder, MLMODEL), folder, paths)

@@ -16,7 +16,7 @@ from builder.errors import InvalidVersion
 from builder.masking import one_line
 from builder.model_folder import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description, requirements_text
 from builder.package_index.config import Indexes
-from builder.safe_open import SAFE_PATH, digest_beneath, read_beneath
+from builder.safe_open import SAFE_PATH, Yaml, digest_beneath, read_beneath
 from builder.wheels.pip_syntax import (
     NAME,
     Required,
@@ -27,7 +27,6 @@ from builder.wheels.pip_syntax import (
     parse_line,
     refuse_line,
 )
-from builder.yaml_file import Yaml
 
 _ENTRY = re.compile(r"(?:[^\s:]{1,200}::)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,199})[ \t]{0,9}([^\s\[\]]{0,200})")
 _VERSION = r"[0-9]{1,9}(?:\.[0-9A-Za-z]{1,20}){0,9}"

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from builder.errors import InvalidVersion
+from builder.safe_open import MOST_DEPTH, MOST_NODES, MOST_YAML_BYTES, read_yaml
 from builder.wheels.requirements import Requirements
-from builder.yaml_file import MOST_BYTES, MOST_DEPTH, MOST_NODES, read_yaml
 from tests.hostile.bounded import bounded
 
 LARGE = 1_000_000
@@ -98,10 +98,10 @@ def test_what_is_not_refused_costs_little(case, tmp_path):
 
 def test_the_largest_file_costs_little():
     row = b"- {key: '" + b"x" * 150 + b"'}\n"
-    content = row * min(MOST_BYTES // len(row), MOST_NODES // 3 - 1)
+    content = row * min(MOST_YAML_BYTES // len(row), MOST_NODES // 3 - 1)
     assert len(content) > 2_000_000
     bounded(read_yaml, content, "it").check(exit_code=0)
-    bounded(read_yaml, b"a" * (MOST_BYTES + 1), "it").check(says="more than 4,194,304 bytes")
+    bounded(read_yaml, b"a" * (MOST_YAML_BYTES + 1), "it").check(says="more than 4,194,304 bytes")
 
 
 def test_bounds_are_where_they_are_said_to_be():
