@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.startup import figures
-from builder.batch.children import Children
+from builder.batch import Children
 from builder.batch.sweep import MODULES
 from builder.budget import Budget
 

@@ -16,7 +16,7 @@ from benchmarks.base import load_base, push_base
 from benchmarks.environments import PLATFORMS, Environment, Versions
 from benchmarks.jobs import Step
 from benchmarks.meter import Meter, metered
-from builder.package_index.config import pip_config, uv_config
+from builder.package_index import pip_config, uv_config
 from builder.settings import Network
 from scripts import machine
 from scripts.demo_tools import Debian

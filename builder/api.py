@@ -36,14 +36,14 @@ if TYPE_CHECKING:
         VersionNotFound,
     )
     from builder.log import configure as configure_log
+    from builder.models import Artifact, ModelVersion
     from builder.models.catalog import MlflowCatalog as Catalog
-    from builder.models.version import Artifact, ModelVersion
     from builder.plan import Plan
     from builder.publish import Published, plan, publish
     from builder.publish.record import Outcome
     from builder.reference import Digest, Platform, Reference, Repository
     from builder.settings import CatalogSettings, Settings
-    from builder.smoke.trial import SmokeTestFailed
+    from builder.smoke import SmokeTestFailed
 
 __all__ = [
     "Artifact",
@@ -92,12 +92,12 @@ __all__ = [
 
 # Module of each name, and its name there where that is another one. Errors are in `builder.errors`.
 _WHERE = {
-    "Artifact": "builder.models.version",
+    "Artifact": "builder.models",
     "Catalog": "builder.models.catalog:MlflowCatalog",
     "CatalogSettings": "builder.settings",
     "Check": "builder.batch.warm",
     "Digest": "builder.reference",
-    "ModelVersion": "builder.models.version",
+    "ModelVersion": "builder.models",
     "Outcome": "builder.publish.record",
     "Plan": "builder.plan",
     "Platform": "builder.reference",
@@ -106,7 +106,7 @@ _WHERE = {
     "Repository": "builder.reference",
     "Result": "builder.batch",
     "Settings": "builder.settings",
-    "SmokeTestFailed": "builder.smoke.trial",
+    "SmokeTestFailed": "builder.smoke",
     "SweepOptions": "builder.batch.sweep:Options",
     "Warmed": "builder.batch.warm",
     "configure_log": "builder.log:configure",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
 
-    from builder.models.version import Artifact, ModelVersion
+    from builder.models import Artifact, ModelVersion
     from builder.settings import CatalogSettings
 
 

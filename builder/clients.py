@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Self
 
 from builder.http import Client, RetryPolicy
 from builder.log import stage
+from builder.models import Catalog
 from builder.models.catalog import MlflowCatalog
 from builder.models.domino import restored
-from builder.models.version import Catalog
 from builder.oci.authn import Credential, Credentials
 from builder.oci.registry import Registry
 from builder.oci.transport import REGISTRY, Transport

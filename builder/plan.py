@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from builder.errors import InvalidVersion
-from builder.models.version import Artifact, ModelVersion
+from builder.models import Artifact, ModelVersion
 from builder.oci.manifest import SOURCE_ID, Published
 from builder.reference import Digest, Platform, Reference
 

@@ -14,7 +14,7 @@ import pytest
 
 import builder.api
 from builder.log import stage, taken
-from builder.parallel import side_by_side
+from builder.process import side_by_side
 from scripts.launch import clean_environ
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.small import small_files

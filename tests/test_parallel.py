@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from builder.errors import Terminated
-from builder.parallel import in_background, side_by_side
+from builder.process import in_background, side_by_side
 from tests.waiting import HANG
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from builder.errors import InvalidVersion
-from builder.models.version import ModelVersion, wanted_platforms
-from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor
+from builder.models import ModelVersion, wanted_platforms
+from builder.oci import OCI_INDEX, OCI_MANIFEST, Descriptor
 from builder.oci.manifest import Published
 from builder.plan import Plan, decide
 from builder.reference import Digest, Platform, Reference

@@ -16,7 +16,7 @@ from builder.clients import Registries
 from builder.errors import ServiceUnavailable
 from builder.http import Retry, RetryPolicy
 from builder.log import metered, moved
-from builder.oci.descriptor import FileBlob
+from builder.oci import FileBlob
 from builder.oci.registry import Registry
 from builder.publish import publish
 from builder.reference import Digest, Repository

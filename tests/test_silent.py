@@ -14,8 +14,8 @@ from builder.errors import ServiceUnavailable
 from builder.http import RetryPolicy
 from builder.models.catalog import MlflowCatalog
 from builder.oci.base_image import published
+from builder.package_index import Indexes, IndexUrl
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes, IndexUrl
 from builder.publish import publish
 from builder.reference import Platform, Reference
 from builder.wheels.requirements import Requirements

@@ -17,16 +17,15 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from builder.batch import Batch, Result, State
-from builder.batch.children import Children
+from builder.batch import Batch, Children, Result, State
 from builder.budget import Budget, check_listing
 from builder.dockerfile.template import DOCKERFILE_JINJA, DOCKERFILE_TEMPLATE, rendered
 from builder.errors import BuilderError, InvalidVersion, VersionNotFound
 from builder.log import get_logger
+from builder.models import Artifact, Catalog, Inputs, ModelVersion, check_version_text, natural_order
 from builder.models.catalog import MlflowCatalog
 from builder.models.context import listing_digest, write_context
 from builder.models.errors import on_disk
-from builder.models.version import Artifact, Catalog, Inputs, ModelVersion, check_version_text, natural_order
 from builder.reference import repository_component
 from builder.settings import CatalogSettings
 

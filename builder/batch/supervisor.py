@@ -1,6 +1,6 @@
 """The supervisor: a process that forks a child for each piece of work, and watches it.
 
-`builder.batch.children` starts it, as a fresh interpreter: it has one thread and has read nothing of a stranger's, so
+`builder.batch` starts it, as a fresh interpreter: it has one thread and has read nothing of a stranger's, so
 that forking it is safe and costs milliseconds, with all that is slow to import imported once. It receives a piece of
 work by its control socket, forks, measures what all processes of the work take together, and ends them all, whatever
 ended the work. It knows nothing of versions, and reads nothing that the work writes.

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from builder.batch import Batch, Result
-from builder.batch.children import Children
+from builder.batch import Batch, Children, Result
 from builder.budget import Budget
 from builder.clients import connected
 from builder.errors import BuilderError, InvalidVersion, OverBudget, VersionCrashed
 from builder.log import get_logger
+from builder.models import Catalog, ModelVersion, natural_order, wanted_platforms
 from builder.models.catalog import MlflowCatalog
-from builder.models.version import Catalog, ModelVersion, natural_order, wanted_platforms
 from builder.publish import publish_version, refuse_untrusted, workspace_of
 from builder.publish.inspect import reference_of
 from builder.publish.record import Outcome, Record

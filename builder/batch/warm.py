@@ -10,17 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from builder.batch import Batch, Result, State
-from builder.batch.children import Children
+from builder.batch import Batch, Children, Result, State
 from builder.budget import Budget, check_listing
 from builder.clients import Registries, Services, connected
 from builder.errors import ExitCode, InvalidVersion, UsageError
 from builder.log import get_logger
+from builder.models import ModelVersion, natural_order, wanted_platforms
 from builder.models.catalog import MlflowCatalog
 from builder.models.context import sketch_context
-from builder.models.version import ModelVersion, natural_order, wanted_platforms
+from builder.oci import Malformed
 from builder.oci.base_image import BaseImage
-from builder.oci.descriptor import Malformed
 from builder.oci.registry import Registry
 from builder.oci.rootfs import BaseFacts, inspect_base
 from builder.reference import Platform, Reference

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from builder.dockerfile.engine import BoundedOutput, Printed, failure
 from builder.errors import EngineKilled, InvalidSettings, PermissionRefused
-from builder.package_index.config import certificate, copy_bundle, pip_config, uv_config
+from builder.package_index import certificate, copy_bundle, pip_config, uv_config
 from builder.process import Runner, run
 
 if TYPE_CHECKING:

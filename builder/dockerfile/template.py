@@ -17,8 +17,8 @@ from builder.dockerfile.parser import Dockerfile
 from builder.dockerfile.sandbox import TemplateProblem, Value, render_in_process, render_sandboxed
 from builder.errors import InvalidVersion
 from builder.model_folder import REQUIREMENTS, Environment
+from builder.models import FOLDER, Inputs, ModelVersion, template_variables
 from builder.models.context import find_model_folder
-from builder.models.version import FOLDER, Inputs, ModelVersion, template_variables
 from builder.reference import BasePattern, Reference
 from builder.safe_open import exists_beneath, read_beneath
 from builder.settings import CatalogSettings

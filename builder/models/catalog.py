@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Self
 from builder.errors import BuilderError, InvalidVersion, PermissionRefused, VersionNotFound
 from builder.log import get_logger
 from builder.masking import one_line
+from builder.models import TAG_MODEL_FOLDER, Inputs, ModelVersion, NearMisses, check_version_text
 from builder.models.context import union
 from builder.models.domino import export, quiet_client
 from builder.models.errors import answering
 from builder.models.store import ArtifactRoots, ArtifactStore, Root
-from builder.models.version import TAG_MODEL_FOLDER, Inputs, ModelVersion, NearMisses, check_version_text
 from builder.safe_open import checked_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from builder.models.version import Artifact
+    from builder.models import Artifact
     from builder.settings import CatalogSettings
     from builder.urls import ArtifactUri
 
@@ -35,7 +35,7 @@ _log = get_logger("models")
 
 
 class MlflowCatalog:
-    """Registered models of one MLflow server; implements `builder.models.version.Catalog`.
+    """Registered models of one MLflow server; implements `builder.models.Catalog`.
 
     Args:
         tracking_uri: as MLFLOW_TRACKING_URI; MLflow's own variables, MLFLOW_REGISTRY_URI among them, count as ever.

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from builder.errors import InvalidSettings, InvalidVersion, TryAgain
+from builder.models import TAG_MODEL_FOLDER, Inputs
 from builder.models.errors import on_disk
-from builder.models.version import TAG_MODEL_FOLDER, Inputs
-from builder.parallel import side_by_side
+from builder.process import side_by_side
 from builder.reference import Digest
 from builder.safe_open import checked_path, digest_beneath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from builder.models.version import Artifact, ModelVersion
+    from builder.models import Artifact, ModelVersion
 
 
 MODEL_FILE = "MLmodel"

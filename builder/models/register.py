@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, UsageError
 from builder.log import get_logger
-from builder.models.catalog import MlflowCatalog
-from builder.models.context import MODEL_FILE
-from builder.models.errors import answering, on_disk
-from builder.models.store import Root
-from builder.models.version import (
+from builder.models import (
     DEFAULT_CLIENT_FOLDER,
     DEFAULT_TEMPLATES_FOLDER,
     TAG_BASE_IMAGE,
@@ -31,6 +27,10 @@ from builder.models.version import (
     ModelVersion,
     wanted_platforms,
 )
+from builder.models.catalog import MlflowCatalog
+from builder.models.context import MODEL_FILE
+from builder.models.errors import answering, on_disk
+from builder.models.store import Root
 from builder.safe_open import checked_path
 
 if TYPE_CHECKING:

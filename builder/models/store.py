@@ -20,9 +20,9 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 from builder.errors import Defect, InvalidVersion, RootRefused, ServiceUnavailable, StoreNotSupported
 from builder.log import get_logger
 from builder.masking import one_line
+from builder.models import Artifact
 from builder.models.context import MOST_FILES
 from builder.models.errors import answering, naming_refused, on_disk
-from builder.models.version import Artifact
 from builder.safe_open import MOST_FOLDERS_DEEP, checked_path, open_beneath
 from builder.urls import ArtifactUri, NotAnArtifactUri, of_windows
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from builder.errors import InvalidVersion
-from builder.oci.descriptor import (
+from builder.oci import (
     CONFIGS,
     INDEXES,
     LAYERS,

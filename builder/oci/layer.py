@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from builder.oci.descriptor import OCI_LAYER, Descriptor
+from builder.oci import OCI_LAYER, Descriptor
 from builder.reference import Digest
 
 # The last block of a deflate stream: fixed codes, and nothing in it.

@@ -19,7 +19,7 @@ from typing import Any
 from builder import safe_open
 from builder.errors import BuildFailed
 from builder.masking import one_line
-from builder.oci.descriptor import (
+from builder.oci import (
     CONFIGS,
     INDEXES,
     LAYERS,

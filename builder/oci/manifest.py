@@ -10,7 +10,7 @@ from typing import Any
 
 from builder.errors import InvalidVersion
 from builder.masking import one_line
-from builder.oci.descriptor import (
+from builder.oci import (
     INDEXES,
     MANIFESTS,
     OCI_CONFIG,

@@ -12,11 +12,11 @@ import httpx2
 
 from builder.errors import BuilderError, BuildFailed, PermissionRefused, TryAgain
 from builder.log import get_logger, moved
-from builder.oci.descriptor import INDEXES, MANIFESTS, Around, Blob, BytesBlob, Counted, Descriptor, Malformed, verified
+from builder.oci import INDEXES, MANIFESTS, Around, Blob, BytesBlob, Counted, Descriptor, Malformed, verified
 from builder.oci.layout import LayoutImage
 from builder.oci.manifest import Image, media_type_of
 from builder.oci.transport import Answer, Transport, scope, unexpected
-from builder.parallel import in_background
+from builder.process import in_background
 from builder.reference import Digest, Reference, Repository
 
 _log = get_logger("registry")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
 
 from builder.errors import InvalidVersion
+from builder.oci import OCI_LAYER, Descriptor, Malformed, from_bytes, refuse, to_bytes
 from builder.oci.base_image import BaseImage
-from builder.oci.descriptor import OCI_LAYER, Descriptor, Malformed, from_bytes, refuse, to_bytes
 from builder.oci.layer import BLOCK
 from builder.oci.registry import Registry
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from builder.errors import BuilderError
 from builder.log import get_logger
-from builder.oci.descriptor import (
+from builder.oci import (
     LAYERS,
     MOST_JSON_BYTES,
     OCI_CONFIG,

@@ -32,8 +32,8 @@ from builder.http import (
     retried,
 )
 from builder.masking import mask_token, masked, one_line
+from builder.oci import MOST_JSON_BYTES, Blob, BytesBlob, Malformed, from_bytes, verified
 from builder.oci.authn import Credential, Credentials
-from builder.oci.descriptor import MOST_JSON_BYTES, Blob, BytesBlob, Malformed, from_bytes, verified
 
 REGISTRY = ServerKind(
     name="registry",

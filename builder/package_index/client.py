@@ -24,7 +24,7 @@ from packaging.version import Version
 
 from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.http import Client, Response, Retry, RetryPolicy, ServerKind, is_transient, resumed, retried
-from builder.package_index.config import FIRST_INDEX, Indexes, IndexUrl, built_in_index
+from builder.package_index import FIRST_INDEX, Indexes, IndexUrl, built_in_index
 from builder.package_index.wheel_file import LockedWheel, parse_wheel_name
 from builder.urls import linked, origin_of
 

@@ -31,8 +31,8 @@ from builder.errors import (
     UsageError,
 )
 from builder.log import get_logger, safe_line, stage, taken
+from builder.models import TAG_PLATFORMS, ModelVersion
 from builder.models.context import Progress, content_digest, sketch_context, write_context
-from builder.models.version import TAG_PLATFORMS, ModelVersion
 from builder.plan import Build, Plan
 from builder.process import remove_leftovers
 from builder.publish.inspect import Prepared, artifacts_changed, changes, find, same_version, survey

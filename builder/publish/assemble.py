@@ -13,17 +13,17 @@ from builder.errors import InvalidVersion, TryAgain, UsageError
 from builder.log import get_logger, stage
 from builder.masking import one_line
 from builder.models.context import listing_digest
+from builder.oci import OCI_INDEX, OCI_MANIFEST, Blob, BytesBlob, Descriptor, from_bytes, to_bytes
 from builder.oci import manifest as manifests
 from builder.oci.base_image import Addition, BaseImage, Runtime, assembled, base_image
-from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Blob, BytesBlob, Descriptor, from_bytes, to_bytes
 from builder.oci.files_layer import FileEntry, FilesLayer, split
 from builder.oci.layer import Layer
 from builder.oci.layout import MOST_BYTES, LayoutImage, finished_image, open_layout
 from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image, check_target, target_rules
 from builder.oci.registry import Registry, RemoteBlob, Stoppable, move_tag, push_image
 from builder.oci.store import LayerStore, attach
-from builder.parallel import in_background
 from builder.plan import Base, Build, Plan
+from builder.process import in_background
 from builder.publish.inspect import existing_image, same_version
 from builder.publish.record import Record
 from builder.reference import Digest, Platform, Reference, Repository

@@ -10,8 +10,8 @@ from builder.clients import Services
 from builder.dockerfile import select_engine
 from builder.errors import BuilderError, InvalidSettings, VersionNotFound
 from builder.log import get_logger
+from builder.models import Artifact, Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.models.context import Described, listing_digest
-from builder.models.version import Artifact, Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.oci.base_image import published as read_published
 from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published, check_target, target_rules
 from builder.plan import Plan, decide

@@ -14,8 +14,8 @@ from builder.errors import InvalidSettings, InvalidVersion, PermissionRefused, S
 from builder.log import get_logger
 from builder.masking import one_line
 from builder.model_folder import MLMODEL, check_served, loader_of, needs_java, read_description, repaired
+from builder.models import Artifact, Inputs, ModelVersion, template_variables
 from builder.models.context import find_model_folder, listing_digest, names_modules
-from builder.models.version import Artifact, Inputs, ModelVersion, template_variables
 from builder.oci.base_image import base_image, find_image
 from builder.oci.manifest import ARTIFACTS_DIGEST, Published, target_rules
 from builder.plan import Base, Build, Plan, Step

@@ -14,7 +14,7 @@ from builder.budget import out_of_memory
 from builder.errors import BuilderError, ExitCode, Terminated
 from builder.log import get_logger
 from builder.masking import one_line
-from builder.models.version import Catalog, ModelVersion
+from builder.models import Catalog, ModelVersion
 from builder.plan import Plan
 from builder.reference import Reference
 

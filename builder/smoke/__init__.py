@@ -1,23 +1,349 @@
-"""The smoke test: an image is run and queried before its tag moves (SMOKE_TEST)."""
+"""The smoke test: an image is run and asked before its tag moves (SMOKE_TEST)."""
 
 from __future__ import annotations
 
+import functools
+import json
 import platform as machine
 import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from builder.errors import InvalidSettings, InvalidVersion, ServiceUnavailable
 from builder.log import get_logger
-from builder.oci.descriptor import from_bytes, to_bytes
+from builder.masking import masked, one_line
+from builder.oci import from_bytes, to_bytes
 from builder.reference import Digest, Platform
 from builder.settings import Settings
-from builder.smoke.runtime import CannotRun, ContainerRuntime, Content, Docker, Limits, NoContainers, Podman, new_name
-from builder.smoke.trial import OutOfMemory, Passed, Question, SmokeTestFailed, Trial, printable, without_volumes
+from builder.smoke.runtime import (
+    CannotRun,
+    CannotStart,
+    ContainerRuntime,
+    Content,
+    Docker,
+    Ended,
+    Limits,
+    NoContainers,
+    Podman,
+    new_name,
+)
+
+_SERVER = "mlflow.pyfunc.scoring_server"
+_MODEL_PATH = "__pyfunc_model_path__"
+_PORT = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/tcp)?")
+_LAST_PORT = 65535
+_MOST_PORTS = 64
+_MOST_VOLUMES = 32
+# An absolute folder without what `--tmpfs folder:options` would take for something else.
+_VOLUME = re.compile(r"(?:/[A-Za-z0-9_.@+-]+)+")
+# proc(5): in /proc/net/tcp the second field is the local address, and state 0A is LISTEN.
+_LISTENS = re.compile(r"\s*[0-9]+: [0-9A-F]{8,32}:([0-9A-F]{4}) [0-9A-F]{8,32}:[0-9A-F]{4} 0A ")
+_MOST_EVENT_CHARACTERS = 4000
+_LONGEST_PROBLEM = 500
+_LONGEST_LINE = 300
+_LONGEST_SAYING = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """The requests to a container of an image.
+
+    Attributes:
+        ports: TCP ports that the image exposes; one of them has to be open.
+        model: folder of the model in the image where MLflow's scoring server is what runs; empty where something else
+            does, which is not known to answer anything.
+        volumes: folders that the image declares as volumes: it expects to be able to write there.
+    """
+
+    ports: tuple[int, ...]
+    model: str = ""
+    volumes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Question:
+        """Return the requests for an image, from its config as JSON, which may be a stranger's."""
+        runtime = config.get("config")
+        runtime = runtime if isinstance(runtime, Mapping) else {}
+        ports = _ports(runtime.get("ExposedPorts"))
+        command = [word for name in ("Entrypoint", "Cmd") for word in _words(runtime.get(name))]
+        entries = [entry.partition("=") for entry in _words(runtime.get("Env"))]
+        model = next((value for name, _, value in entries if name == _MODEL_PATH), "")
+        port = _serving_port(command) if any(word.startswith(_SERVER) for word in command) else 0
+        if model and port in ports:
+            ports = (port,)
+        else:
+            model = ""
+        volumes = runtime.get("Volumes")
+        names = [name.rstrip("/") for name in volumes][:_MOST_VOLUMES] if isinstance(volumes, Mapping) else []
+        return cls(
+            ports=ports,
+            model=model,
+            volumes=tuple(name for name in names if _VOLUME.fullmatch(name) and ".." not in name.split("/")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came of asking MLflow's server.
+
+    Attributes:
+        loaded: whether it answered, so that its model is loaded: every release loads it before.
+        finished: whether all requests were sent.
+        example: the file of the input example that was sent; empty for no example.
+        problem: what is wrong with the answer to it; empty where nothing is.
+    """
+
+    loaded: bool = False
+    finished: bool = False
+    example: str = ""
+    problem: str = ""
+
+    @classmethod
+    def read(cls, lines: Iterable[str]) -> Answer:
+        """Return what the lines of `builder.smoke.ask` say; they may be a stranger's."""
+        found = cls()
+        for line in lines:
+            event = event_of(line)
+            if event.get("event") == "ping":
+                found = cls(loaded=True)
+            elif event.get("event") == "answer" and found.loaded:
+                example, problem = (printable(str(event.get(name, "")), _LONGEST_PROBLEM) for name in _SAID)
+                return cls(loaded=True, finished=True, example=example, problem=problem)
+        return found
+
+
+_SAID = ("example", "problem")
+
+
+def event_of(line: str) -> dict[str, Any]:
+    """Return one line of `builder.smoke.ask`; empty for any other line."""
+    if len(line) > _MOST_EVENT_CHARACTERS or not line.startswith("{"):
+        return {}
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def listening(lines: Iterable[str]) -> frozenset[int]:
+    """Return the TCP ports that are open, from the lines of /proc/net/tcp and /proc/net/tcp6."""
+    return frozenset(int(match[1], 16) for line in lines if (match := _LISTENS.match(line)))
+
+
+def printable(text: str, limit: int = _LONGEST_LINE) -> str:
+    """Return a line that a stranger's program wrote: no control character, no secret, bounded."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 2 * limit])
+    return one_line(masked(shown), limit)
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """Return the end of a container's log as one line for an error: the last lines, as far as they fit."""
+    kept: list[str] = []
+    for line in reversed(lines):
+        text = printable(line)
+        if text and sum(map(len, kept)) + len(text) > _LONGEST_SAYING and kept:
+            break
+        kept += [text] if text else []
+    return " | ".join(reversed(kept))
+
+
+def without_volumes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an image config that declares no volume: a runtime would make each one a folder on the machine's disk."""
+    runtime = config.get("config")
+    return {**config, "config": {**runtime, "Volumes": {}}} if isinstance(runtime, Mapping) else dict(config)
+
+
+def _ports(exposed: object) -> tuple[int, ...]:
+    found: list[int] = []
+    for name in list(exposed)[:_MOST_PORTS] if isinstance(exposed, Mapping) else []:
+        if match := _PORT.fullmatch(str(name)):
+            found += range(int(match[1]), min(int(match[2] or match[1]), int(match[1]) + _MOST_PORTS) + 1)
+    return tuple(sorted({port for port in found if 0 < port <= _LAST_PORT})[:_MOST_PORTS])
+
+
+def _serving_port(command: Sequence[str]) -> int:
+    """Return the port that uvicorn or gunicorn listens on; 0 where that is unknown."""
+    for option, value in pairwise(command):
+        if option in {"--port", "--bind"} and re.fullmatch(r"(?:.*:)?[0-9]{1,5}", value):
+            return int(value.rpartition(":")[2])
+    return 0
+
+
+def _words(value: object) -> list[str]:
+    return [word for word in value if isinstance(word, str)] if isinstance(value, list) else []
+
+
+# Seconds that a program which answers nothing has to run: where it opens a port, and where that cannot be seen.
+MOMENT, LONG_MOMENT = 3.0, 10.0
+_PAUSE = 0.5
+_GRACE = 15.0
+_SHORT = 30.0
+_MOST_LINES = 2000
+_MOST_SHOWN = 10
+_SOCKETS = ("/proc/net/tcp", "/proc/net/tcp6")
+_READ_SOCKETS = f"import sys\nfor name in {_SOCKETS!r}:\n    sys.stdout.write(open(name).read())\n"
+# What runtimes end with where a container has no such program.
+_NO_PROGRAM = frozenset({126, 127})
+
+
+class SmokeTestFailed(InvalidVersion):
+    """The image was run, and does not do what it is for."""
+
+
+class OutOfMemory(CannotRun):
+    """The container was killed for the memory it used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """An image that answered.
+
+    Attributes:
+        seconds: from its container's start to the first answer; None where no request could be sent.
+        what: what it did, a few words.
+    """
+
+    seconds: float | None
+    what: str
+
+
+class Trial:
+    """One container's trial; the caller removes the container afterwards.
+
+    Args:
+        runtime: runs it.
+        name: of its image, and of the container.
+        question: the requests to it.
+        timeout: seconds it may take from its start to all its answers.
+    """
+
+    def __init__(self, runtime: ContainerRuntime, name: str, question: Question, *, timeout: float) -> None:
+        self._runtime = runtime
+        self._name = name
+        self._question = question
+        self._timeout = timeout
+        self._began = 0.0
+
+    def run(self, limits: Limits) -> Passed:
+        """Start the container and ask it.
+
+        Raises:
+            CannotRun: it cannot be run here.
+            SmokeTestFailed: it ended, or does not answer as it should.
+        """
+        self._began = time.monotonic()
+        try:
+            self._runtime.start(self._name, limits)
+        except CannotStart as error:
+            message = f"A container of the image does not start: {printable(str(error))}."
+            raise SmokeTestFailed(message, remedy="See to the image's user, command and entry point.") from error
+        return self._ask_server() if self._question.model else self._watch()
+
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def _ask_server(self) -> Passed:
+        """Ask MLflow's scoring server, from within the container: nothing else reaches it."""
+        heard = _Heard()
+        (port,) = self._question.ports
+        program = (resources.files("builder.smoke") / "ask.py").read_text(encoding="utf-8")
+        argv = ["python", "-I", "-c", program, str(port), self._question.model, f"{self._timeout:.0f}"]
+        self._runtime.execute(self._name, argv, heard, timeout=self._timeout + _GRACE)
+        answer = Answer.read(heard.lines)
+        if answer.finished and not answer.problem:
+            what = f"answers its {answer.example}" if answer.example else "loads its model (no input example)"
+            return Passed(seconds=round(max(heard.first - self._began, 0), 1), what=what)
+        if ended := self._runtime.ended(self._name, within=_PAUSE):
+            raise self._end(ended, "it answered")
+        if answer.problem:
+            what = f"MLflow's server does not answer the model's own {answer.example}: {answer.problem}"
+            remedy = "A prediction of the stored input example has to succeed: correct the model, and register it anew."
+            raise self._failure(what, remedy)
+        request = "the model's input example" if answer.loaded else "GET /ping"
+        what = f"MLflow's server does not answer {request} within {self._timeout:g} seconds"
+        raise self._failure(what, "Make the model load and predict quicker, or raise SMOKE_TEST_TIMEOUT.")
+
+    def _watch(self) -> Passed:
+        """Watch a program that is not known to answer anything: it runs on, and opens a port that its image exposes."""
+        opened = self._wait_for_port(frozenset(self._question.ports)) if self._question.ports else None
+        enough = LONG_MOMENT if opened is None else MOMENT
+        if ended := self._runtime.ended(self._name, within=max(enough - self._elapsed, 0)):
+            raise self._end(ended, f"{enough:g} seconds had passed")
+        return Passed(seconds=opened, what="runs" if opened is None else "runs, with its port open")
+
+    def _wait_for_port(self, wanted: frozenset[int]) -> float | None:
+        """Return the seconds after which one of the ports was open; None where the image has nothing that tells."""
+        while True:
+            if ended := self._runtime.ended(self._name, within=_PAUSE):
+                raise self._end(ended, "it opened a port")
+            found = self._open_ports()
+            if found is None:
+                return None
+            if found & wanted:
+                return round(self._elapsed, 1)
+            if self._elapsed > self._timeout:
+                ports = ", ".join(map(str, sorted(wanted)))
+                others = f"; open is {', '.join(map(str, sorted(found)[:_MOST_SHOWN]))}" if found else ""
+                what = (
+                    f"the program runs, but after {self._timeout:g} seconds no port is open that the image exposes "
+                    f"({ports}){others}"
+                )
+                remedy = "Listen on the port that the image exposes (EXPOSE; 8080 without a Dockerfile)."
+                raise self._failure(what, remedy)
+
+    def _open_ports(self) -> frozenset[int] | None:
+        """Return the ports that are open in the container; None where its image has no program that tells."""
+        for argv in (["cat", *_SOCKETS], ["python", "-I", "-c", _READ_SOCKETS], ["python3", "-I", "-c", _READ_SOCKETS]):
+            heard = _Heard()
+            code = self._runtime.execute(self._name, argv, heard, timeout=_SHORT)
+            if code not in _NO_PROGRAM:
+                return listening(heard.lines)
+        return None
+
+    def _end(self, ended: Ended, before: str) -> SmokeTestFailed | OutOfMemory:
+        if ended.of_memory:
+            return OutOfMemory(self._name)
+        what = f"its container ended with exit code {ended.code} before {before}"
+        remedy = "What it needs and the image lacks belongs into the version: correct it, and register a new one."
+        return self._failure(what, remedy)
+
+    def _failure(self, what: str, remedy: str) -> SmokeTestFailed:
+        lines = self._runtime.log(self._name)
+        for line in lines:
+            _log.error("the container said", line=printable(line))
+        words = last_words(lines)
+        message = f"The image does not serve: {what}{f'; its last lines: {words}' if words else ''}."
+        return SmokeTestFailed(message, remedy=remedy)
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a program in a container prints: its first lines, and when it said that the server answers.
+
+    Attributes:
+        lines: the first of them.
+        first: when, in monotonic seconds; 0 where it has not.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    first: float = 0.0
+
+    def __call__(self, line: str) -> None:
+        """Take one line."""
+        if not self.first and event_of(line).get("event") == "ping":
+            self.first = time.monotonic()
+        if len(self.lines) < _MOST_LINES:
+            self.lines.append(line)
+
 
 _LOADING = 3600
 _SPARE = 0.75
@@ -58,12 +384,18 @@ class SmokeTests:
         self._timeout = settings.smoke_test_timeout
         self._memory = settings.smoke_test_memory
         self.native = native or Platform.parse(f"linux/{machine.machine().lower()}")
-        environ = settings.container_variables
-        self._runtimes = [Podman(environ, self.native), Docker(environ, self.native)] if runtimes is None else runtimes
+        self._variables = settings.container_variables
+        self._given = runtimes
         # Those that could not run anything, with why: not tried again by this command.
         self._unusable: dict[str, str] = {}
         self._checked = False
         self._logged: set[str] = set()
+
+    @functools.cached_property
+    def _runtimes(self) -> Sequence[ContainerRuntime]:
+        if self._given is not None:
+            return self._given
+        return [Podman(self._variables, self.native), Docker(self._variables, self.native)]
 
     def refuse(self, platforms: Sequence[Platform], *, asked_by_version: bool) -> None:
         """Refuse, before anything is made, what SMOKE_TEST=required does not allow.

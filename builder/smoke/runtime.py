@@ -22,17 +22,7 @@ from typing import IO
 
 from builder.errors import BuildFailed
 from builder.masking import one_line
-from builder.oci.descriptor import (
-    OCI_CONFIG,
-    OCI_INDEX,
-    OCI_LAYER,
-    OCI_MANIFEST,
-    Blob,
-    BytesBlob,
-    Descriptor,
-    to_bytes,
-    verified,
-)
+from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, Blob, BytesBlob, Descriptor, to_bytes, verified
 from builder.process import Output, Runner, run
 from builder.reference import Platform
 

@@ -28,7 +28,7 @@ from builder.masking import one_line
 from builder.model_folder import BROUGHT, IMPLIED, MLMODEL, code_of, loaded_files, loader_of, read_description
 from builder.package_index.client import IndexClient
 from builder.package_index.wheel_file import LockedWheel
-from builder.parallel import side_by_side
+from builder.process import side_by_side
 from builder.safe_open import open_beneath
 from builder.wheels.lock import Lock
 from builder.wheels.zip import STORED, BadArchive, read_at, read_directory, refuse

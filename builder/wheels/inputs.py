@@ -26,16 +26,9 @@ from builder.model_folder import (
     release_of,
     server_of,
 )
+from builder.models import TAG_DOCKERFILE, TAG_TEMPLATES_FOLDER, Artifact, Inputs, ModelVersion, template_variables
 from builder.models.context import MODEL_FILE, find_model_folder, names_modules
-from builder.models.version import (
-    TAG_DOCKERFILE,
-    TAG_TEMPLATES_FOLDER,
-    Artifact,
-    Inputs,
-    ModelVersion,
-    template_variables,
-)
-from builder.package_index.config import Indexes
+from builder.package_index import Indexes
 from builder.plan import Method
 from builder.reference import BasePattern, Digest, Reference, repository_component
 from builder.settings import Settings, network

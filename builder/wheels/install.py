@@ -27,7 +27,7 @@ from installer.utils import Scheme as InstallerScheme
 from installer.utils import construct_record_file, fix_shebang
 
 from builder.errors import BuilderError, TryAgain
-from builder.oci.descriptor import BytesBlob
+from builder.oci import BytesBlob
 from builder.oci.layer import Corrupt, Deflated, Layer, LayerWriter, Plain, zlib_identity
 from builder.wheels import bytecode as program
 from builder.wheels.shared_libraries import MOST_NOTE, Collector, WheelLibraries, to_note

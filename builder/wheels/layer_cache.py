@@ -18,13 +18,13 @@ import httpx2
 from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
 from builder.log import get_logger, moved, stage
 from builder.masking import one_line
-from builder.oci.descriptor import Blob, FileBlob
+from builder.oci import Blob, FileBlob
 from builder.oci.layer import Layer
 from builder.oci.registry import RemoteBlob
 from builder.oci.store import LayerStore
 from builder.package_index.client import IndexClient
 from builder.package_index.wheel_file import LockedWheel
-from builder.parallel import side_by_side
+from builder.process import side_by_side
 from builder.reference import Repository
 from builder.wheels.install import Compiler, WheelLayer, layer_key
 from builder.wheels.shared_libraries import from_note

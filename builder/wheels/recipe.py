@@ -16,20 +16,20 @@ from builder.budget import Budget
 from builder.errors import InvalidSettings, InvalidVersion, UsageError
 from builder.log import get_logger, stage
 from builder.model_folder import needs_java
-from builder.models.version import Artifact
+from builder.models import Artifact
+from builder.oci import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
 from builder.oci.base_image import MOST_LAYERS, BaseImage, base_image
-from builder.oci.descriptor import MOST_JSON_BYTES, Descriptor, Malformed, digest_of, from_bytes, strings
 from builder.oci.files_layer import FileEntry, split
 from builder.oci.layer import Layer
 from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Published
 from builder.oci.registry import Registry
 from builder.oci.rootfs import BaseFacts, inspect_base
 from builder.oci.store import LayerStore, SmallArtifact
+from builder.package_index import Indexes
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes
 from builder.package_index.wheel_file import LockedWheel
-from builder.parallel import side_by_side
 from builder.plan import AsDigest, AsPlatform, Base, Layers
+from builder.process import side_by_side
 from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
 from builder.wheels.imports import check_provided

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from builder.errors import InvalidVersion
 from builder.masking import one_line
 from builder.model_folder import CONDA, PYTHON_ENV, REQUIREMENTS, Environment, read_description, requirements_text
-from builder.package_index.config import Indexes
+from builder.package_index import Indexes
 from builder.safe_open import SAFE_PATH, Yaml, digest_beneath, read_beneath
 from builder.wheels.pip_syntax import (
     NAME,

@@ -18,11 +18,10 @@ from packaging.version import Version
 from builder.errors import BuildFailed, InvalidVersion
 from builder.log import get_logger
 from builder.oci.store import LayerStore
+from builder.package_index import Indexes
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes
 from builder.package_index.wheel_file import LockedWheel, minor_version, parse_wheel_name, rank_of, wheel_tags
-from builder.parallel import side_by_side
-from builder.process import run
+from builder.process import run, side_by_side
 from builder.reference import Platform
 from builder.wheels.inputs import for_release, locked_release, whole_of, with_used
 from builder.wheels.lock import Lock, lock_keys, moments

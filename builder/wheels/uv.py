@@ -38,7 +38,7 @@ from builder.errors import (
 )
 from builder.log import get_logger
 from builder.masking import MASK, masked, one_line
-from builder.package_index.config import FIRST_INDEX, WRITABLE, Indexes, IndexUrl, built_in_index
+from builder.package_index import FIRST_INDEX, WRITABLE, Indexes, IndexUrl, built_in_index
 from builder.package_index.wheel_file import (
     OLDEST_GLIBC,
     LockedWheel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from builder.package_index.config import built_in_index
+from builder.package_index import built_in_index
 
 _OLD_NAME = built_in_index().url.replace("pypi.", "pypi.python.")
 

@@ -8,8 +8,8 @@ import pytest
 
 from builder import report
 from builder.batch.sweep import Options, sweep
+from builder.models import ModelVersion
 from builder.models.catalog import MlflowCatalog
-from builder.models.version import ModelVersion
 from builder.publish import publish
 from builder.settings import Settings
 from tests.versions import register, seed_layout

@@ -12,7 +12,7 @@ import pytest
 from builder.batch.warm import warm, warm_requirements
 from builder.clients import Registries
 from builder.errors import ExitCode, InvalidVersion, UsageError
-from builder.oci.descriptor import BytesBlob
+from builder.oci import BytesBlob
 from builder.oci.layer import Layer
 from builder.oci.registry import RemoteBlob
 from builder.oci.rootfs import BaseFacts

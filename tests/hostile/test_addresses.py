@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, PermissionRefused
 from builder.http import RetryPolicy
+from builder.package_index import Indexes, IndexUrl
 from builder.package_index.client import IndexClient, WheelNotFound
-from builder.package_index.config import Indexes, IndexUrl
 from builder.package_index.wheel_file import LockedWheel
 from builder.process import run
 from builder.reference import Platform

@@ -18,9 +18,9 @@ from mlflow import MlflowClient
 
 from builder.batch.sweep import sweep
 from builder.errors import BuilderError, ExitCode, InvalidVersion, ServiceUnavailable
+from builder.models import Artifact
 from builder.models.catalog import MlflowCatalog
 from builder.models.store import ArtifactStore
-from builder.models.version import Artifact
 from builder.settings import CatalogSettings
 from scripts.launch import clean_environ
 from tests.hostile.attacker import attacker_server

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from builder import log
-from builder.batch.children import Children
+from builder.batch import Children
 from builder.budget import Budget
 from builder.errors import (
     BuildFailed,
@@ -149,7 +149,7 @@ signal.raise_signal(signal.SIGSEGV)
 
 def test_what_a_child_logs_and_prints_is_logged_here_masked_and_bounded(children, caplog, monkeypatch):
     log.mask(["a-secret-of-ours"])
-    monkeypatch.setattr("builder.batch.children._MOST_LOGGED", 200_000)
+    monkeypatch.setattr("builder.batch._MOST_LOGGED", 200_000)
     text = """
 exec("from builder.log import get_logger; get_logger('publish').error('it is a-secret-of-ours', n=1, odd=chr(0xdc80))")
 exec("print('printed a-secret-of-ours \\\\x1b[31m'); sys.stdout.flush()", globals())
@@ -203,7 +203,7 @@ def test_who_is_killed_takes_the_child_with_it(tmp_path):
 import os, pathlib
 from functools import partial
 from builder.budget import Budget
-from builder.batch.children import Children
+from builder.batch import Children
 from tests.hostile.test_children import code
 work = code('''
 child = subprocess.Popen(["sleep", "600"])

@@ -18,7 +18,7 @@ from builder.dockerfile.parser import Dockerfile
 from builder.dockerfile.template import BaseImages, render
 from builder.errors import BuilderError, ExitCode
 from builder.model_folder import Environment
-from builder.models.version import INPUT_TAGS, Inputs, ModelVersion, wanted_platforms
+from builder.models import INPUT_TAGS, Inputs, ModelVersion, wanted_platforms
 from builder.publish.record import Outcome
 from builder.reference import Platform, Reference
 from builder.wheels.install import WheelLayer

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from builder.clients import Registries
 from builder.dockerfile.template import BaseImages
 from builder.errors import BuilderError, BuildFailed, ExitCode, InvalidSettings, InvalidVersion
-from builder.models.version import Inputs, ModelVersion, template_variables
+from builder.models import Inputs, ModelVersion, template_variables
+from builder.oci import OCI_CONFIG, OCI_MANIFEST, BytesBlob, Descriptor, Malformed, from_bytes, to_bytes
 from builder.oci.base_image import find_image
-from builder.oci.descriptor import OCI_CONFIG, OCI_MANIFEST, BytesBlob, Descriptor, Malformed, from_bytes, to_bytes
 from builder.oci.layout import MOST_BYTES, finished_image, open_layout
 from builder.oci.manifest import check_target, target_rules
 from builder.oci.rootfs import Archive, Budget, inflated

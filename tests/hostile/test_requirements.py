@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builder.errors import BuilderError, BuildFailed, Defect, InvalidVersion
-from builder.package_index.config import Indexes, IndexUrl
+from builder.package_index import Indexes, IndexUrl
 from builder.process import run
 from builder.publish import publish
 from builder.reference import Platform

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from builder.clients import Registries
+from builder.oci import to_bytes
 from builder.oci.base_image import base_image as find_base
-from builder.oci.descriptor import to_bytes
 from builder.oci.registry import RemoteBlob
 from builder.reference import Platform, Reference
-from builder.smoke import Candidate, SmokeTests
+from builder.smoke import Candidate, SmokeTestFailed, SmokeTests
 from builder.smoke.runtime import Content, Docker, Podman
-from builder.smoke.trial import SmokeTestFailed
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
 

@@ -3,10 +3,10 @@
 import pytest
 
 from builder.errors import InvalidVersion
+from builder.models import INPUT_TAGS, Inputs, ModelVersion, natural_order, wanted_platforms
 from builder.models.context import find_model_folder
-from builder.models.version import INPUT_TAGS, Inputs, ModelVersion, natural_order, wanted_platforms
+from builder.oci import OCI_MANIFEST, Descriptor
 from builder.oci.base_image import _entry
-from builder.oci.descriptor import OCI_MANIFEST, Descriptor
 from builder.publish.record import Outcome
 from builder.reference import Platform, Reference, parse_platforms
 from tests.hostile.bounded import bounded

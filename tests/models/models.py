@@ -12,8 +12,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from builder.models import ModelVersion
 from builder.models.catalog import MlflowCatalog
-from builder.models.version import ModelVersion
 
 TARGET = "EXTERNAL_TARGET_PLTR_FOUNDRY"
 _numbers = itertools.count()

@@ -20,10 +20,10 @@ from builder.errors import (
     TryAgain,
     VersionNotFound,
 )
+from builder.models import Artifact
 from builder.models.catalog import MlflowCatalog
 from builder.models.errors import answering, on_disk
 from builder.models.store import ArtifactRoots, ArtifactStore
-from builder.models.version import Artifact
 from builder.urls import parse_roots
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.certificates import self_signed
@@ -172,7 +172,7 @@ sys.modules["boto3"] = None
 from pathlib import Path
 from builder.errors import InvalidSettings
 from builder.models.store import ArtifactRoots, ArtifactStore
-from builder.models.version import Artifact
+from builder.models import Artifact
 from builder.urls import parse_roots
 store = ArtifactStore("http://127.0.0.1:1", ArtifactRoots("http://127.0.0.1:1", named=parse_roots("s3://bucket")))
 try:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.errors import InvalidVersion
+from builder.models import Artifact, Inputs
 from builder.models import context as module
 from builder.models.context import find_model_folder, union
-from builder.models.version import Artifact, Inputs
 from builder.safe_open import checked_path
 
 RUN, MODEL = "mlflow-artifacts:/1/run/artifacts", "mlflow-artifacts:/1/models/m-1/artifacts"

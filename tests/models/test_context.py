@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion, ServiceUnavailable, TryAgain
+from builder.models import Artifact, ModelVersion
 from builder.models import context as module
 from builder.models.context import content_digest, listing_digest, sketch_context, write_context
-from builder.models.version import Artifact, ModelVersion
 from tests.waiting import HANG
 
 

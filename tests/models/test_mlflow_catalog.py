@@ -10,9 +10,9 @@ import pytest
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from builder.errors import InvalidVersion, VersionNotFound
+from builder.models import Inputs
 from builder.models.catalog import MlflowCatalog
 from builder.models.context import find_model_folder
-from builder.models.version import Inputs
 from tests.models.models import TARGET, model_folder
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from builder import log
 from builder.errors import ServiceUnavailable
-from builder.models.version import ModelVersion
+from builder.models import ModelVersion
 from builder.publish.record import Outcome, record
 
 PUBLISHED = Outcome(

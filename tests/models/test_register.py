@@ -7,9 +7,9 @@ import os
 import pytest
 
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, UsageError
+from builder.models import Inputs
 from builder.models.context import write_context
 from builder.models.register import register, register_model_object
-from builder.models.version import Inputs
 from builder.settings import CatalogSettings
 from tests.models.models import TARGET
 

@@ -6,8 +6,8 @@ import pytest
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from builder.errors import Defect
+from builder.models import Artifact
 from builder.models.store import ArtifactStore
-from builder.models.version import Artifact
 
 
 def without_a_path(self, remote_file_path):

@@ -20,10 +20,10 @@ import pytest
 
 from builder.clients import Registries
 from builder.errors import InvalidVersion, ServiceUnavailable
+from builder.oci import LAYERS, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor, Malformed
 from builder.oci.authn import Credential, Credentials
 from builder.oci.base_image import BaseImage
 from builder.oci.base_image import base_image as read_base
-from builder.oci.descriptor import LAYERS, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor, Malformed
 from builder.oci.registry import Registry, RemoteBlob
 from builder.oci.rootfs import Archive, BaseFacts, inspect_base
 from builder.reference import Digest, Platform, Reference, Repository

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from builder.clients import Registries
 from builder.errors import BuildFailed, InvalidVersion, TryAgain
+from builder.oci import OCI_LAYER, check, verified
 from builder.oci.authn import Credentials
-from builder.oci.descriptor import OCI_LAYER, check, verified
 from builder.oci.files_layer import BUCKET, LARGE, FileEntry, FilesLayer, split
 from builder.oci.layer import END, MTIME, file_header
 from builder.reference import Digest, Repository

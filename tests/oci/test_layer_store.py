@@ -9,7 +9,7 @@ import pytest
 
 from builder.clients import Registries
 from builder.errors import BuilderError
-from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
+from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.layer import LayerWriter, Plain
 from builder.oci.manifest import manifest_of
 from builder.oci.store import DIFF_ID, EMPTY, EMPTY_CONFIG, SOURCE, UNCOMPRESSED, LayerStore

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.oci.descriptor import (
+from builder.oci import (
     DOCKER_MANIFEST,
     MANIFESTS,
     OCI_CONFIG,

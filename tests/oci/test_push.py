@@ -19,9 +19,9 @@ import pytest
 from builder.clients import Registries
 from builder.errors import BuildFailed, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.http import RetryPolicy
+from builder.oci import OCI_INDEX, OCI_MANIFEST, BytesBlob, LayoutBlob
 from builder.oci.authn import Credential, Credentials
 from builder.oci.base_image import find_image, published
-from builder.oci.descriptor import OCI_INDEX, OCI_MANIFEST, BytesBlob, LayoutBlob
 from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import SOURCE_ID, Image, index
 from builder.oci.registry import Registry, move_tag, push_image

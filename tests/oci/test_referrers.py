@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from builder.clients import Registries
-from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor, to_bytes
+from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor, to_bytes
 from builder.oci.store import attach
 from builder.reference import Repository
 from tests.servers.forwarding import forwarding

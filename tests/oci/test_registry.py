@@ -18,9 +18,9 @@ import pytest
 from builder.clients import Registries
 from builder.errors import BuilderError, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
 from builder.http import RetryPolicy, retry_after
+from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.authn import Credential, Credentials
 from builder.oci.base_image import find_image, published
-from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import index
 from builder.oci.registry import Registry, push_image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder.errors import InvalidVersion
-from builder.oci.descriptor import OCI_LAYER, Descriptor
+from builder.oci import OCI_LAYER, Descriptor
 from builder.oci.manifest import FOUNDRY, GENERAL, TargetRules, check_target, target_rules
 from builder.reference import Digest, Platform, Reference
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from builder.package_index.config import Indexes
+from builder.package_index import Indexes
 from builder.settings import BuildSettings, Network
 
 JSON = "application/vnd.pypi.simple.v1+json"

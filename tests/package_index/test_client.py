@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from builder.clients import Registries
 from builder.errors import BuilderError, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
 from builder.http import RetryPolicy, _authorities
+from builder.package_index import Indexes, IndexUrl
 from builder.package_index.client import IndexClient, NoPage, WheelMismatch, WheelNotFound, parse_page
-from builder.package_index.config import Indexes, IndexUrl
 from builder.package_index.wheel_file import LockedWheel
 from builder.reference import Repository
 from builder.settings import Network

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from builder.clients import connected
 from builder.errors import BuilderError, InvalidVersion
 from builder.models.context import listing_digest
-from builder.oci.descriptor import OCI_INDEX
+from builder.oci import OCI_INDEX
 from builder.oci.manifest import ARTIFACTS_DIGEST, SOURCE_ID, index
 from builder.publish import fetch, plan, publish, workspace_of
 from builder.publish.inspect import existing_image, find, reference_of

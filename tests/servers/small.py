@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from builder.clients import Registries
-from builder.oci.descriptor import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
+from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
 from tests.package_index.server import PackageIndex, running

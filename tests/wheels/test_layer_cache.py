@@ -14,8 +14,8 @@ from builder.clients import Registries
 from builder.errors import BuilderError, PermissionRefused
 from builder.oci.registry import RemoteBlob
 from builder.oci.store import LayerStore
+from builder.package_index import Indexes, IndexUrl
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes, IndexUrl
 from builder.package_index.wheel_file import LockedWheel
 from builder.reference import Repository
 from builder.wheels.layer_cache import ByteSemaphore, Group, WheelLayers

@@ -10,8 +10,8 @@ import pytest
 
 from builder.clients import Registries
 from builder.oci.store import LayerStore
+from builder.package_index import Indexes, IndexUrl
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes, IndexUrl
 from builder.package_index.wheel_file import LockedWheel
 from builder.reference import Platform, Repository
 from builder.wheels.lock import Lock, lock_keys, rounded

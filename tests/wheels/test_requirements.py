@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.errors import BuilderError, InvalidVersion
-from builder.package_index.config import Indexes, IndexUrl, built_in_index
+from builder.package_index import Indexes, IndexUrl, built_in_index
 from builder.wheels.pip_syntax import Unusable, logical_lines, parse_line
 from builder.wheels.requirements import Requirements
 from tests.package_index.server import make_wheel

@@ -13,8 +13,8 @@ from uv import find_uv_bin
 
 from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, PermissionRefused, ServiceUnavailable
 from builder.http import RetryPolicy
+from builder.package_index import Indexes, IndexUrl, built_in_index
 from builder.package_index.client import IndexClient
-from builder.package_index.config import Indexes, IndexUrl, built_in_index
 from builder.process import run
 from builder.reference import Platform
 from builder.wheels.inputs import for_serving
