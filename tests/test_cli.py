@@ -133,7 +133,7 @@ def test_what_talks_to_mlflow_alone_needs_no_registry(command):
     assert "REGISTRY_URL" not in failure(done)["what"]
 
 
-def test_a_version_alone_names_nothing(tmp_path):
+def test_download_with_a_version_needs_a_model(tmp_path):
     done = bare("download", str(tmp_path), "--version", "3", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
     assert done.returncode == ExitCode.USAGE
     assert "--model" in done.stderr

@@ -40,7 +40,7 @@ def test_a_file_whose_tests_are_not_collected_is_named(root, capfd, path, conten
     assert f"not collected: {path}\n" in capfd.readouterr().err
 
 
-def test_what_this_run_selects_is_not_the_question(root, monkeypatch):
+def test_pytest_addopts_does_not_change_what_is_compared(root, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing_at_all")
     assert main(root) == 0
 

@@ -183,7 +183,7 @@ def test_nothing_of_a_build_stays(builds):
         ("step", "BuildFailed", "the step 'RUN echo one; echo two >&2; exit 3' failed: two (exit status 3)"),
     ],
 )
-def test_failures(builds, name, kind, words):
+def test_failed_builds_are_explained(builds, name, kind, words):
     assert builds[name]["type"] == kind
     assert words in builds[name]["error"]
 

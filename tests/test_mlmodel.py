@@ -117,7 +117,7 @@ def own(tmp_path, text):
         ("loader_module: mlflow.paddle, data: data/model", ["data/model.d/x"]),
     ],
 )
-def test_a_path_may_be_what_names_of_files_begin_with(tmp_path, caplog, text, files):
+def test_a_path_may_be_a_prefix_of_file_names(tmp_path, caplog, text, files):
     context = own(tmp_path, text)
     paths = {"m/MLmodel", *(f"m/{file}" for file in files)}
     check_served(context, "m", paths)

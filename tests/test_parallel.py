@@ -43,7 +43,7 @@ def test_a_request_to_end_waits_for_nobody():
     release.set()
 
 
-def test_those_who_wait_hear_of_it():
+def test_a_waiting_caller_is_woken_regularly():
     release = threading.Event()
     results = side_by_side(lambda _: release.wait(HANG), [1], threads=1, every=0.01)
     assert next(results) is None
@@ -68,7 +68,7 @@ def test_tasks_in_the_background_give_their_results_in_order():
     assert not stop.is_set()
 
 
-def test_what_fails_beside_tasks_stops_them_and_waits_for_them():
+def test_a_failure_beside_background_tasks_stops_and_joins_them():
     stop, ended = threading.Event(), []
 
     def task():

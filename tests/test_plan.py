@@ -55,7 +55,7 @@ def steps(decision):
         (standing(AMD64), (AMD64,), {"force": True}, "nothing", {"linux/amd64": "keep"}),
     ],
 )
-def test_decisions(existing, wanted, flags, action, expected):
+def test_the_decision_follows_from_the_existing_image_and_the_flags(existing, wanted, flags, action, expected):
     decision = decide(wanted=wanted, existing=existing, source_id=SOURCE, reference=TAG, **flags)
     assert decision.action == action
     assert steps(decision) == expected
@@ -92,14 +92,14 @@ def version(**changes) -> ModelVersion:
         {"tags": {"MODEL_BASE_IMAGE": "python:3"}},
     ],
 )
-def test_what_makes_another_source(changes):
+def test_inputs_of_a_build_change_the_source_id(changes):
     assert version(**changes).source_id() != version().source_id()
 
 
 @pytest.mark.parametrize(
     "tag", ["EXTERNAL_TARGET_PLTR_FOUNDRY", "publish.pltr_foundry.state", "MODEL_PLATFORMS", "note"]
 )
-def test_what_does_not(tag):
+def test_tags_that_do_not_change_the_image_keep_the_source_id(tag):
     # What we write back must not make a version new, and a platform that is added extends what is there.
     assert version(tags={tag: "true"}).source_id() == version().source_id()
 
@@ -111,7 +111,7 @@ def test_a_versions_own_platforms_win():
         wanted_platforms(version(tags={"MODEL_PLATFORMS": "arm64"}), (AMD64,))
 
 
-def test_a_plan_survives_the_workspace():
+def test_a_plan_is_read_back_from_the_workspace_unchanged():
     decision = decide(wanted=(AMD64, ARM64), existing=standing(AMD64), source_id=SOURCE, reference=TAG)
     plan = Plan(
         version=version(name='odd "name"\n', tags={"a": "b"}),

@@ -19,7 +19,7 @@ def workspace(tmp_path):
     return made
 
 
-def test_a_result_survives(workspace):
+def test_a_build_result_is_read_back_unchanged(workspace):
     result = BuildResult(engine="buildah", built=(Platform("linux", "amd64"),))
     workspace.write_result(result)
     assert workspace.result() == result

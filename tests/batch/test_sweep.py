@@ -168,7 +168,7 @@ def test_what_fails_too_often_waits_for_a_change(settings, new):
     assert model.outcome(quick.target)["attempts"] == "1"
 
 
-def test_how_an_operator_builds_makes_no_other_source(settings, new):
+def test_the_build_method_does_not_change_the_source(settings, new):
     model = new()
     assert [result.state for result in sweep(settings())] == ["published"]
     before = model.outcome(settings().target)
@@ -219,7 +219,7 @@ def test_where_nothing_is_selected_near_misses_are_told(settings, new, target, c
     assert f"{target}='false'" not in seen
 
 
-def test_who_waits_is_in_the_summary(settings, new, caplog):
+def test_waiting_versions_are_in_the_summary(settings, new, caplog):
     caplog.set_level(logging.INFO, "builder")
     model = new("FROM {base}\nCOPY nowhere /\n")
     once = settings(SWEEP_ATTEMPTS="1")

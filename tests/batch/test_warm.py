@@ -119,7 +119,7 @@ def test_requirements_that_cannot_be_used(small, small_settings, tmp_path):
         warm_requirements(settings, tmp_path / "nothing.txt", python="3.11")
 
 
-def test_one_that_fails_keeps_none_from_being_done(small, small_settings, packages):
+def test_a_failed_version_does_not_stop_the_others(small, small_settings, packages):
     models = [small(requirements) for requirements in ("needs-old==1.0\n", "only-amd64==1.0\n", REQUIREMENTS)]
     models.append(small(files={"templates/Dockerfile.template": "FROM scratch\n"}))
     tag = f"EXTERNAL_TARGET_{models[0].name}_all"
@@ -285,7 +285,7 @@ def test_what_versions_share_is_made_again_once(small, small_settings, packages)
     assert sorted(downloads(packages)) == sorted(f"{name}-1.0-py3-none-any.whl" for name in ("small_app", "small_lib"))
 
 
-def test_what_is_not_there_yet_is_not_wrong(tagged, packages):
+def test_missing_layers_are_no_verification_failure(tagged, packages):
     _, settings = tagged()
     packages.requests.clear()
     (result,) = warm(settings, verify=True)

@@ -245,7 +245,7 @@ def test_what_this_buildah_does_not_know_yet_is_named_with_the_release_that_does
     assert "Kaniko" in caught.value.remedy
 
 
-def test_a_new_buildah_is_left_to_its_own(make, storage):
+def test_features_are_not_checked_for_a_new_buildah(make, storage):
     engine = old_buildah(storage, "1.41.0", runs=True)
     with pytest.raises(BuildFailed, match="exit code 9"):
         make("FROM scratch\nRUN <<EOF\nset -eux\nEOF\nCOPY --link x /x\n", engine=engine)
@@ -264,7 +264,7 @@ def test_a_packaged_buildah_that_lacks_here_documents_is_told_from_a_misspelt_in
     assert "Kaniko" in caught.value.remedy
 
 
-def test_a_shift_is_no_here_document(make, base_image):
+def test_a_shift_operator_is_not_taken_for_a_here_document(make, base_image):
     make(f"FROM {base_image}\nRUN echo $((1 <<2)) '<<EOF'\n")
     assert "4 <<EOF" in make.lines
 

@@ -37,17 +37,17 @@ def chosen(wanted, *, kaniko, buildah):
         ("kaniko", True, True, "kaniko"),
     ],
 )
-def test_the_first_that_is_there_or_the_one_that_is_named(wanted, kaniko, buildah, name):
+def test_the_engine_is_the_configured_or_the_first_available_one(wanted, kaniko, buildah, name):
     assert chosen(wanted, kaniko=kaniko, buildah=buildah) == name
 
 
 @pytest.mark.parametrize("wanted", ["auto", "kaniko", "buildah"])
-def test_where_none_is_there_both_ways_out_are_named(wanted):
+def test_without_an_engine_the_error_names_both_remedies(wanted):
     with pytest.raises(InvalidSettings, match=r"builder image.*Kaniko.*install Buildah"):
         chosen(wanted, kaniko=False, buildah=False)
 
 
-def test_the_one_that_is_named_is_not_replaced_by_another():
+def test_a_configured_engine_is_not_replaced_by_another():
     with pytest.raises(InvalidSettings, match="BUILD_ENGINE is kaniko"):
         chosen("kaniko", kaniko=False, buildah=True)
 

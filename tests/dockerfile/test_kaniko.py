@@ -85,7 +85,7 @@ def build(root, job, tmp_path):
     return run
 
 
-def test_what_the_executor_is_told(build, root):
+def test_the_executor_gets_these_arguments(build, root):
     executor = Executor()
     build(executor)
     workspace = root / "workspace"
@@ -107,7 +107,7 @@ def test_what_the_executor_is_told(build, root):
     assert executor.timeout == 60
 
 
-def test_its_environment_is_its_own(build, root, monkeypatch):
+def test_the_executor_inherits_no_environment(build, root, monkeypatch):
     monkeypatch.setenv("REGISTRY_TOKEN", "hunter2")
     executor = Executor()
     build(executor)
@@ -122,7 +122,7 @@ def test_its_environment_is_its_own(build, root, monkeypatch):
     assert executor.env["FF_KANIKO_REPRODUCIBLE_PRESERVE_BASE_LAYERS"] == "true"
 
 
-def test_an_outsider_needs_no_force(build):
+def test_without_being_the_first_process_force_is_not_set(build):
     executor = Executor()
     build(executor)
     assert not executor.values("--force")

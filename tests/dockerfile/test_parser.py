@@ -65,7 +65,7 @@ def test_declared_names(text, names):
         ("FROM img-$TARGETARCH", None, []),
     ],
 )  # fmt: skip
-def test_bases(text, base, images):
+def test_base_images_are_found_in_every_from(text, base, images):
     parsed = Dockerfile.parse(text)
     assert parsed.final_base() == base
     assert list(parsed.images()) == images

@@ -116,7 +116,7 @@ def test_a_crash_says_how_it_ended_and_the_next_is_done(children, text, said):
         ),
     ],
 )
-def test_who_takes_too_much_is_ended_and_told_the_bound(bound, budget, text):
+def test_a_child_over_budget_is_ended_and_the_bound_is_named(bound, budget, text):
     with Children(replace(GENEROUS, **budget)) as children:
         with pytest.raises(OverBudget, match=rf"model 'x' version 1.*\({bound}\).*raise {bound}"):
             run(children, text)

@@ -301,7 +301,7 @@ def fuzzed(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_fuzz(name):
+def test_mutated_input_is_read_or_refused_within_bounds(name):
     outcome = bounded(fuzzed, name, seconds=300)
     assert not outcome.error, outcome.message
     outcome.check(exit_code=0, seconds=300)

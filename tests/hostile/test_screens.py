@@ -222,7 +222,7 @@ def hostile_version(uri, base, target, dockerfile=FAILS, path=PATH, **tags):
     return register(uri, files, {f"EXTERNAL_TARGET_{target}": "true", "MODEL_ENTRY_POINT": "app.py", **tags}, name=name)
 
 
-def test_plan(environ, terminal, mlflow_server, base_image):
+def test_plan_prints_no_control_characters(environ, terminal, mlflow_server, base_image):
     model = hostile_version(mlflow_server.uri, base_image, "plan", COPIES)
     done = run("plan", model.name, model.version, terminal=terminal, **environ)
     said = harmless(done.text)
@@ -237,7 +237,7 @@ def test_plan(environ, terminal, mlflow_server, base_image):
     assert planned["version"]["name"] == model.name
 
 
-def test_publish(environ, terminal, mlflow_server, base_image, tmp_path):
+def test_publish_prints_no_control_characters(environ, terminal, mlflow_server, base_image, tmp_path):
     message = tmp_path / "message"
     message.touch()
     model = hostile_version(mlflow_server.uri, base_image, "publish")
@@ -253,7 +253,9 @@ def test_publish(environ, terminal, mlflow_server, base_image, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["sweep", "warm", "download"])
-def test_many_versions(command, environ, terminal, mlflow_server, base_image, tmp_path):
+def test_sweep_warm_and_download_print_no_control_characters(
+    command, environ, terminal, mlflow_server, base_image, tmp_path
+):
     target = f"{command}{os.urandom(4).hex()}"
     hostile_version(mlflow_server.uri, base_image, target, MODEL_FOLDER=HOSTILE)
     hostile_version(mlflow_server.uri, base_image, target, MODEL_PLATFORMS=HOSTILE)

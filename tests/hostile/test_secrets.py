@@ -234,7 +234,7 @@ def test_a_value_of_blanks_hides_no_log(value):
         assert masked(text) == text
 
 
-def test_files_that_are_none_hinder_nobody(placed):
+def test_malformed_credential_files_do_no_harm(placed):
     hostile = {
         "docker/config.json": "[" * 100_000,
         "n": "machine",

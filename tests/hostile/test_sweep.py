@@ -219,7 +219,7 @@ def test_a_request_to_end_is_no_attempt(environ, new, index):
     assert outcome["error"].startswith("Terminated")
 
 
-def test_one_version_stops_no_warming(environ, new):
+def test_a_hostile_version_does_not_stop_builder_warm(environ, new):
     new("a good one")
     new("b brackets", HOSTILE["brackets in conda.yaml"][0])
     new("c good one")

@@ -103,7 +103,7 @@ def test_a_certificate_that_nobody_trusts_names_the_setting(tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["ftp://example.com", "http://", "nonsense://x", "https://[::1"])
-def test_a_tracking_uri_that_is_none(uri):
+def test_an_invalid_tracking_uri_is_refused(uri):
     with pytest.raises((InvalidSettings, ServiceUnavailable), match="MLFLOW_TRACKING_URI"):
         MlflowCatalog(uri).find("m", "1")
 
@@ -200,6 +200,6 @@ def test_any_other_refusal_of_the_disk_is_a_matter_of_settings(tmp_path):
         (tmp_path / "no" / "such").write_bytes(b"")
 
 
-def test_a_defect_of_ours_stays_one():
+def test_errors_other_than_disk_errors_pass_through():
     with pytest.raises(ZeroDivisionError), on_disk("divide"):
         1 / 0  # noqa: B018

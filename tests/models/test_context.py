@@ -140,7 +140,7 @@ def test_files_come_side_by_side(store, tmp_path):
     assert tree(tmp_path / "context") == FILES
 
 
-def test_the_first_error_ends_it(store, tmp_path, monkeypatch):
+def test_the_first_failed_download_stops_the_others(store, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_THREADS", 1)
     store.broken = {"mymodel/data/weights.bin": InvalidVersion("gone")}
     with pytest.raises(InvalidVersion, match="gone"):

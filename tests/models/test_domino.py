@@ -111,7 +111,7 @@ def test_in_a_run_another_authentication_may_be_chosen(monkeypatch):
     assert os.environ["MLFLOW_TRACKING_AUTH"] == "kubernetes"
 
 
-def test_no_other_server_is_sent_them(monkeypatch):
+def test_domino_headers_go_to_no_other_server(monkeypatch):
     """A notebook that has published asks another server by MLflow's own client."""
     set_both(monkeypatch)
     other = Answers(status=404)
@@ -147,7 +147,7 @@ def test_a_client_that_did_not_ask_for_them_sends_none(monkeypatch):
         ("databricks", "https://d/api", False),
     ],
 )
-def test_they_go_to_one_origin(monkeypatch, named, asked, sent):
+def test_domino_headers_go_to_one_origin_only(monkeypatch, named, asked, sent):
     set_both(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
     request = DominoAuth().get_auth()(requests.Request("GET", asked).prepare())

@@ -184,7 +184,7 @@ def test_a_live_model_is_saved_and_registered(shelf):
     ("flavor", "error"),
     [("../x", UsageError), ("", UsageError), ("nosuchflavor", InvalidSettings), ("tracking", InvalidSettings)],
 )
-def test_a_flavor_that_is_none(shelf, flavor, error):
+def test_an_unknown_flavor_is_refused(shelf, flavor, error):
     with pytest.raises(error):
         register_model_object(shelf.catalog, object(), flavor=flavor, name="x")
 

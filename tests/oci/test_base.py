@@ -367,7 +367,7 @@ def test_an_upper_layer_adds_replaces_and_deletes(push: Push, upper: list[Made],
     assert set(push(LOWER, layer(), layer(*upper), layer(file("etc/x"))).facts().interpreters) == found
 
 
-def test_what_was_taken_away_can_come_back(push: Push) -> None:
+def test_a_file_removed_by_a_layer_can_be_added_again(push: Push) -> None:
     gone = layer(file("usr/local/bin/.wh..wh..opq"))
     assert push(LOWER, gone, ONE).facts().interpreters == {"3.11": PYTHON}
 
@@ -421,7 +421,7 @@ def test_c_libraries(push: Push, entries: list[Made], glibc: tuple[int, int] | N
         ([], False),
     ],
 )
-def test_the_place_of_the_model(push: Push, entries: list[Made], occupied: bool) -> None:
+def test_an_existing_opt_model_is_detected(push: Push, entries: list[Made], occupied: bool) -> None:
     assert push(layer(*entries)).facts().occupied is occupied
 
 
@@ -602,7 +602,7 @@ def test_deep_directories_are_no_deep_recursion(push: Push) -> None:
     assert push(*made).facts().interpreters == {"3.11": PYTHON}
 
 
-def test_nothing_is_written(push: Push, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_base_image_writes_no_file(push: Push, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     push(layer(file("../escape", b"x"), file("/tmp/../../escape", b"x"), file(f"{tmp_path}/escape", b"x"))).facts()
     assert list(tmp_path.parent.glob("*/escape")) == []
@@ -614,7 +614,7 @@ def test_dots_lead_no_further_than_to_the_root(push: Push) -> None:
     assert set(push(made).facts().interpreters.values()) == {"/usr/bin/python3.11", "/usr/bin/python3.12"}
 
 
-def test_what_was_damaged_on_the_way_is_no_fault_of_the_image(push: Push) -> None:
+def test_a_blob_damaged_in_transit_is_a_service_error(push: Push) -> None:
     image = push(LOWER).image()
     with serve() as fake, Registries() as registries:
         blob = bytearray(gzip.compress(LOWER, 1))

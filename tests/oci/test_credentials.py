@@ -141,7 +141,7 @@ ANSWER = f'printf \'{{"ServerURL": "%s", "Username": "%s", "Secret": "{SECRET}"}
     ("host", "asked"), [("quay.io", "quay.io"), ("docker.io", HUB), ("reg.example:5000", "reg.example:5000")]
 )
 @pytest.mark.parametrize("kind", ["credHelpers", "credsStore"])
-def test_a_helper_is_asked(kind: str, host: str, asked: str, helper, tmp_path: Path) -> None:
+def test_a_credential_helper_is_used(kind: str, host: str, asked: str, helper, tmp_path: Path) -> None:
     helper(ANSWER)
     value = {"credHelpers": {asked: "test"}} if kind == "credHelpers" else {"credsStore": "test"}
     assert Credentials(docker_config=config(tmp_path, value)).for_host(host) == Credential(asked, SECRET)
@@ -211,7 +211,7 @@ def test_a_repr_shows_nothing() -> None:
         assert "user-name" not in repr(credential)
 
 
-def test_all_errors_are_ours(helper, tmp_path: Path) -> None:
+def test_an_unreadable_docker_config_is_a_builder_error(helper, tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(BuilderError):
         Credentials(docker_config=tmp_path).for_host("quay.io")

@@ -156,7 +156,7 @@ def test_many_small_files_are_streamed_in_chunks_worth_sending(tmp_path):
     assert all(size >= 256 << 10 for size in sizes[:-1])
 
 
-def test_a_registry_takes_it_once(registry, tmp_path):
+def test_the_same_layer_is_uploaded_once(registry, tmp_path):
     repository = Repository(registry.host, f"files/{uuid.uuid4().hex}")
     with Registries(Credentials()) as registries:
         pushed = registries.for_host(registry.host)
@@ -172,7 +172,7 @@ def test_a_registry_takes_it_once(registry, tmp_path):
 # ---- files that are not what they should be
 
 
-def test_no_layer_of_no_files():
+def test_a_layer_without_files_is_refused():
     assert split([], most=0) == []
     with pytest.raises(ValueError, match="no files"):
         FilesLayer.of([])

@@ -40,7 +40,7 @@ def test_loopback_is_known_by_name_alone(host: str, expected: bool) -> None:
         ("reg.example", [], False),
     ],
 )
-def test_named_hosts(host: str, names: list[str], expected: bool) -> None:
+def test_hosts_match_the_names_in_a_setting(host: str, names: list[str], expected: bool) -> None:
     assert is_named(host, names) is expected
 
 
@@ -53,7 +53,7 @@ def test_docker_hub_has_one_name_and_another_for_its_api() -> None:
 @pytest.mark.parametrize(
     ("host", "expected"), [("a:1", ("a", "1")), ("a", ("a", "")), ("[::1]:2", ("::1", "2")), ("[::1]", ("::1", ""))]
 )
-def test_split(host: str, expected: tuple[str, str]) -> None:
+def test_hosts_are_split_into_name_and_port(host: str, expected: tuple[str, str]) -> None:
     assert split(host) == expected
 
 
@@ -106,7 +106,7 @@ def test_no_proxy(no_proxy: str, name: str, direct: bool) -> None:
         (["=,="], []),
     ],
 )
-def test_challenges(values: list[str], expected: list[tuple[str, dict[str, str]]]) -> None:
+def test_authentication_challenges_are_parsed(values: list[str], expected: list[tuple[str, dict[str, str]]]) -> None:
     assert challenges(values) == tuple(Challenge(*each) for each in expected)
 
 

@@ -170,7 +170,7 @@ def test_chunks_are_bounded():
     assert min(map(len, chunks[:-1])) >= CHUNK
 
 
-def test_entries_that_no_file_follows():
+def test_folders_and_links_are_written():
     writer, data = written(
         lambda writer: writer.directory("opt/model/empty"),
         lambda writer: writer.symlink("opt/model/bin/python", "/usr/local/bin/python3.11"),

@@ -315,7 +315,7 @@ def test_an_arm_of_another_variant_is_refused(tmp_path: Path) -> None:
         open_layout(made.folder, Platform.parse("linux/arm/v6"))
 
 
-def test_a_layout_of_another_program(tmp_path: Path) -> None:
+def test_a_layout_written_by_skopeo_is_read(tmp_path: Path) -> None:
     base = make_base_image(("linux/amd64", "linux/arm64", "linux/arm/v7"))
     copy = ["skopeo", "--override-arch", "arm64", "copy", "--quiet", f"oci:{base}", f"oci:{tmp_path}/layout:tag"]
     subprocess.run(copy, check=True)

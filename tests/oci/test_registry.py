@@ -90,7 +90,7 @@ def repository(fake: Fake) -> Repository:
     ],
     ids=["seconds", "capped", "a date", "gateway", "error", "resets"],
 )
-def test_what_passes_is_tried_again(*, fake, registry, repository, waits, failures, least, most) -> None:
+def test_transient_failures_are_retried(*, fake, registry, repository, waits, failures, least, most) -> None:
     fake.answers = [*failures, FOUND]
     assert registry.manifest(repository.tag("v1")).digest == Digest.of(MANIFEST)
     assert len(waits) == len(failures)
@@ -98,7 +98,7 @@ def test_what_passes_is_tried_again(*, fake, registry, repository, waits, failur
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, 408, 409, 416, 418, 501])
-def test_what_does_not_pass_is_not_tried_again(fake, registry, repository, waits, status) -> None:
+def test_permanent_failures_are_not_retried(fake, registry, repository, waits, status) -> None:
     fake.answers = [Reply(status)]
     with pytest.raises(BuilderError, match=str(status)):
         registry.manifest(repository.tag("v1"))
@@ -118,7 +118,7 @@ def test_what_does_not_pass_is_not_tried_again(fake, registry, repository, waits
     ],
     ids=["away", "507", "full", "full, after a long path", "limited", "gateway page", "resets"],
 )
-def test_what_does_not_pass_in_time_is_an_error(fake, registry, repository, failure, message) -> None:
+def test_a_persistent_failure_is_an_error_after_all_retries(fake, registry, repository, failure, message) -> None:
     fake.answer = lambda _: failure
     with pytest.raises(ServiceUnavailable, match=message) as caught:
         registry.manifest(repository.tag("v1"))
@@ -169,7 +169,7 @@ def test_retry_after(value: str, expected: float | None) -> None:
     assert retry_after(value) == expected
 
 
-def test_a_moment_that_is_over_is_not_waited_for() -> None:
+def test_a_retry_after_in_the_past_is_no_wait() -> None:
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
@@ -185,7 +185,7 @@ def test_a_moment_that_is_over_is_not_waited_for() -> None:
         Reply(404, {"Docker-Distribution-Api-Version": "registry/2.0"}),
     ],
 )
-def test_not_there(fake, registry, repository, reply) -> None:
+def test_an_absent_manifest_is_none(fake, registry, repository, reply) -> None:
     fake.answers = [reply]
     assert published(registry, repository.tag("v1")) is None
 
@@ -222,7 +222,7 @@ def test_not_there(fake, registry, repository, reply) -> None:
         (Reply(204), ServiceUnavailable),
     ],
 )
-def test_cannot_tell(fake, registry, repository, reply, error) -> None:
+def test_an_unclear_answer_is_an_error_and_never_absence(fake, registry, repository, reply, error) -> None:
     fake.answer = lambda _: reply
     with pytest.raises(error) as caught:
         published(registry, repository.tag("v1"))
@@ -258,7 +258,7 @@ def test_a_blob_that_promises_too_much_is_not_asked_for(fake, registry, reposito
         {"schemaVersion": 1, "name": "an old one"},
     ],
 )
-def test_what_is_no_image_is_there_and_not_ours(fake, registry, repository, manifest) -> None:
+def test_an_artifact_under_the_tag_is_a_foreign_image(fake, registry, repository, manifest) -> None:
     content = json.dumps(manifest).encode()
     fake.answers = [Reply(200, {"Content-Type": manifest.get("mediaType", OCI_MANIFEST)}, content)]
     there = published(registry, repository.tag("v1"))
@@ -515,7 +515,7 @@ def test_a_redirect_to_another_host_carries_no_credential(fake, other, registry,
     assert [each.authorization for each in other.asked] == [None, None]
 
 
-def test_who_left_home_does_not_come_back_with_the_credential(fake, other, registry, repository) -> None:
+def test_a_redirect_away_and_back_carries_no_credential(fake, other, registry, repository) -> None:
     def home(asked: Asked) -> Reply:
         if asked.path == "/back":
             return Reply.error(403, "DENIED")
@@ -664,7 +664,7 @@ def test_a_token_server_that_gives_none(*, fake, other, registry, repository, re
         "http://a:b/",
     ],
 )
-def test_a_realm_that_is_not_asked(fake, registry, repository, realm) -> None:
+def test_an_unacceptable_token_realm_gets_no_request(fake, registry, repository, realm) -> None:
     fake.answer = lambda _: bearer(realm)
     with pytest.raises((PermissionRefused, ServiceUnavailable), match="token server"):
         registry.manifest(repository.tag("v1"))
@@ -745,13 +745,13 @@ def test_a_named_host_is_reached_over_plain_http(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("address", ["ftp://proxy.invalid", "http://[", "://:secret-word@"])
-def test_a_proxy_that_is_none_is_not_shown(address: str) -> None:
+def test_an_invalid_proxy_is_refused_without_showing_it(address: str) -> None:
     with pytest.raises(InvalidSettings, match="HTTPS_PROXY") as caught:
         Registries(proxies={"HTTPS_PROXY": address})
     assert "secret-word" not in str(caught.value)
 
 
-def test_a_bundle_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_ca_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("no certificate")
     for name in ("ca.pem", "absent.pem"):
         with pytest.raises(InvalidSettings, match="SSL_CERT_FILE"):

@@ -225,7 +225,7 @@ def answer(status, body=b"", kind="text/plain", **headers):
         (break_off(0, 99), ServiceUnavailable, "cannot be reached"),
     ],
 )
-def test_what_goes_wrong(index, locked, tmp_path, fault, error, why):
+def test_a_failed_download_says_why_and_leaves_no_file(index, locked, tmp_path, fault, error, why):
     index.faults = fault
     with client(index.simple) as asked, pytest.raises(error, match=why) as caught:
         asked.download(locked, tmp_path / "wheel")
@@ -283,7 +283,7 @@ def test_a_full_disk(index, locked):
         ("text/html; charset=x", b"<a href='http://[::1'>y</a><base href='javascript:x'><a href='data:,'>"),
     ],
 )
-def test_pages_that_are_none(index, kind, body):
+def test_invalid_index_pages_are_refused(index, kind, body):
     index.faults = lambda handler, path: handler.answer(200, body, kind) or True
     wanted = LockedWheel(name="x", version="1", filename="x-1-py3-none-any.whl", sha256="0" * 64)
     with client(index.simple) as asked, pytest.raises((ServiceUnavailable, WheelNotFound)):

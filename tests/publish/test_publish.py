@@ -59,7 +59,7 @@ def push_somebody_elses(base_image, tag, crane):
     crane("copy", "--platform", "linux/amd64", base_image, str(tag))
 
 
-def test_the_whole_job(settings, new, base_image, crane, registry):
+def test_a_version_is_published_and_recorded(settings, new, base_image, crane, registry):
     model = new()
     published = publish(settings(model))
 

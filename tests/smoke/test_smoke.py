@@ -410,7 +410,7 @@ def test_the_forms_of_an_example(example, release, bodies):
     assert [body for body, _ in ask.requests_for(example, release)] == bodies
 
 
-def test_what_is_wrong_with_an_answer():
+def test_bad_answers_are_explained():
     assert ask.complaint_about(200, b'{"predictions": [1, NaN]}') == ""
     assert ask.complaint_about(200, b"<html>") == "the answer is not JSON: <html>"
     assert ask.complaint_about(200, b"[" * 100_000).startswith("the answer is not JSON")

@@ -32,7 +32,7 @@ def versions(tmp_path, index, conda, requirements=None):
     return lock(read, platform=AMD64, indexes=asked(index), model=Path("/nonexistent"), glibc=GLIBC).versions
 
 
-def test_what_the_lock_has_is_no_reason(tmp_path, index):
+def test_a_conda_package_in_the_lock_adds_no_pin(tmp_path, index):
     found = versions(tmp_path, index, ["numpy=1.21.2"], "scikit-learn\n")
     assert found == {"scikit-learn": "1.0.2", "numpy": "1.26.4"}
 
@@ -77,6 +77,6 @@ def test_too_many_packages_are_not_looked_up(tmp_path, index):
         ("a" * 100_000, None),
     ],
 )
-def test_entries(entry, text):
+def test_conda_entries_become_requirements(entry, text):
     found = conda_package(entry)
     assert (found.text() if found else None) == text

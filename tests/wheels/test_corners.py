@@ -107,7 +107,7 @@ def test_a_private_index_with_a_credential_and_an_authority(small, small_environ
         assert "SSL_CERT_FILE" in refused.stderr
 
 
-def test_what_a_base_says_of_its_containers_stays(small, small_settings, registry, crane):
+def test_the_config_of_the_base_image_is_kept(small, small_settings, registry, crane):
     config = {
         "Env": ["LANG=C.UTF-8", "PATH=/opt/own/bin:/usr/bin", "HOME=/root", "ODD"],
         "Labels": {"of.the.base": "yes"},

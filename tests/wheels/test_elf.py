@@ -28,7 +28,7 @@ def read(content, module="own"):
 @pytest.mark.parametrize(
     ("bits", "order", "machine"), [(64, "<", ARM64), (64, ">", S390X), (32, "<", 40), (32, ">", 20)]
 )
-def test_every_form_is_read(bits, order, machine):
+def test_both_word_sizes_and_byte_orders_are_read(bits, order, machine):
     names = ("libGL.so.1", "libz.so.1", "libGL.so.1")
     content = make_elf(
         *names, soname="libown.so.3", module="own", bits=bits, order=order, machine=machine, padding=9000
@@ -116,7 +116,7 @@ def test_a_library_with_large_declared_sizes_is_cheap():
 
 
 @given(st.integers(0, len(ORDINARY) - 1), st.integers(0, 255), st.integers(0, len(ORDINARY)))
-def test_no_damage_raises(place, byte, end):
+def test_a_damaged_library_never_raises(place, byte, end):
     damaged = bytearray(ORDINARY)
     damaged[place] = byte
     for content in (bytes(damaged), ORDINARY[:end], bytes(damaged[:end])):

@@ -101,7 +101,7 @@ def test_a_module_that_is_nowhere_is_refused_before_the_weights_are_downloaded(
     assert "pre_processor.steps" in model.outcome()["error"]
 
 
-def test_so_is_a_loader(logged, environ):
+def test_a_missing_loader_is_refused(logged, environ):
     files = {"mymodel/MLmodel": MLMODEL.replace("mlflow.pyfunc.model", "our_loader")}
     # The model's own folder is on no path, and nor is one that `code` does not name.
     for beside in ({}, {"mymodel/our_loader.py": "x = 1\n"}, {"mymodel/code/our_loader.py": "x = 1\n"}):
@@ -127,7 +127,7 @@ def test_a_module_that_may_be_there_is_not_refused(logged, environ, preprocessin
     assert publish(Settings.from_environ(environ(logged(preprocessing, **INNOCENT[why])))).changed
 
 
-def test_nor_is_one_of_which_nobody_can_tell(logged, environ, preprocessing, registry, packages, caplog):
+def test_a_module_that_cannot_be_checked_is_not_refused(logged, environ, preprocessing, registry, packages, caplog):
     caplog.set_level("INFO", "builder.wheels")
     base = push_base(registry.host, "base/with-path:3.11", config={"Env": ["PYTHONPATH=/opt/site"]})
     assert publish(Settings.from_environ(environ(logged(preprocessing), BASE_IMAGE=base))).changed
@@ -184,7 +184,7 @@ def test_what_a_method_imports_is_added_and_told(logged, environ, caplog):
     assert "resolving" not in caplog.text
 
 
-def test_without_such_a_name_nothing_is_added(logged, environ):
+def test_imports_of_the_standard_library_add_no_package(logged, environ):
     planned = preview(Settings.from_environ(environ(logged(by_value(SCALING.replace("sklearn", "json"), "Scaling")))))
     assert planned.platforms[0].notes == ()
     assert not any(name.startswith("scikit") for name in planned.platforms[0].layers.missing)

@@ -107,14 +107,14 @@ def test_it_is_a_pylock_that_others_read():
         ("path = ", 'size = "many", path = '),
     ],
 )
-def test_what_is_no_lock_is_refused(old, new):
+def test_an_altered_lock_is_refused(old, new):
     text = lock(wheel()).to_text()
     assert old in text
     with pytest.raises(InvalidVersion, match="cached lock is invalid"):
         Lock.from_text(text.replace(old, new))
 
 
-def test_nothing_and_too_much_are_refused():
+def test_empty_binary_and_oversized_locks_are_refused():
     for text in (b"", b"\xff", "x" * (5 << 20)):
         with pytest.raises(InvalidVersion):
             Lock.from_text(text)

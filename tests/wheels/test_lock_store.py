@@ -89,7 +89,7 @@ def test_versions_of_one_day_share_a_lock(resolver, index, caplog):
     ],
     ids=str,
 )
-def test_what_differs_is_resolved_for_itself(resolver, caplog, change):
+def test_different_inputs_do_not_share_a_lock(resolver, caplog, change):
     resolver().lock(AMD64, GLIBC)
     lines = change.pop("lines", ())
     _, ran = resolved(caplog, lambda: resolver(*lines, **change).lock(AMD64, GLIBC))
@@ -150,7 +150,7 @@ def text_of_a_lock():
     return Lock(platform=AMD64, python="3.11", glibc=GLIBC, as_of=rounded(MORNING), wheels=wheels).to_text().encode()
 
 
-def test_the_lock_that_is_spoilt_below_is_one(resolver, store, text_of_a_lock):
+def test_the_lock_that_other_tests_damage_is_valid(resolver, store, text_of_a_lock):
     store.keep_text(f"lock-{keys(resolver())[0]}", text_of_a_lock, kind=LOCK_TYPE, title=LOCK_FILE)
     assert resolver().kept(AMD64, GLIBC).to_text().encode() == text_of_a_lock
 
@@ -191,7 +191,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("spoil", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_is_no_lock(resolver, store, text_of_a_lock, spoil, caplog):
+def test_a_damaged_lock_is_ignored(resolver, store, text_of_a_lock, spoil, caplog):
     spoilt = spoil(text_of_a_lock)
     assert spoilt != text_of_a_lock
     for key in keys(resolver()):

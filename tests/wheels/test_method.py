@@ -160,7 +160,7 @@ def _platform_manifest(registry, base):
 # -- processes that end in the middle, or are two
 
 
-def test_killed_anywhere_and_run_again(small, small_environ, small_settings, registry, crane):
+def test_a_publish_killed_at_any_write_can_be_repeated(small, small_environ, small_settings, registry, crane):
     model = small()
     with forwarding(registry.host) as proxy:
         place = {"REGISTRY_URL": f"{proxy.host}/{model.name}-whole"}
@@ -301,7 +301,7 @@ def test_the_phases_hand_over_through_the_workspace_alone(small, small_environ, 
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["of the settings", "of the version"])
-def test_whose_fault_a_base_image_is_that_is_not_there(small, small_settings, registry, own):
+def test_a_missing_base_image_is_blamed_on_the_setting_or_the_tag(small, small_settings, registry, own):
     absent = f"{registry.host}/base/absent:1"
     model = small(tags={"MODEL_BASE_IMAGE": absent} if own else {})
     changes = {"ALLOWED_BASE_IMAGES": absent} if own else {"BASE_IMAGE": absent}

@@ -57,7 +57,7 @@ def test_an_mlflow_that_imports_pkg_resources_gets_a_setuptools_that_has_it(inde
 
 
 @pytest.mark.parametrize("version", NEW)
-def test_a_newer_one_gets_none(index, version):
+def test_a_newer_mlflow_gets_no_setuptools(index, version):
     assert "setuptools" not in served(f"mlflow=={version}", logged=version, index=index)
 
 

@@ -108,7 +108,7 @@ def test_a_long_argument_is_passed_over(read, monkeypatch):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
-def test_packed_pickles(read, pack):
+def test_compressed_pickles_are_read(read, pack):
     found = read({"python_model.pkl": pack(cloudpickle.dumps([Model(), xmlrpc.client.Fault]))})
     assert "scikit-learn" in found.uses
     assert "xmlrpc.client" in loaded(found)
@@ -194,7 +194,7 @@ def test_mlmodel_s_loader_counts(read):
         ("code: [code]", None),
     ],
 )
-def test_mlmodel_s_code_is_told(read, said, folder):
+def test_the_code_folder_of_mlmodel_is_found(read, said, folder):
     assert read({}, f"flavors: {{python_function: {{loader_module: ours, {said}}}}}\n").code == folder
 
 
@@ -226,7 +226,7 @@ def test_only_the_first_pickle_of_a_file_is_loaded(read):
         gzip.compress(bytes(50 << 20), 1),
     ],
 )
-def test_what_is_no_pickle_tells_nothing(read, content):
+def test_files_that_are_not_pickles_name_no_modules(read, content):
     assert loaded(read({"python_model.pkl": content})) <= {"os"}
 
 

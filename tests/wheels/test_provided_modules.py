@@ -18,12 +18,12 @@ EMPTY = Lock(platform=Platform.parse("linux/amd64"), python="3.8")
         *("__torch__.x", "helper", "lib.helper", "fast"),
     ],
 )
-def test_what_is_there_without_a_package(module):
+def test_modules_of_python_and_of_the_model_need_no_package(module):
     own = ["m/code/helper.py", "m/code/deep/lib/other.txt", "m/code/fast.cpython-38-x86_64-linux-gnu.so"]
     check_provided({module: "m/python_model.pkl"}, own, EMPTY, None)
 
 
-def test_what_is_not():
+def test_a_module_that_nothing_provides_is_refused():
     with pytest.raises(InvalidVersion, match=r"m/x\.pkl names the module 'helpers\.a'"):
         check_provided({"helpers.a": "m/x.pkl", "json": "m/x.pkl"}, ["m/code/helper.py"], EMPTY, None)
 

@@ -51,7 +51,7 @@ def lines(requirements):
     return requirements.to_text().splitlines()
 
 
-def test_what_mlflow_logs(model):
+def test_the_files_that_mlflow_logs_are_read(model):
     read = model(
         requirements="mlflow==3.17.2\nnumpy==2.4.6\nscikit-learn==1.9.1",
         env=PYTHON_ENV,
@@ -179,7 +179,7 @@ def test_an_index_that_is_configured_may_be_named(model):
         ("x==1 --hash='sha256", "unclosed quote"),
     ],
 )
-def test_what_is_refused(model, text, why):
+def test_unsupported_requirements_are_refused_with_a_reason(model, text, why):
     with pytest.raises(InvalidVersion, match=why) as caught:
         model(requirements=f"numpy\n{text}\n")
     assert "line 2" in str(caught.value)
@@ -208,7 +208,7 @@ def test_what_only_looks_like_pypi_is_refused(model, address):
 
 
 @pytest.mark.parametrize("path", ["croot/numpy_1672336185480/work", "tmp/build/80754af9/scipy_1597686635649/work"])
-def test_an_address_that_conda_left_is_told_its_remedy(model, path):
+def test_a_build_path_left_by_conda_is_refused_with_a_remedy(model, path):
     with pytest.raises(InvalidVersion, match=r"write numpy==<version> instead"):
         model(requirements=f"numpy @ file:///{path}\n")
 
@@ -334,7 +334,7 @@ def test_any_text_is_read_or_refused(text):
         max_size=12,
     )
 )
-def test_pieces_of_lines(pieces):
+def test_any_requirements_line_is_parsed_or_refused(pieces):
     for number, line in logical_lines("".join(pieces)):
         with suppress(Unusable):
             list(parse_line(number, line))

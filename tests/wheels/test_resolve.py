@@ -73,7 +73,7 @@ def versions(found):
 
 
 @pytest.mark.parametrize("platform", [AMD64, ARM64], ids=str)
-def test_scikit_learn(machine, platform):
+def test_scikit_learn_resolves_as_of_a_date(machine, platform):
     found = locked("scikit-learn==1.5.2", indexes=machine, platform=platform, as_of=datetime(2025, 3, 1, 9, tzinfo=UTC))
     assert versions(found) == {
         "joblib": "1.4.2",
@@ -304,7 +304,7 @@ def test_a_conflict_is_no_work_for_an_engine(index, platform):
 
 
 @BOTH
-def test_another_python(index, platform):
+def test_requires_python_is_respected(index, platform):
     index.add("new", "1.0", requires_python=">=3.11")
     index.add("new", "2.0", requires_python=">=3.12")
     index.add("new", "1.5", requires_python=">=3.11.4")
@@ -355,7 +355,7 @@ def test_of_several_wheels_one_of_the_hashes_that_are_named(index):
         (("app", "other"), "lib"),
     ],
 )
-def test_conflicts_are_told(index, platform, lines, said):
+def test_conflicts_are_explained(index, platform, lines, said):
     index.add("other", "1.0", requires=["lib<1"])
     with pytest.raises(Unsatisfiable, match=said) as caught:
         locked(*lines, indexes=asked(index), platform=platform)
@@ -364,7 +364,7 @@ def test_conflicts_are_told(index, platform, lines, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_python_that_nobody_tells(index):
+def test_resolving_without_a_python_version_is_refused(index):
     with pytest.raises(InvalidVersion, match="which Python version"):
         locked("app", indexes=asked(index), python="")
 
@@ -427,7 +427,7 @@ def test_an_index_without_hashes(index, platform):
 
 
 @BOTH
-def test_nobody_takes_a_private_package_s_place(index, platform):
+def test_a_public_package_does_not_shadow_a_private_one(index, platform):
     index.add("inhouse", "99.0")
     with running() as private:
         private.add("inhouse", "1.0")
@@ -489,7 +489,7 @@ def test_folders_of_wheels_alone(tmp_path):
 
 
 @BOTH
-def test_an_index_that_is_away(index, platform):
+def test_an_unavailable_index_is_a_service_error(index, platform):
     index.faults = lambda handler, path: handler.answer(503) or True
 
     def impatient(argv, **options):

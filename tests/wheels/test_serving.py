@@ -52,7 +52,7 @@ def wanted(lines):
         (["numpy"], "", ["mlflow-skinny", "numpy", "pandas", "uvicorn"]),
     ],
 )
-def test_what_stands_for_mlflow(lines, logged, expected):
+def test_mlflow_is_replaced_by_the_part_that_serves(lines, logged, expected):
     assert wanted(served(*lines, logged=logged)) == expected
 
 

@@ -206,7 +206,7 @@ def test_a_client_may_do_without_java(small, small_settings, caplog):
 
 
 @pytest.mark.parametrize("loader", ["mlflow.sklearn", "mlflow.sparkle", "h2o_like.x"])
-def test_other_loaders_need_none(small, small_settings, loader):
+def test_other_loaders_need_no_java(small, small_settings, loader):
     model = small(
         files=SERVED | {"mymodel/MLmodel": MLMODEL.replace("mlflow.pyfunc.model", loader)},
         tags={"MODEL_ENTRY_POINT": ""},

@@ -13,7 +13,7 @@ from builder.wheels.install import venv_layer
 from tests.wheels.made import PYTHON
 
 
-def test_it_says_what_pythons_own_says(tmp_path):
+def test_the_layer_equals_what_python_s_venv_makes(tmp_path):
     layer, blob = venv_layer(sys._base_executable, PYTHON)
     assert layer.digest == Digest.of(blob.content)
     assert layer.size == len(blob.content)
