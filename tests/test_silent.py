@@ -13,7 +13,7 @@ from builder.clients import Registries
 from builder.errors import ServiceUnavailable
 from builder.http import RetryPolicy
 from builder.models.catalog import MlflowCatalog
-from builder.oci.base_image import published
+from builder.oci.registry import published
 from builder.package_index import Indexes, IndexUrl
 from builder.package_index.client import IndexClient
 from builder.publish import publish

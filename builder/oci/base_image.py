@@ -10,11 +10,9 @@ from typing import Any
 
 from builder.errors import InvalidVersion
 from builder.oci import (
-    CONFIGS,
     INDEXES,
     LAYERS,
     MANIFESTS,
-    MOST_JSON_BYTES,
     Descriptor,
     Malformed,
     descriptors,
@@ -25,20 +23,18 @@ from builder.oci import (
 from builder.oci.layer import Layer
 from builder.oci.manifest import (
     Image,
-    Published,
     config_of,
     engine_config,
     image_of,
     images_of,
     labelled,
     read_config,
-    read_published,
     stamped,
     timestamp,
 )
-from builder.oci.registry import FetchedManifest, Registry
+from builder.oci.registry import FetchedManifest, Registry, config_bytes
 from builder.oci.transport import unexpected
-from builder.reference import Digest, Platform, Reference, Repository
+from builder.reference import Digest, Platform, Reference
 
 _ARM = re.compile(r"v([0-9]{1,3})")
 _OLDEST_ARM = 5
@@ -161,16 +157,6 @@ def find_image(registry: Registry, reference: Reference, platform: Platform) -> 
     )
 
 
-def config_bytes(registry: Registry, repository: Repository, manifest: FetchedManifest) -> bytes:
-    """Return the config that an image manifest names.
-
-    Raises:
-        Malformed: it names none.
-        BuilderError: the registry does not give it; see `Registry`.
-    """
-    return registry.blob_bytes(repository, config_of(manifest.content), MOST_JSON_BYTES)
-
-
 def _layers(manifest: bytes) -> tuple[Descriptor, ...]:
     layers = descriptors(from_bytes(manifest).get("layers"), "layers")
     for layer in layers:
@@ -210,36 +196,6 @@ def _arm(platform: Platform) -> int:
     """Return the number of arm's variant; 0 for another platform, or one without a variant."""
     found = _ARM.fullmatch(platform.variant) if platform.architecture == "arm" else None
     return int(found[1]) if found else 0
-
-
-def published(registry: Registry, reference: Reference) -> Published | None:
-    """Return what a reference names, or None where the registry says that it names nothing.
-
-    Something else than an image of ours (a chart, an artifact, an index of an unknown form) has no source id, and
-    perhaps no platforms.
-
-    Raises:
-        BuilderError: the registry does not answer; see `Registry`.
-    """
-    fetched = registry.manifest(reference)
-    if fetched is None:
-        return None
-    try:
-        platforms = _platforms(registry, reference.repository, fetched)
-        return read_published(fetched.content, fetched.media_type, platforms)
-    except Malformed:
-        return Published(
-            digest=fetched.digest, media_type=fetched.media_type, source_id=None, platforms={}, annotations={}
-        )
-
-
-def _platforms(registry: Registry, repository: Repository, fetched: FetchedManifest) -> dict[Platform, Descriptor]:
-    if fetched.media_type in INDEXES:
-        return images_of(fetched.content)
-    if fetched.media_type not in MANIFESTS or config_of(fetched.content).media_type not in CONFIGS:
-        return {}
-    platform, _ = read_config(config_bytes(registry, repository, fetched))
-    return {platform: Descriptor.of(fetched.content, fetched.media_type, platform)}
 
 
 # Docker refuses more than 125 layers (seen); below that, others can still build upon the image.

@@ -12,12 +12,24 @@ import httpx2
 
 from builder.errors import BuilderError, BuildFailed, PermissionRefused, TryAgain
 from builder.log import get_logger, moved
-from builder.oci import INDEXES, MANIFESTS, Around, Blob, BytesBlob, Counted, Descriptor, Malformed, verified
+from builder.oci import (
+    CONFIGS,
+    INDEXES,
+    MANIFESTS,
+    MOST_JSON_BYTES,
+    Around,
+    Blob,
+    BytesBlob,
+    Counted,
+    Descriptor,
+    Malformed,
+    verified,
+)
 from builder.oci.layout import LayoutImage
-from builder.oci.manifest import Image, media_type_of
+from builder.oci.manifest import Image, Published, config_of, images_of, media_type_of, read_config, read_published
 from builder.oci.transport import Answer, Transport, scope, unexpected
 from builder.process import in_background
-from builder.reference import Digest, Reference, Repository
+from builder.reference import Digest, Platform, Reference, Repository
 
 _log = get_logger("registry")
 _ACCEPT = ", ".join(sorted(MANIFESTS | INDEXES))
@@ -463,3 +475,43 @@ class Stoppable(Around):
                 message = "Another upload of the same image failed, so this one was ended."
                 raise TryAgain(message)
             yield chunk
+
+
+def published(registry: Registry, reference: Reference) -> Published | None:
+    """Return what a reference names, or None where the registry says that it names nothing.
+
+    Something else than an image of ours (a chart, an artifact, an index of an unknown form) has no source id, and
+    perhaps no platforms.
+
+    Raises:
+        BuilderError: the registry does not answer; see `Registry`.
+    """
+    fetched = registry.manifest(reference)
+    if fetched is None:
+        return None
+    try:
+        platforms = _platforms(registry, reference.repository, fetched)
+        return read_published(fetched.content, fetched.media_type, platforms)
+    except Malformed:
+        return Published(
+            digest=fetched.digest, media_type=fetched.media_type, source_id=None, platforms={}, annotations={}
+        )
+
+
+def _platforms(registry: Registry, repository: Repository, fetched: FetchedManifest) -> dict[Platform, Descriptor]:
+    if fetched.media_type in INDEXES:
+        return images_of(fetched.content)
+    if fetched.media_type not in MANIFESTS or config_of(fetched.content).media_type not in CONFIGS:
+        return {}
+    platform, _ = read_config(config_bytes(registry, repository, fetched))
+    return {platform: Descriptor.of(fetched.content, fetched.media_type, platform)}
+
+
+def config_bytes(registry: Registry, repository: Repository, manifest: FetchedManifest) -> bytes:
+    """Return the config that an image manifest names.
+
+    Raises:
+        Malformed: it names none.
+        BuilderError: the registry does not give it; see `Registry`.
+    """
+    return registry.blob_bytes(repository, config_of(manifest.content), MOST_JSON_BYTES)

@@ -21,10 +21,10 @@ from builder.errors import BuildFailed, InvalidSettings, PermissionRefused, Serv
 from builder.http import RetryPolicy
 from builder.oci import OCI_INDEX, OCI_MANIFEST, BytesBlob, LayoutBlob
 from builder.oci.authn import Credential, Credentials
-from builder.oci.base_image import find_image, published
+from builder.oci.base_image import find_image
 from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import SOURCE_ID, Image, index
-from builder.oci.registry import Registry, move_tag, push_image
+from builder.oci.registry import Registry, move_tag, published, push_image
 from builder.reference import Digest, Platform, Reference, Repository
 from scripts.launch import clean_environ
 from tests.oci.layouts import make_layout, tar

@@ -20,10 +20,10 @@ from builder.errors import BuilderError, InvalidSettings, InvalidVersion, Permis
 from builder.http import RetryPolicy, retry_after
 from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.authn import Credential, Credentials
-from builder.oci.base_image import find_image, published
+from builder.oci.base_image import find_image
 from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import index
-from builder.oci.registry import Registry, push_image
+from builder.oci.registry import Registry, published, push_image
 from builder.reference import Digest, Platform, Repository
 from builder.settings import BuildSettings, Settings
 from tests.oci.fake import Asked, Fake, Reply, Reset, serve
