@@ -9,17 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from builder.errors import InvalidVersion
-from builder.oci import (
-    INDEXES,
-    LAYERS,
-    MANIFESTS,
-    Descriptor,
-    Malformed,
-    descriptors,
-    from_bytes,
-    refuse,
-    sequence,
-)
+from builder.oci import INDEXES, LAYERS, MANIFESTS, Descriptor, Malformed, descriptors, from_bytes, refuse, sequence
 from builder.oci.layer import Layer
 from builder.oci.manifest import (
     Image,

@@ -1,22 +1,30 @@
-"""Image configs, manifests and indexes, ours and others', and the rules of a target. Nothing here does I/O."""
+"""Manifests, configs and indexes: how ours are written, how others are read; layouts of an untrusted process."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from builder.errors import InvalidVersion
+from builder import safe_open
+from builder.errors import BuildFailed
 from builder.masking import one_line
 from builder.oci import (
+    CONFIGS,
     INDEXES,
+    LAYERS,
     MANIFESTS,
+    MOST_JSON_BYTES,
     OCI_CONFIG,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
+    LayoutBlob,
+    Malformed,
+    check,
     descriptors,
     digest_of,
     from_bytes,
@@ -27,7 +35,7 @@ from builder.oci import (
     strings,
     to_bytes,
 )
-from builder.reference import Digest, Platform, Reference
+from builder.reference import Digest, Platform
 
 # Standard annotations: https://github.com/opencontainers/image-spec/blob/main/annotations.md
 CREATED = "org.opencontainers.image.created"
@@ -268,184 +276,167 @@ def engine_config(content: bytes) -> dict[str, Any]:
     return value
 
 
-# Docker unpacks no image of more layers; seen, see docs/decisions.
-_MOST_LAYERS = 125
-_PORTS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:/(?:tcp|udp|sctp))?", re.IGNORECASE)
-# The range that container runtimes take (moby, `user.GetExecUser`); a larger number might wrap round to 0.
-_USERS = range(1, 1 << 31)
-# The most ports of a config that are examined, and the most characters of a value that are shown.
-_MOST_PORTS = 1000
-_MOST_SHOWN = 200
+def finished_image(
+    image: LayoutImage, *, labels: Mapping[str, str], annotations: Mapping[str, str], created: datetime
+) -> Image:
+    """Return an engine's image as we publish it: OCI media types, our labels and annotations, our time.
+
+    The engine's own annotations are removed, and so are labels of the Dockerfile that begin with our prefix: only ours
+    say what an image was published from.
+
+    Args:
+        image: the engine's image.
+        labels: to set in the config; others of the Dockerfile stay.
+        annotations: of the manifest.
+        created: when the image was made, with a time zone.
+    """
+    config = stamped(image.config, image.platform, created)
+    runtime = config.get("config") or {}
+    config["config"] = {**runtime, "Labels": labelled(runtime.get("Labels") or {}, labels)}
+    layers = tuple(
+        Descriptor(media_type=LAYERS[layer.media_type], digest=layer.digest, size=layer.size) for layer in image.layers
+    )
+    return image_of(image.platform, config, layers, annotations)
+
+
+_MOST_LAYOUT_LAYERS = 1000
+# Of the layers of all images of a version.
+MOST_BYTES = 256 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TargetRules:
-    """The rules of a target.
+class LayoutImage:
+    """The one image of a layout, checked.
 
     Attributes:
-        name: of the target in messages.
-        source: the address of the document that gives the rules; empty for none.
-        platform: must be among the image's platforms; None for any.
-        numeric_user: whether the user must be a number other than 0.
-        refuses_latest: whether the tag may not be `latest`.
-        most_layer_bytes: every layer must be smaller, as it is sent; None for no limit.
-        ports: those that an image may expose.
-        most_layers: layers of one image.
+        folder: the layout.
+        platform: the planned platform, which is the image's.
+        config: the image config's JSON.
+        layers: descriptors of the layers, first to last, with the engine's media types.
+        diff_ids: digests of the layers when not compressed, as the config says; as many as layers.
     """
 
-    name: str
-    source: str = ""
-    platform: Platform | None = None
-    numeric_user: bool = False
-    refuses_latest: bool = False
-    most_layer_bytes: int | None = None
-    ports: range = range(1, 1 << 16)
-    most_layers: int = _MOST_LAYERS
+    folder: Path
+    platform: Platform
+    config: Mapping[str, Any] = field(repr=False)
+    layers: tuple[Descriptor, ...]
+    diff_ids: tuple[Digest, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the layers, each counted once."""
+        return sum(blob.size for blob in self.blobs())
+
+    def blobs(self) -> tuple[LayoutBlob, ...]:
+        """Return the layers' blobs, each once."""
+        return tuple(_blob(self.folder, layer) for layer in {layer.digest: layer for layer in self.layers}.values())
 
 
-# A user may be a name, and a tag may be latest: such an image runs.
-GENERAL = TargetRules(name="any target")
-FOUNDRY = TargetRules(
-    name="Foundry",
-    source="https://www.palantir.com/docs/foundry/transforms-container/container-overview",
-    platform=Platform("linux", "amd64"),
-    numeric_user=True,
-    refuses_latest=True,
-    most_layer_bytes=10 * 10**9,
-    ports=range(1024, 1 << 16),
-)
-_TARGETS = {"pltr_foundry": FOUNDRY}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Violation:
-    """A rule that an image breaks.
-
-    Attributes:
-        rule: its name: platform, tag, user, ports, layers or layer size.
-        value: what breaks it.
-        required: what the rule requires.
-        remedy: what its author can do about it.
-    """
-
-    rule: str
-    value: str
-    required: str
-    remedy: str
-
-
-def target_rules(target: str) -> TargetRules:
-    """Return the rules of a target.
+def open_layout(folder: Path, platform: Platform, *, most_bytes: int = MOST_BYTES) -> LayoutImage:
+    """Return the one image that an engine left in a layout, every blob of it read and checked.
 
     Args:
-        target: its name, `pltr_foundry`; the general rules apply to an unknown one.
-    """
-    return _TARGETS.get(target, GENERAL)
-
-
-def check_target(
-    rules: TargetRules,
-    *,
-    reference: Reference,
-    platforms: Iterable[Platform],
-    images: Iterable[tuple[Platform, Mapping[str, Any], Sequence[Descriptor]]],
-) -> None:
-    """Refuse an image that breaks a rule of its target.
-
-    Args:
-        rules: the rules.
-        reference: what it is pushed to.
-        platforms: all that the reference will name, those that are there already included.
-        images: platform, image config as JSON and layers of each image that is to be pushed.
+        folder: the layout; the folders above it are trusted.
+        platform: the planned platform.
+        most_bytes: the most that the layers may have together, by their sizes, whatever a file takes on the disk. A
+            file that is mostly holes costs its author nothing and is refused.
 
     Raises:
-        InvalidVersion: it breaks rules; the message has each with the value and a remedy.
+        BuildFailed: there is no layout, it does not hold exactly one image, the image is not for the platform, or
+            a blob does not match its descriptor.
     """
-    found: dict[Violation, list[Platform]] = {violation: [] for violation in _of_all(rules, reference, platforms)}
-    for platform, config, layers in images:
-        for violation in _of_image(rules, config, layers):
-            found.setdefault(violation, []).append(platform)
-    if not found:
-        return
-    sentences = []
-    for violation, where in found.items():
-        on = f" on {', '.join(map(str, where))}" if where else ""
-        sentences.append(
-            f"{violation.rule} is {violation.value}{on}, and must be {violation.required}: {violation.remedy}"
-        )
-    count = "a rule" if len(sentences) == 1 else f"{len(sentences)} rules"
-    message = f"{reference} breaks {count} of {rules.name}: {'; '.join(sentences)}."
-    raise InvalidVersion(message, remedy=f"The rules are those of {rules.source}" if rules.source else "")
+    try:
+        return _open(folder, platform, most_bytes)
+    except (safe_open.Unsafe, Malformed) as error:
+        message = f"The image that was built for {platform} cannot be used: {one_line(str(error))}."
+        raise BuildFailed(message, remedy="Build again; the build's log may say why.") from error
 
 
-def _of_all(rules: TargetRules, reference: Reference, platforms: Iterable[Platform]) -> Iterator[Violation]:
-    """Yield the rules that an image breaks by its platforms and its tag."""
-    names = {str(platform) for platform in platforms}
-    if rules.platform and str(rules.platform) not in names:
-        yield Violation(
-            rule="platform",
-            value=", ".join(sorted(names)) or "none",
-            required=f"{rules.platform}, alone or among others",
-            remedy="add it to the version's tag MODEL_PLATFORMS, or to TARGET_PLATFORMS",
-        )
-    if rules.refuses_latest and reference.tag == "latest":
-        yield Violation(
-            rule="tag", value="latest", required="one that does not move", remedy="publish a version under its number"
-        )
+def _open(folder: Path, platform: Platform, most_bytes: int) -> LayoutImage:
+    if from_bytes(safe_open.read(folder, "oci-layout", limit=1 << 12)).get("imageLayoutVersion") != "1.0.0":
+        refuse("oci-layout has an unknown version")
+    entry = _only_image(safe_open.read(folder, "index.json", limit=MOST_JSON_BYTES), platform)
+    if entry.media_type in INDEXES:
+        entry = _only_image(_json(folder, entry), platform)
+    if entry.media_type not in MANIFESTS:
+        refuse("it holds an index within an index, or something that is not an image")
+    content = _json(folder, entry)
+    if media_type_of(content, entry.media_type) not in MANIFESTS:
+        refuse("its manifest is not an image's")
+    manifest = from_bytes(content)
+    config_descriptor = Descriptor.from_json(manifest.get("config"))
+    layers = tuple(descriptors(manifest.get("layers"), "layers"))
+    if config_descriptor.media_type not in CONFIGS:
+        refuse("its config is not an image's")
+    _check_layers(layers, most_bytes)
+    config = _json(folder, config_descriptor)
+    found, diff_ids = read_config(config)
+    _check_platform(found, platform, said=bool(from_bytes(config).get("variant")))
+    if len(diff_ids) != len(layers):
+        refuse(f"it has {len(layers)} layers, and a config for {len(diff_ids)}")
+    image = LayoutImage(
+        folder=folder, platform=platform, config=engine_config(config), layers=layers, diff_ids=diff_ids
+    )
+    for blob in image.blobs():
+        _check_file(blob)
+    with ThreadPoolExecutor(2, thread_name_prefix="layout") as pool:
+        list(pool.map(check, image.blobs()))
+    return image
 
 
-def _of_image(rules: TargetRules, config: Mapping[str, Any], layers: Sequence[Descriptor]) -> Iterator[Violation]:
-    """Yield the rules that one platform's image breaks; its config may be a stranger's."""
-    runtime = config.get("config") or {}
-    if rules.numeric_user:
-        yield from _of_user(runtime.get("User") or "")
-    yield from _of_ports(rules, runtime.get("ExposedPorts") or {})
-    if len(layers) > rules.most_layers:
-        yield Violation(
-            rule="layers",
-            value=f"{len(layers)} of them",
-            required=f"{rules.most_layers} at most",
-            remedy="join RUN and COPY instructions, or use a base image that has fewer",
-        )
+def _only_image(index: bytes, platform: Platform) -> Descriptor:
+    """Return the one image, or index, of an index; attestations do not count."""
+    entries = descriptors(from_bytes(index).get("manifests"), "manifests")
+    # An engine that gave the image two names lists it twice.
+    images = {entry.digest: entry for entry in entries if not entry.is_attestation}
+    if len(images) != 1:
+        refuse(f"it should hold one image, and holds {len(images)}")
+    (entry,) = images.values()
+    if entry.platform:
+        _check_platform(entry.platform, platform, said=False)
+    return entry
+
+
+def _check_platform(found: Platform, planned: Platform, *, said: bool) -> None:
+    """Refuse another platform than the planned one; an image without a variant of its own fits any."""
+    # `Platform.parse` gives an arm without a variant v7.
+    unsaid = {replace(planned, variant=""), Platform.parse(f"{planned.os}/{planned.architecture}")}
+    if found != planned and (said or found not in unsaid):
+        refuse(f"it is for {found}")
+
+
+def _check_layers(layers: Sequence[Descriptor], most_bytes: int) -> None:
+    if len(layers) > _MOST_LAYOUT_LAYERS:
+        refuse(f"it has more than {_MOST_LAYOUT_LAYERS} layers")
     for layer in layers:
-        if rules.most_layer_bytes is not None and layer.size >= rules.most_layer_bytes:
-            yield Violation(
-                rule="layer size",
-                value=f"{layer.size} bytes of {layer.digest}",
-                required=f"below {rules.most_layer_bytes}",
-                remedy="divide COPY into several instructions, and save a file of that size in shards",
-            )
+        if layer.media_type not in LAYERS:
+            refuse(f"it has a layer of the media type {layer.media_type}, which registries need not accept")
+    sizes: dict[Digest, int] = {}
+    for layer in layers:
+        if sizes.setdefault(layer.digest, layer.size) != layer.size:
+            refuse(f"it names {layer.digest} with two sizes")
+    if sum(sizes.values()) > most_bytes:
+        refuse(f"its layers are larger than {most_bytes} bytes")
 
 
-def _of_user(user: object) -> Iterator[Violation]:
-    """Yield the rule that a user breaks: it must be a number, as `10001`, `10001:0` and `10001:app` are."""
-    number = user.partition(":")[0] if isinstance(user, str) else ""
-    if re.fullmatch(r"[0-9]{1,10}", number) and int(number) in _USERS:
-        return
-    yield Violation(
-        rule="user",
-        value=_shown(user) if user else "not set, so root",
-        required="a number other than 0",
-        remedy="make the line `USER 10001` the last USER of the Dockerfile",
-    )
+def _check_file(blob: LayoutBlob) -> None:
+    """Refuse a blob's file that cannot be what it should be, before any byte of the layers is read."""
+    with safe_open.opened(blob.layout, "blobs", "sha256", blob.digest.hex) as (file, size):
+        if size != blob.size:
+            refuse(f"{blob.digest} of {blob.size} bytes holds something else: {size} bytes")
+        if safe_open.is_hollow(file, size):
+            refuse(f"{blob.digest} of {size} bytes is mostly holes")
 
 
-def _of_ports(rules: TargetRules, exposed: object) -> Iterator[Violation]:
-    required = f"from {rules.ports.start} to {rules.ports.stop - 1}"
-    remedy = (
-        "EXPOSE one of those and serve there, 8080 for one; a port of the base image stays, "
-        "so another base is needed where it is that one's"
-    )
-    if not isinstance(exposed, Mapping):
-        yield Violation(rule="port", value=_shown(exposed), required=required, remedy=remedy)
-        return
-    for name in sorted(exposed)[:_MOST_PORTS]:
-        match = _PORTS.fullmatch(name)
-        ports = [int(port) for port in match.groups() if port] if match else []
-        if not ports or any(port not in rules.ports for port in ports):
-            yield Violation(rule="port", value=_shown(name), required=required, remedy=remedy)
+def _json(folder: Path, descriptor: Descriptor) -> bytes:
+    """Return a small blob's bytes, read once and checked."""
+    if descriptor.size > MOST_JSON_BYTES:
+        refuse(f"{descriptor.digest} is larger than {MOST_JSON_BYTES} bytes")
+    content = safe_open.read(folder, "blobs", "sha256", descriptor.digest.hex, limit=descriptor.size)
+    if Digest.of(content) != descriptor.digest or len(content) != descriptor.size:
+        refuse(f"{descriptor.digest} holds something else")
+    return content
 
 
-def _shown(value: object) -> str:
-    # Cut before as well: the value may have megabytes.
-    return one_line(repr(value)[:_MOST_SHOWN], 80)
+def _blob(folder: Path, layer: Descriptor) -> LayoutBlob:
+    return LayoutBlob(layout=folder, digest=layer.digest, size=layer.size)

@@ -25,8 +25,16 @@ from builder.oci import (
     Malformed,
     verified,
 )
-from builder.oci.layout import LayoutImage
-from builder.oci.manifest import Image, Published, config_of, images_of, media_type_of, read_config, read_published
+from builder.oci.manifest import (
+    Image,
+    LayoutImage,
+    Published,
+    config_of,
+    images_of,
+    media_type_of,
+    read_config,
+    read_published,
+)
 from builder.oci.transport import Answer, Transport, scope, unexpected
 from builder.process import in_background
 from builder.reference import Digest, Platform, Reference, Repository

@@ -18,10 +18,18 @@ from builder.oci import manifest as manifests
 from builder.oci.base_image import Addition, BaseImage, Runtime, assembled, base_image
 from builder.oci.files_layer import FileEntry, FilesLayer, split
 from builder.oci.layer import Layer
-from builder.oci.layout import MOST_BYTES, LayoutImage, finished_image, open_layout
-from builder.oci.manifest import LOCK_DIGEST, REQUIREMENTS_DIGEST, Image, check_target, target_rules
+from builder.oci.manifest import (
+    LOCK_DIGEST,
+    MOST_BYTES,
+    REQUIREMENTS_DIGEST,
+    Image,
+    LayoutImage,
+    finished_image,
+    open_layout,
+)
 from builder.oci.registry import Registry, RemoteBlob, Stoppable, move_tag, push_image
 from builder.oci.store import LayerStore, attach
+from builder.oci.target_rules import check_target, target_rules
 from builder.plan import Base, Build, Plan
 from builder.process import in_background
 from builder.publish.inspect import existing_image, same_version

@@ -12,8 +12,9 @@ from builder.errors import BuilderError, InvalidSettings, VersionNotFound
 from builder.log import get_logger
 from builder.models import Artifact, Inputs, ModelVersion, check_version_text, wanted_platforms
 from builder.models.context import Described, listing_digest
-from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published, check_target, target_rules
+from builder.oci.manifest import ARTIFACTS_DIGEST, BASE_DIGEST, BASE_NAME, Published
 from builder.oci.registry import published as read_published
+from builder.oci.target_rules import check_target, target_rules
 from builder.plan import Plan, decide
 from builder.reference import Reference
 from builder.settings import Settings

@@ -17,7 +17,8 @@ from builder.model_folder import MLMODEL, check_served, loader_of, needs_java, r
 from builder.models import Artifact, Inputs, ModelVersion, template_variables
 from builder.models.context import find_model_folder, listing_digest, names_modules
 from builder.oci.base_image import base_image, find_image
-from builder.oci.manifest import ARTIFACTS_DIGEST, Published, target_rules
+from builder.oci.manifest import ARTIFACTS_DIGEST, Published
+from builder.oci.target_rules import target_rules
 from builder.plan import Base, Build, Plan, Step
 from builder.publish.inspect import Prepared
 from builder.reference import Platform, Reference

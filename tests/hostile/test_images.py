@@ -28,9 +28,9 @@ from builder.errors import BuilderError, BuildFailed, ExitCode, InvalidSettings,
 from builder.models import Inputs, ModelVersion, template_variables
 from builder.oci import OCI_CONFIG, OCI_MANIFEST, BytesBlob, Descriptor, Malformed, from_bytes, to_bytes
 from builder.oci.base_image import find_image
-from builder.oci.layout import MOST_BYTES, finished_image, open_layout
-from builder.oci.manifest import check_target, target_rules
+from builder.oci.manifest import MOST_BYTES, finished_image, open_layout
 from builder.oci.rootfs import Archive, Budget, inflated
+from builder.oci.target_rules import check_target, target_rules
 from builder.publish.inspect import reference_of
 from builder.reference import BasePattern, Platform, Reference, Repository
 from builder.settings import Settings

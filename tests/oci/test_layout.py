@@ -13,7 +13,7 @@ import pytest
 from builder import safe_open
 from builder.errors import BuildFailed
 from builder.oci import LayoutBlob, check, verified
-from builder.oci.layout import open_layout
+from builder.oci.manifest import open_layout
 from builder.reference import Digest, Platform
 from scripts.base_image import base_image as make_base_image
 from tests.oci.layouts import CONFIG, INDEX, LAYER, Layout, make_layout, sha256, tar

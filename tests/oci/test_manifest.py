@@ -21,13 +21,14 @@ from builder.oci import (
     from_bytes,
     to_bytes,
 )
-from builder.oci.layout import finished_image, open_layout
 from builder.oci.manifest import (
     PREFIX,
     SOURCE_ID,
+    finished_image,
     images_of,
     index,
     media_type_of,
+    open_layout,
     read_config,
     read_published,
     timestamp,

@@ -22,8 +22,7 @@ from builder.http import RetryPolicy
 from builder.oci import OCI_INDEX, OCI_MANIFEST, BytesBlob, LayoutBlob
 from builder.oci.authn import Credential, Credentials
 from builder.oci.base_image import find_image
-from builder.oci.layout import finished_image, open_layout
-from builder.oci.manifest import SOURCE_ID, Image, index
+from builder.oci.manifest import SOURCE_ID, Image, finished_image, index, open_layout
 from builder.oci.registry import Registry, move_tag, published, push_image
 from builder.reference import Digest, Platform, Reference, Repository
 from scripts.launch import clean_environ

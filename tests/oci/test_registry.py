@@ -21,8 +21,7 @@ from builder.http import RetryPolicy, retry_after
 from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descriptor
 from builder.oci.authn import Credential, Credentials
 from builder.oci.base_image import find_image
-from builder.oci.layout import finished_image, open_layout
-from builder.oci.manifest import index
+from builder.oci.manifest import finished_image, index, open_layout
 from builder.oci.registry import Registry, published, push_image
 from builder.reference import Digest, Platform, Repository
 from builder.settings import BuildSettings, Settings

@@ -6,7 +6,7 @@ import pytest
 
 from builder.errors import InvalidVersion
 from builder.oci import OCI_LAYER, Descriptor
-from builder.oci.manifest import FOUNDRY, GENERAL, TargetRules, check_target, target_rules
+from builder.oci.target_rules import FOUNDRY, GENERAL, TargetRules, check_target, target_rules
 from builder.reference import Digest, Platform, Reference
 
 AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")

@@ -20,7 +20,7 @@ import httpx2
 import pytest
 
 from builder.errors import InvalidSettings, InvalidVersion
-from builder.oci.manifest import _TARGETS, FOUNDRY
+from builder.oci.target_rules import _TARGETS, FOUNDRY
 from builder.publish import plan as preview
 from builder.publish import publish
 from scripts.launch import clean_environ
