@@ -152,7 +152,7 @@ def changes(services: Services, plan: Plan) -> list[str]:
 def artifacts_changed(plan: Plan, artifacts: Sequence[Artifact]) -> bool:
     """Return whether the artifacts are others than those that the image under the tag was made from."""
     listed = str(listing_digest(artifacts))
-    return plan.stands and plan.observed_annotations.get(ARTIFACTS_DIGEST, listed) != listed
+    return plan.same_source and plan.observed_annotations.get(ARTIFACTS_DIGEST, listed) != listed
 
 
 def engine_here(settings: Settings) -> str:

@@ -207,7 +207,7 @@ def _standing(services: Services, prepared: Prepared) -> StandingImage | None:
     """Return the image under the tag, if it was made from the files that there are now."""
     plan, existing = prepared.plan, prepared.existing
     listed = str(listing_digest(plan.artifacts))
-    if existing is None or not plan.stands or plan.observed_annotations.get(ARTIFACTS_DIGEST) != listed:
+    if existing is None or not plan.same_source or plan.observed_annotations.get(ARTIFACTS_DIGEST) != listed:
         return None
     registry = services.registries.for_host(plan.reference.repository.host)
     return StandingImage(registry=registry, reference=plan.reference, image=existing)

@@ -254,7 +254,7 @@ class Record:
 
     def _failed(self, error: str, *, own_fault: bool) -> None:
         """Record a failure. An image of this source that stands is not called failed for what is not its fault."""
-        stands = self._plan.stands if self._plan else self._before.state == "published" and self._again
+        stands = self._plan.same_source if self._plan else self._before.state == "published" and self._again
         counted = bool(self._plan and self._plan.builds)
         attempts = (self._before.attempts if self._again else 0) + (own_fault - counted)
         self._write(
