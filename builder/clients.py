@@ -116,7 +116,7 @@ class Services:
     Attributes:
         settings: what they are opened with.
         catalog: the model registry.
-        registries: where images go, and what is there.
+        registries: those of the images, and of the wheel layers.
         bases: the registries of base images, with few retries: an engine may reach them another way.
     """
 

@@ -61,7 +61,7 @@ class Digest:
     value: str
 
     def __post_init__(self) -> None:
-        """Refuse what is not a digest."""
+        """Refuse a malformed value."""
         if not _DIGEST.fullmatch(self.value):
             message = f"{self.value!r} is not a digest."
             raise InvalidVersion(message, remedy="A digest is 'sha256:' and 64 hexadecimal digits.")

@@ -73,7 +73,7 @@ _CREDENTIAL_VARIABLE = re.compile(
 _PLAIN_VARIABLE = re.compile(
     r"AWS_(?:DEFAULT_)?REGION|AWS_CA_BUNDLE|AWS_ENDPOINT_URL[A-Z0-9_]*|AWS_DEFAULT_OUTPUT|AWS_MAX_ATTEMPTS|AWS_RETRY_MODE"
     r"|AWS_EC2_METADATA_DISABLED|AWS_STS_REGIONAL_ENDPOINTS|AZURE_AUTHORITY_HOST|DATABRICKS_HOST"
-    r"|DOCKER_CREDENTIAL_GCR_CONFIG"  # where a credential helper of the Kaniko image would keep its settings
+    r"|DOCKER_CREDENTIAL_GCR_CONFIG"  # the settings file of a credential helper in the Kaniko image
 )
 INDEX_VARIABLES = (
     "PIP_INDEX_URL",

@@ -187,7 +187,7 @@ class Workspace:
                 os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def write_dockerfile(self, content: bytes) -> None:
-        """Write the rendered Dockerfile into the context, over whatever the artifacts have there.
+        """Write the rendered Dockerfile into the context, over an artifact of that name.
 
         Raises:
             InvalidVersion: the artifacts have a folder of that name.

@@ -205,7 +205,7 @@ class Buildah:
 
         Raises:
             BuildFailed: the Dockerfile cannot be built, or took too long.
-            ServiceUnavailable: the registry of the base image is away.
+            ServiceUnavailable: the registry of the base image is unavailable.
             TryAgain: a disk is full, or Buildah was killed, as when memory runs out.
             InvalidSettings: a file of the settings cannot be read.
             InvalidVersion: the Dockerfile has no FROM.

@@ -31,7 +31,7 @@ class BuildJob:
         timeout: seconds the engine may take.
         network: see `Network`.
         docker_config: folder of a Docker config.json for pulls; None for anonymous pulls.
-        cache: repository of the engine's layer cache, read only; None for none.
+        cache: repository of the engine's layer cache, read only; None if there is none.
     """
 
     context: Path

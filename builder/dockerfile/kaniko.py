@@ -49,7 +49,7 @@ def staged(job: BuildJob, root: Path, etc: Path) -> Iterator[Files]:
     """Put a build's files where Kaniko leaves them alone, and remove them afterwards.
 
     Args:
-        job: what is built.
+        job: the build.
         root: Kaniko's own folder.
         etc: the folder in which RUN steps look for pip's and uv's configuration.
 
@@ -228,7 +228,7 @@ class Kaniko:
 
         Raises:
             BuildFailed: the Dockerfile cannot be built, or took too long.
-            ServiceUnavailable: the registry of the base image is away.
+            ServiceUnavailable: the registry of the base image is unavailable.
             TryAgain: a disk is full, or the executor was killed, as when memory runs out.
             InvalidSettings: the workspace is not where Kaniko leaves it alone, or a file of the settings cannot be
                 read.

@@ -70,7 +70,7 @@ class Dockerfile:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the instructions of a Dockerfile; what is not an instruction is left out.
+        """Return the instructions of a Dockerfile; other lines are left out.
 
         Args:
             text: the Dockerfile; lines end with a line feed, with or without a carriage return before it.
@@ -201,7 +201,7 @@ class _Names:
 
 
 def expand(text: str, values: Mapping[str, str]) -> str | None:
-    """Return `text` with its variables replaced, or None where one has no value and no default, or it gets too long."""
+    """Return `text` with its variables replaced, or None if one has no value and no default, or it gets too long."""
     missing = False
     left = _LONGEST_VALUE
 

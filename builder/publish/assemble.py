@@ -120,7 +120,7 @@ class _Target:
         self.stop = threading.Event()
 
     def push(self, blob: Blob, mount_from: Sequence[Repository] = ()) -> int:
-        """Push a blob unless it is there; return the bytes that were sent."""
+        """Push a blob unless it is present; return the bytes that were sent."""
         return self.registry.push_blob(self.repository, Stoppable(blob, self.stop), mount_from)
 
     def base(self, base: BaseImage) -> list[Addition]:
@@ -215,7 +215,7 @@ def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
     """Return how a container is started, as in the built-in Dockerfile.j2."""
     served = {
         "__pyfunc_model_path__": f"{HOME}/{recipe.model_folder}",
-        # MLflow sets up its tracking anew after an error; where it cannot write, that hides the error from the log.
+        # MLflow sets up its tracking anew after an error; if it cannot write, that hides the error from the log.
         "MLFLOW_TRACKING_URI": "file:///tmp/mlruns",
     }
     return Runtime(

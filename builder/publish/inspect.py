@@ -131,7 +131,7 @@ def changes(services: Services, plan: Plan) -> list[str]:
     found = []
     try:
         if artifacts_changed(plan, services.catalog.artifacts(plan.version)):
-            found.append("the artifacts have changed since this version was published; --rebuild takes them up")
+            found.append("the artifacts have changed since this version was published; --rebuild uses the new ones")
     except BuilderError as error:
         # The image exists, whether or not its artifacts still do.
         log.warning("the artifacts could not be listed", version=str(plan.version), error=error.one_line())
@@ -145,7 +145,7 @@ def changes(services: Services, plan: Plan) -> list[str]:
         log.info("the base image could not be looked up", base=name, error=error.one_line())
         return found
     if base is not None and str(base.digest) != digest:
-        found.append(f"the base image {name} has moved since this version was published; --rebuild takes it up")
+        found.append(f"the base image {name} has moved since this version was published; --rebuild uses the new one")
     return found
 
 

@@ -124,7 +124,7 @@ def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
             catalog.set_tags(version, changed)
     except BuilderError as error:
         report.error("the outcome could not be recorded", error=error.one_line())
-    except Exception:  # noqa: BLE001, see above: whatever it is, the outcome matters more
+    except Exception:  # noqa: BLE001, see above: the outcome matters more than any error
         report.exception("the outcome could not be recorded")
 
 

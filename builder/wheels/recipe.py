@@ -58,7 +58,7 @@ class PlatformRecipe(BaseModel):
         base_layers: how many layers the base has.
         command: what a container runs, relative to the context's folder.
         lock: the wheels.
-        libraries: names of the base's shared libraries; None where they are not known.
+        libraries: names of the base's shared libraries; None if they are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,7 +77,7 @@ class PlatformRecipe(BaseModel):
 
     @property
     def model_layers(self) -> int:
-        """The most layers of the model and its client: all that are left on this platform, whatever others have."""
+        """The most layers of the model and its client: all that are left on this platform, independent of others."""
         return MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - len(self.groups)
 
 
@@ -87,7 +87,7 @@ class Recipe(BaseModel):
     Attributes:
         python: the model's Python, `3.11`.
         model_folder: of the context.
-        client_folder: of the context; empty where no client is in the image.
+        client_folder: of the context; empty if the image has no client.
         indexes: package indexes that the model names beside the configured ones.
         requirements: digest of the requirements that the locks were made from.
         platforms: those that are made of wheel layers.
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
     unkept: tuple[SmallArtifact, ...] = ()
 
     def within(self, context: Path) -> Recipe:
-        """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""
+        """Return the recipe for a context that may have moved: each phase mounts the workspace in its own place."""
         here = context.absolute().as_uri()
 
         def moved(wheel: LockedWheel) -> LockedWheel:
@@ -223,9 +223,9 @@ def check_loader(base: BaseImage, facts: BaseFacts, loader: str, *, client: bool
 
     Args:
         base: the base image.
-        facts: what is in it.
+        facts: those of the base image.
         loader: the module that MLflow's scoring server loads the model by.
-        client: whether the version has a client, which loads the model as it likes.
+        client: whether the version has a client, which loads the model itself.
 
     Raises:
         InvalidVersion: MLflow's scoring server would need Java.
@@ -262,7 +262,7 @@ class PresentImage:
     """The image under the version's tag, made from the version's current files, so that its locks can be reused.
 
     Attributes:
-        registry: where it is.
+        registry: the client of its registry.
         reference: the tag.
         image: what the tag names.
     """

@@ -140,7 +140,7 @@ def test_a_platform_of_changed_artifacts_is_refused_by_plan_as_by_publish(models
     with connected(settings) as services:
         place(services, state, base_image, crane)
     assert plan(settings).changes == (
-        "the artifacts have changed since this version was published; --rebuild takes them up",
+        "the artifacts have changed since this version was published; --rebuild uses the new ones",
     )
     model.set_tag("MODEL_PLATFORMS", f"{AMD64},{ARM64}")
     with connected(settings) as services:
