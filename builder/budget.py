@@ -1,4 +1,4 @@
-"""What one version may take: seconds, processor time, memory, bytes and files, as a whole."""
+"""The budget of one version: seconds, processor time, memory, bytes and files."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 Bound = Literal["VERSION_TIMEOUT", "VERSION_PROCESSOR_TIME", "VERSION_MEMORY", "VERSION_BYTES"]
 _REMEDY = "Make the version smaller, or raise {name}; docs/settings.md says what it bounds."
-# A container's limit of memory, by cgroups of version 2 and 1. At three quarters of it, a version is ended and says so
-# before the kernel ends whatever it chooses.
+# A container's memory limit in cgroups of version 2 and 1. At three quarters of it, a version is ended with an error,
+# before the kernel kills a process of its choice.
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SHARE = 0.75
 _STATUS = Path("/proc/self/status")
-# Seconds after which the end is raised again, where something has swallowed it: more than a program is given to end.
+# Seconds after which the exception is raised again, if something has swallowed it: more than a program gets to end.
 _AGAIN = 30.0
 _SOON = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The bounds of one version's work; an engine's time, processor time and memory are no part of it.
+    """The bounds of one version's work, without an engine's time, processor time and memory.
 
     Attributes:
         seconds: wall-clock time.
         processor: seconds of processor time, of all processes together.
-        memory: bytes of memory that are no file's, of all processes together.
-        size: bytes on disk, in the folders that the work is done in.
+        memory: bytes of memory not backed by files, of all processes together.
+        size: bytes on disk, in the folders of the work.
     """
 
     seconds: float
@@ -51,7 +51,7 @@ class Budget:
 
     @classmethod
     def of(cls, settings: CatalogSettings) -> Self:
-        """Return the settings' budget; of memory no more than the container lets it have."""
+        """Return the settings' budget, with no more memory than the container allows."""
         has = _container_memory()
         memory = int(settings.version_memory)
         return cls(
@@ -67,25 +67,25 @@ class Budget:
         Args:
             whose: the version.
             bound: the setting.
-            amount: what was taken when it was noticed: seconds, or bytes.
+            amount: the usage when it was noticed, in seconds or bytes.
         """
         taken = {
             "VERSION_TIMEOUT": f"more than {self.seconds:g} seconds",
-            "VERSION_PROCESSOR_TIME": f"{amount:.0f} seconds of processor time, and may take {self.processor:g}",
-            "VERSION_MEMORY": f"{_mib(amount)} of memory, and may take {_mib(self.memory)}",
-            "VERSION_BYTES": f"{_mib(amount)} on disk, and may take {_mib(self.size)}",
+            "VERSION_PROCESSOR_TIME": f"{amount:.0f} seconds of processor time; the limit is {self.processor:g}",
+            "VERSION_MEMORY": f"{_mib(amount)} of memory; the limit is {_mib(self.memory)}",
+            "VERSION_BYTES": f"{_mib(amount)} on disk; the limit is {_mib(self.size)}",
         }[bound]
         message = f"The work on {whose} was ended: it took {taken} ({bound})."
         return OverBudget(message, remedy=_REMEDY.format(name=bound))
 
 
 class Deadline:
-    """Ends work in this process that takes more time, processor time or memory than it may.
+    """Ends work in this process that exceeds its time, processor time or memory.
 
-    What other processes take is bounded where they are started. A sweep's children are watched from outside as well.
+    Other processes are bounded where they are started. A sweep's children are watched from outside as well.
 
     Args:
-        budget: what the work may take; of a budget that is used in several parts, each part has what is left.
+        budget: the bounds; if the work has several parts, each has what the earlier ones left.
         whose: the version, as errors name it.
     """
 
@@ -96,12 +96,12 @@ class Deadline:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Bound what is done in the context, if this is the main thread: no other can be interrupted.
+        """Bound the work in the context, if this is the main thread: no other can be interrupted.
 
-        Timers, handlers and limits are as before afterwards. A timer that would have ended earlier is left alone.
+        Timers, handlers and limits are restored afterwards. A timer that ends earlier is left alone.
 
         Raises:
-            OverBudget: it took more than it may.
+            OverBudget: the work exceeded its budget.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -159,7 +159,7 @@ class _Expired(BaseException):
 
 @contextmanager
 def _limited(memory: int) -> Iterator[None]:
-    """Let this process reserve so many bytes more than it has; where the system does not count them, let it be."""
+    """Limit the bytes that this process may reserve beyond what it has, if the system counts them."""
     try:
         has = next(int(line.split()[1]) << 10 for line in _STATUS.read_text().splitlines() if line.startswith("VmData"))
         before = resource.getrlimit(resource.RLIMIT_DATA)
@@ -175,20 +175,20 @@ def _limited(memory: int) -> Iterator[None]:
 
 
 def out_of_memory(version: object) -> OverBudget:
-    """Return the error for work that was refused memory by the limit that the budget sets."""
-    message = f"The work on {version} took more memory than it may (VERSION_MEMORY)."
+    """Return the error for work that reached the budget's limit of memory."""
+    message = f"The work on {version} needs more memory than is allowed (VERSION_MEMORY)."
     return OverBudget(message, remedy=_REMEDY.format(name="VERSION_MEMORY"))
 
 
 def check_listing(settings: CatalogSettings, version: ModelVersion, artifacts: Sequence[Artifact]) -> None:
-    """Raise OverBudget if a version has more artifacts, or larger ones, than it may; nothing was downloaded yet."""
+    """Raise OverBudget if a version has too many or too large artifacts, before any is downloaded."""
     if len(artifacts) > settings.version_files:
-        message = f"{version} has {len(artifacts)} artifacts, and may have {settings.version_files} (VERSION_FILES)."
+        message = f"{version} has {len(artifacts)} artifacts; the limit is {settings.version_files} (VERSION_FILES)."
         raise OverBudget(message, remedy=_REMEDY.format(name="VERSION_FILES"))
     size = sum(artifact.size or 0 for artifact in artifacts)
     if size > settings.version_bytes:
         message = (
-            f"The artifacts of {version} have {_mib(size)}, and may have {_mib(settings.version_bytes)} "
+            f"The artifacts of {version} have {_mib(size)}; the limit is {_mib(settings.version_bytes)} "
             "(VERSION_BYTES)."
         )
         raise OverBudget(message, remedy=_REMEDY.format(name="VERSION_BYTES"))
@@ -199,7 +199,7 @@ def _mib(size: float) -> str:
 
 
 def _container_memory() -> int | None:
-    """Return the bytes of memory that this container may have; None where nothing bounds it."""
+    """Return this container's memory limit in bytes; None if it has none."""
     for path in _CONTAINER_LIMITS:
         with suppress(OSError, ValueError):
             return int(path.read_text())

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class Registries:
-    """Gives the client of a registry; a context manager that closes their connections. For several threads.
+    """The clients of registries; a context manager that closes their connections. Thread-safe.
 
     Args:
-        credentials: asked at a registry's first challenge.
+        credentials: used at a registry's first challenge.
         ca_bundle: file of the authorities to trust, in PEM; None for the system's.
         proxies: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, those that are set.
-        insecure: hosts reached over plain HTTP, beside this machine's own.
+        insecure: hosts reached over plain HTTP, beside loopback.
         policy: how often and how long a request is tried.
 
     Raises:
@@ -60,7 +60,7 @@ class Registries:
     def from_settings(
         cls, settings: CommonSettings, *, docker_config: Path | None = None, policy: RetryPolicy | None = None
     ) -> Self:
-        """Return the registries that settings describe.
+        """Return the clients that settings describe.
 
         Args:
             settings: those of a phase; only `Settings` name a registry credential.
@@ -112,13 +112,13 @@ class Registries:
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The clients that everything here talks through, each opened once, and not before it is used.
+    """The clients of one command, each opened once, and not before it is used.
 
     Attributes:
         settings: what they are opened with.
         catalog: the model registry.
-        registries: where images go, and what is there.
-        bases: the registries of base images, which an engine may reach another way: they are not waited for.
+        registries: those of the images, and of the wheel layers.
+        bases: the registries of base images, with few retries: an engine may reach them another way.
     """
 
     settings: Settings = field(repr=False)
@@ -128,7 +128,7 @@ class Services:
 
     @functools.cached_property
     def smoke_tests(self) -> SmokeTests:
-        """What runs images before their tags move."""
+        """The smoke tests, which run images before their tags move."""
         from builder.smoke import SmokeTests
 
         return SmokeTests(self.settings)
@@ -136,14 +136,14 @@ class Services:
     @functools.cached_property
     def wheels(self) -> WheelsMethod:
         """The wheels method."""
-        # What it imports takes a while, and most runs have nothing to do.
+        # Its imports take a while, and most runs have nothing to do.
         with stage("imports"):
             from builder.wheels.recipe import WheelsMethod
 
         return WheelsMethod.from_settings(self.settings, self.registries)
 
     def close(self) -> None:
-        """Close what was opened since."""
+        """Close the clients that were opened on demand."""
         if "wheels" in self.__dict__:
             self.wheels.close()
 

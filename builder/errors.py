@@ -1,8 +1,8 @@
-"""What can go wrong, and how the process says so.
+"""Errors and exit codes.
 
 Every error that the program raises on purpose is a `BuilderError`. It says what failed and on which input, what the
 user can do about it, and which exit code the process ends with. The codes are those of sysexits(3), so that a Job's
-podFailurePolicy can tell a hopeless input from a service that is away.
+podFailurePolicy can tell a hopeless input from an unavailable service.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ class BuilderError(Exception):
 
     Args:
         what: what failed and on which input: one or more sentences, no trailing newline.
-        remedy: what the user can do about it; empty only where nothing can be done.
+        remedy: what the user can do about it; empty only if nothing can be done.
     """
 
     exit_code = ExitCode.SOFTWARE
-    # Whether the version's author is to blame although the exit code alone does not say so.
+    # Whether the fault is the version's, although the exit code alone does not say so.
     of_version: ClassVar[bool] = False
 
     def __init__(self, what: str, *, remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.remedy = remedy
-        # What it happened to, as lines of the log name it: model, version, phase.
+        # The log fields of what it happened to: model, version, phase.
         self.about: dict[str, str] = {}
 
     def __str__(self) -> str:
-        """Return what failed, and behind it the remedy."""
+        """Return what failed, then the remedy."""
         return f"{self.what} {self.remedy}".strip()
 
     @property
     def retryable(self) -> bool:
-        """Whether the same input can succeed later without anybody changing it."""
+        """Whether the same input can succeed later, unchanged."""
         return self.exit_code in {ExitCode.UNAVAILABLE, ExitCode.TEMPORARY}
 
     def one_line(self, limit: int = 1000) -> str:
@@ -98,19 +98,19 @@ class VersionNotFound(BuilderError):
 
 
 class ServiceUnavailable(BuilderError):
-    """MLflow or a registry is away, or answers with what it should not."""
+    """MLflow or a registry is unavailable, or its answer is invalid."""
 
     exit_code = ExitCode.UNAVAILABLE
 
 
 class BuildFailed(BuilderError):
-    """An engine could not build the Dockerfile, or what it built cannot be used."""
+    """An engine could not build the Dockerfile, or its result cannot be used."""
 
     exit_code = ExitCode.CANNOT_CREATE
 
 
 class TryAgain(BuilderError):
-    """The same command can succeed later: a race that was lost, a disk that is full."""
+    """The same command can succeed later: after a lost race, or on a full disk."""
 
     exit_code = ExitCode.TEMPORARY
 
@@ -120,7 +120,7 @@ class EngineKilled(TryAgain):
 
 
 class PermissionRefused(BuilderError):
-    """A credential is missing, wrong, or may not do what was asked."""
+    """A credential is missing, wrong, or lacks a permission."""
 
     exit_code = ExitCode.NO_PERMISSION
 
@@ -137,7 +137,7 @@ class InvalidSettings(BuilderError):
     Args:
         what: as for every error.
         remedy: as for every error.
-        problems: what `what` lists, a sentence without a full stop for each; empty where it lists nothing.
+        problems: the items that `what` lists, each a sentence without a full stop; empty if it lists nothing.
     """
 
     exit_code = ExitCode.CONFIG
@@ -151,27 +151,27 @@ def of_kind(name: str, code: int, what: str, remedy: str) -> BuilderError:
     """Return an error that another process has raised.
 
     Args:
-        name: its class's name; one that is not known is taken for a defect.
-        code: its exit code, which decides where the class has another one.
+        name: its class's name; an unknown one is taken for a defect.
+        code: its exit code; an error whose class has another code is taken for a defect.
         what: what failed.
         remedy: what to do about it.
     """
-    waiting, kinds = [BuilderError], {}
-    while waiting:
-        kind = waiting.pop()
+    pending, kinds = [BuilderError], {}
+    while pending:
+        kind = pending.pop()
         kinds[kind.__name__, int(kind.exit_code)] = kind
-        waiting += kind.__subclasses__()
+        pending += kind.__subclasses__()
     return kinds.get((name, code), Defect)(what, remedy=remedy)
 
 
 class StoreNotSupported(InvalidSettings):
-    """A version's artifacts are in a kind of store for which nothing is installed."""
+    """A version's artifacts are in a kind of store whose client is not installed."""
 
     of_version = True
 
 
 def cause_of(error: BaseException, *kinds: type[Cause]) -> Cause | None:
-    """Return the first error of some kinds among an error and what it came from; None where there is none."""
+    """Return the first error of some kinds in an error's chain of causes, itself included; None if absent."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, kinds):
@@ -181,10 +181,10 @@ def cause_of(error: BaseException, *kinds: type[Cause]) -> Cause | None:
 
 
 class Defect(BuilderError):
-    """This program did what it should not; its exit code is the base's."""
+    """A defect of this program; its exit code is the base's."""
 
 
 class Terminated(BaseException):
-    """The process was asked to end (SIGTERM, SIGINT); not an `Exception`, so that nothing swallows it."""
+    """The process received SIGTERM or SIGINT; not an `Exception`, so that nothing swallows it."""
 
     exit_code = ExitCode.TEMPORARY

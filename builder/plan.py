@@ -1,4 +1,4 @@
-"""What would happen: computed before anything does, printable, comparable, and written to plan.json.
+"""The plan of a publish: computed before anything happens, printable, comparable, and written to plan.json.
 
 Push believes plan.json and nothing that the build phase wrote: which model, which reference, which platforms, which
 annotations, and which digest the tag had when the plan was made.
@@ -23,8 +23,8 @@ AsReference = Annotated[
     Reference, BeforeValidator(lambda v: Reference.parse(v) if isinstance(v, str) else v), PlainSerializer(str)
 ]
 
-# `publish`: make every platform and move the tag. `extend`: make what is missing and join it with what is there.
-# `nothing`: all is there. `foreign`: the tag is not ours, and nobody forced us.
+# `publish`: make every platform and move the tag. `extend`: make the missing platforms and join them with the present
+# ones. `nothing`: every platform is present. `foreign`: the image is not ours, and there is no --force.
 Action = Literal["publish", "extend", "nothing", "foreign"]
 
 
@@ -33,7 +33,7 @@ Method = Literal["dockerfile", "wheels"]
 
 
 class Base(BaseModel):
-    """The base image of one platform, as it stood when the plan was made.
+    """The base image of one platform, as it was when the plan was made.
 
     Attributes:
         name: the reference in the Dockerfile's last FROM, or BASE_IMAGE's; complete.
@@ -49,14 +49,15 @@ class Base(BaseModel):
 
 
 class Layers(BaseModel):
-    """What the registry knows of an image's wheel layers.
+    """The state of an image's wheel layers in the registry.
 
     Attributes:
-        known: how many it has.
-        missing: the wheels of those that it has not.
-        download: bytes of the missing wheels, as far as the index tells.
-        model: bytes of the model's and the client's own files, which are sent unless they are there.
-        lacks: what of the wheels cannot be loaded for want of a library, for people; empty where a wheel is missing.
+        known: how many are present.
+        missing: the wheels of those that are missing.
+        download: bytes of the missing wheels, as far as the index gives sizes.
+        model: bytes of the model's and the client's own files, which are sent unless present.
+        lacks: the parts of wheels that cannot be loaded without a missing library, for people; empty if a wheel is
+            missing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +70,7 @@ class Layers(BaseModel):
 
 
 class Keep(BaseModel):
-    """A platform whose image is in the registry already, and is left as it is.
+    """A platform whose image is already in the registry, and is left as it is.
 
     Attributes:
         platform: which.
@@ -89,8 +90,8 @@ class Build(BaseModel):
     Attributes:
         platform: which.
         method: how.
-        base: the image it is based on; None where nobody can tell beforehand.
-        layers: what the registry knows of its wheel layers; only in a plan for people.
+        base: the image it is based on; None if it is not known beforehand.
+        layers: the state of its wheel layers in the registry; only in a plan for people.
         notes: what was added to its environment, and why, for people.
     """
 
@@ -108,7 +109,7 @@ Step = Annotated[Keep | Build, Field(discriminator="action")]
 
 
 class Plan(BaseModel):
-    """Everything that the phases after it need to know.
+    """Everything that the later phases need to know.
 
     Attributes:
         version: the model version.
@@ -117,14 +118,14 @@ class Plan(BaseModel):
         reference: the tag.
         action: what to do.
         reason: why, for people.
-        observed: digest that the tag had when the plan was made; None where it did not exist.
-        observed_annotations: annotations of what it named.
-        wanted: the platforms that were asked for.
+        observed: digest that the tag had when the plan was made; None if it did not exist.
+        observed_annotations: annotations of the image or the index with that digest.
+        wanted: the platforms to publish for.
         platforms: what happens for each platform.
-        artifacts: the version's files, of which the context has those that are needed; empty where nothing is built.
-        changes: what is no longer as it was when the image was made, although nothing is built; for people.
-        dockerfile: the rendered Dockerfile; empty where none is run.
-        content_digest: digest of the downloaded files; None before they are.
+        artifacts: the version's files, of which the context has those that are needed; empty if nothing is built.
+        changes: what has changed since the image was made, if nothing is built; for people.
+        dockerfile: the rendered Dockerfile; empty if none is run.
+        content_digest: digest of the downloaded files; None before the download.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -145,8 +146,8 @@ class Plan(BaseModel):
     content_digest: AsDigest | None = None
 
     @property
-    def stands(self) -> bool:
-        """Whether an image of the same source stood under the tag when the plan was made."""
+    def same_source(self) -> bool:
+        """Whether the tag held an image of the same source when the plan was made."""
         return self.observed_annotations.get(SOURCE_ID) == self.source_id
 
     @property
@@ -161,7 +162,7 @@ class Plan(BaseModel):
 
     @property
     def all_platforms(self) -> tuple[Platform, ...]:
-        """The platforms that stand under the tag afterwards."""
+        """The platforms under the tag afterwards."""
         return tuple(step.platform for step in self.platforms)
 
     def made_by(self, method: Method) -> tuple[Build, ...]:
@@ -191,11 +192,11 @@ def decide(
     """Return what has to happen so that the tag holds the source's image for every platform wanted. Pure.
 
     Args:
-        wanted: the platforms asked for.
-        existing: what stands under the tag; None where nothing does.
+        wanted: the platforms to publish for.
+        existing: the image under the tag; None if there is none.
         source_id: the source's id, 64 hexadecimal digits.
         reference: the tag.
-        force: replace what stands there, whoever made it from whatever source.
+        force: replace the existing image, regardless of its maker and its source.
         rebuild: make every platform again from the same source.
 
     Raises:
@@ -203,7 +204,7 @@ def decide(
     """
     everything = tuple(Build(platform=platform) for platform in wanted)
     if existing is None:
-        return Decision(action="publish", reason="nothing stands under the tag", platforms=everything)
+        return Decision(action="publish", reason="the tag does not exist", platforms=everything)
     if existing.source_id is None:
         if force:
             return Decision(
@@ -221,7 +222,7 @@ def decide(
             raise InvalidVersion(message, remedy=remedy)
         return Decision(action="publish", reason="--force replaces another source's image", platforms=everything)
     if rebuild:
-        # A platform that nobody asks for now may still be pulled, so it is made again too; --force drops it.
+        # A platform that is no longer wanted may still be pulled, so it is made again too; --force drops it.
         others = () if force else tuple(platform for platform in sorted(existing.platforms) if platform not in wanted)
         again = (*everything, *(Build(platform=platform) for platform in others))
         return Decision(action="publish", reason="--rebuild makes every platform again", platforms=again)
@@ -230,6 +231,6 @@ def decide(
     )
     missing = tuple(step for step in everything if step.platform not in existing.platforms)
     if not missing:
-        return Decision(action="nothing", reason="the image of this source stands under the tag", platforms=kept)
+        return Decision(action="nothing", reason="the tag already holds the image of this source", platforms=kept)
     names = ", ".join(str(step.platform) for step in missing)
     return Decision(action="extend", reason=f"the image lacks {names}", platforms=(*kept, *missing))

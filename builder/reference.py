@@ -23,8 +23,8 @@ _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
-# What an image can be made for, with the variants that OCI and containerd know beside the default one. The sources are
-# https://github.com/opencontainers/image-spec, "Platform variants", and containerd's platforms package.
+# The platforms that images are made for, with the variants that OCI and containerd define beside the default one. The
+# sources are https://github.com/opencontainers/image-spec, "Platform variants", and containerd's platforms package.
 _VARIANTS = {
     "386": (),
     "amd64": ("v2", "v3", "v4"),
@@ -42,8 +42,8 @@ _VARIANTS = {
 }
 _MOST_PLATFORMS = 32
 
-# A name that is not a valid component by itself becomes `<slug>--x<hash>`; one that only looks so is hashed as well,
-# so that no two names can meet.
+# A name that is not a valid component by itself becomes `<slug>--x<hash>`; one that already looks like that is hashed
+# as well, so that no two names collide.
 _HASHED = re.compile(r"--x[0-9a-f]{20}$")
 _SLUG_LENGTH = 80
 _PLAIN_LENGTH = 128
@@ -61,7 +61,7 @@ class Digest:
     value: str
 
     def __post_init__(self) -> None:
-        """Refuse what is not a digest."""
+        """Refuse a malformed value."""
         if not _DIGEST.fullmatch(self.value):
             message = f"{self.value!r} is not a digest."
             raise InvalidVersion(message, remedy="A digest is 'sha256:' and 64 hexadecimal digits.")
@@ -97,10 +97,10 @@ class Platform:
         default variants are those that containerd normalises to: `linux/arm` is `linux/arm/v7`, `linux/arm64/v8` is
         `linux/arm64`.
 
-        It need not be one that exists: image indexes of others name what they like. `parse_platforms` knows which do.
+        The platform need not exist, since image indexes of others may name any. `parse_platforms` checks that.
 
         Raises:
-            InvalidVersion: the text is not of that form.
+            InvalidVersion: the text has another form.
         """
         parts = text.strip().lower().split("/")
         if len(parts) not in {2, 3} or not all(_WORD.fullmatch(part) for part in parts):
@@ -136,7 +136,7 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
     """
     parts = [part for part in text.split(",") if part.strip()]
     if not parts or len(parts) > _MOST_PLATFORMS:
-        message = f"{text[:100]!r} names no platform." if not parts else f"It names {len(parts):,} platforms."
+        message = f"{text[:100]!r} names no platform." if not parts else f"The list names {len(parts):,} platforms."
         remedy = f"Name one or more, at most {_MOST_PLATFORMS}, separated by commas: linux/amd64,linux/arm64."
         raise InvalidVersion(message, remedy=remedy)
     platforms = dict.fromkeys(Platform.parse(part) for part in parts)
@@ -148,7 +148,7 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
                 f"linux/{name} (/{', /'.join(variants)})" if variants else f"linux/{name}"
                 for name, variants in _VARIANTS.items()
             )
-            raise InvalidVersion(message, remedy=f"Known ones are {there}.")
+            raise InvalidVersion(message, remedy=f"Supported are {there}.")
     return tuple(platforms)
 
 
@@ -159,7 +159,7 @@ def canonical_host(host: str) -> str:
 
 
 def _one_host(host: str) -> tuple[str, int]:
-    """Return a name and a port to compare hosts by; the port is 0 where it is a default one."""
+    """Return a name and a port to compare hosts by; the port is 0 for a default one."""
     written = _PORT.search(host)
     port = int(written[1]) if written else 0
     name = canonical_host(_PORT.sub("", host))
@@ -243,7 +243,7 @@ class Reference:
 
     @property
     def target(self) -> str:
-        """What a manifest request names: the digest where there is one, else the tag."""
+        """The name for a manifest request: the digest if there is one, else the tag."""
         return str(self.digest) if self.digest else self.tag
 
     @classmethod
@@ -280,19 +280,19 @@ def is_host(component: str) -> bool:
 
 
 def full_path(host: str, path: str) -> str:
-    """Return a repository's whole path: Docker Hub's own images lie below `library/`, which nobody writes."""
+    """Return a repository's whole path: Docker Hub's own images are below `library/`, which users omit."""
     return f"library/{path}" if host == DOCKER_HUB and "/" not in path else path
 
 
 def repository_component(model_name: str, reserved: Collection[str] = ()) -> str:
     """Return the repository component for a registered model's name.
 
-    A name that is a valid component stands as it is. Any other becomes a readable slug and a hash of the name, so that
+    A name that is a valid component stays as it is. Any other becomes a readable slug and a hash of the name, so that
     the mapping is deterministic and two different names never share a repository (80 bits of SHA-256).
 
     Args:
         model_name: any string that MLflow takes for a registered model.
-        reserved: components that are no model's, beside `RESERVED`.
+        reserved: components that no model may have, beside `RESERVED`.
     """
     plain = (
         len(model_name) <= _PLAIN_LENGTH
@@ -320,14 +320,14 @@ _BELOW = frozenset({_ANY, "**"})
 class BasePattern:
     """One pattern, valid once constructed.
 
-    In a component of the path and in the tag, `*`, `?` and `[…]` are those of fnmatch; none of them takes a slash.
+    In a component of the path and in the tag, `*`, `?` and `[…]` are those of fnmatch; none of them matches a slash.
 
     Attributes:
-        host: name and perhaps port, as `canonical_host` writes it; `*.` in front takes every host below a domain, and
-            `*` any port; empty for any host and any path.
-        path: the path's components; a last one that is `*` takes everything below the others, at any depth.
-        tag: empty where the pattern has none.
-        digest: `*`, or the whole digest; empty where the pattern has none.
+        host: name and perhaps port, as `canonical_host` writes it; a leading `*.` matches every host below a domain,
+            and `*` any port; empty for any host and any path.
+        path: the path's components; if the last one is `*`, it matches everything below the others, at any depth.
+        tag: empty if the pattern has none.
+        digest: `*`, or the whole digest; empty if the pattern has none.
     """
 
     host: str
@@ -340,20 +340,20 @@ class BasePattern:
         """Return the pattern `[host[:port]/]path[:tag][@digest]`; Docker Hub's short names are filled in.
 
         Raises:
-            InvalidSettings: it is none; the message says why.
+            InvalidSettings: it is not a pattern; the message says why.
         """
         name, at, digest = text.strip().partition("@")
         head, slash, tail = name.rpartition("/")
         tail, colon, tag = tail.partition(":")
         name = f"{head}{slash}{tail}"
         if (at and not digest) or (colon and not tag) or (tag and not _TAG_PATTERN.fullmatch(tag)):
-            _refuse(text, "what stands behind ':' is no tag, or what stands behind '@' no digest")
+            _refuse(text, "the text after ':' is not a tag, or the text after '@' is not a digest")
         digest = _digest(text, digest)
         if name in _BELOW:
             return cls("", (_ANY,), tag, digest)
         host, slash, path = name.partition("/")
         if slash and "*" in host and not is_host(host):
-            _refuse(text, f"{host!r} may be a host or a name at Docker Hub: write the host in front of it")
+            _refuse(text, f"{host!r} may be a host or a name at Docker Hub: write the host before it")
         if not slash or not is_host(host):
             host, path = DOCKER_HUB, name
         host = canonical_host(host)
@@ -361,11 +361,11 @@ class BasePattern:
         if path not in _BELOW:
             components = full_path(host, path).split("/")
         if not _HOST_PATTERN.fullmatch(host):
-            _refuse(text, f"{host!r} is no registry's host")
+            _refuse(text, f"{host!r} is not a registry's host")
         if not all(_COMPONENT_PATTERN.fullmatch(component) for component in components):
-            _refuse(text, f"{path!r} is no repository's path")
+            _refuse(text, f"{path!r} is not a repository's path")
         if "**" in components[:-1]:
-            _refuse(text, "'**' stands for what is below, so it is the last part of a path")
+            _refuse(text, "'**' matches everything below, so it has to be the last part of a path")
         if components[-1] in _BELOW:
             components[-1] = _ANY
         return cls(host, tuple(components), tag, digest)
@@ -378,10 +378,10 @@ class BasePattern:
         return f"{name}{tag}{digest}"
 
     def matches(self, reference: Reference) -> bool:
-        """Return whether the pattern takes an image."""
-        return self._takes_repository(reference) and self._takes_image(reference)
+        """Return whether the pattern matches an image."""
+        return self._matches_repository(reference) and self._matches_image(reference)
 
-    def _takes_repository(self, reference: Reference) -> bool:
+    def _matches_repository(self, reference: Reference) -> bool:
         if not self.host:
             return True
         mine, other = (
@@ -400,15 +400,15 @@ class BasePattern:
             path = path[: len(self.path)]
         return len(path) == len(self.path) and all(map(fnmatchcase, path, self.path))
 
-    def _takes_image(self, reference: Reference) -> bool:
+    def _matches_image(self, reference: Reference) -> bool:
         digest = str(reference.digest or "")
         if self.digest:
-            # The digest decides what is pulled; a tag beside it is a remark, which may still have to be there.
-            right = bool(digest) and self.digest in {_ANY, digest}
-            return right and (not self.tag or fnmatchcase(reference.tag, self.tag))
+            # The digest decides which image is pulled; a tag beside it is only a remark, but may be required.
+            same = bool(digest) and self.digest in {_ANY, digest}
+            return same and (not self.tag or fnmatchcase(reference.tag, self.tag))
         if not self.tag or self.tag == _ANY:
             return True
-        # With a digest the tag says nothing of what is pulled: it may be any image of the repository.
+        # With a digest, the tag does not say which image is pulled: it may be any of the repository.
         return not digest and fnmatchcase(reference.tag, self.tag)
 
 

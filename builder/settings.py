@@ -1,4 +1,4 @@
-"""Settings: the environment, read in one place; with them the way to the network."""
+"""Settings: the environment, read in one place, and the way to the network that it describes."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Network:
 
     Attributes:
         ca_bundle: file of CA certificates in PEM; None for the system's.
-        pip_config: a pip.conf; None for none.
+        pip_config: a pip.conf; None if there is none.
         proxies: HTTP_PROXY, HTTPS_PROXY, NO_PROXY that are set.
         index_variables: pip's and uv's index variables that are set; they may hold a credential.
         insecure_registries: hosts reached over plain HTTP, loopback not named.
-        netrc: file of credentials by host, as pip and uv read it for package indexes; None for none.
+        netrc: file of credentials by host, as pip and uv read it for package indexes; None if there is none.
     """
 
     ca_bundle: Path | None = None
@@ -69,11 +69,11 @@ _CREDENTIAL_VARIABLE = re.compile(
     r"[A-Z0-9_]*(?:TOKEN|PASSWORD|SECRET|API_KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|CLIENT_CERT|CONNECTION_STRING)[A-Z0-9_]*"
     r"|(?:AWS|AZURE|DATABRICKS)_[A-Z0-9_]+"
 )
-# What of a cloud's variables is no secret.
+# The variables of clouds that hold no secret.
 _PLAIN_VARIABLE = re.compile(
     r"AWS_(?:DEFAULT_)?REGION|AWS_CA_BUNDLE|AWS_ENDPOINT_URL[A-Z0-9_]*|AWS_DEFAULT_OUTPUT|AWS_MAX_ATTEMPTS|AWS_RETRY_MODE"
     r"|AWS_EC2_METADATA_DISABLED|AWS_STS_REGIONAL_ENDPOINTS|AZURE_AUTHORITY_HOST|DATABRICKS_HOST"
-    r"|DOCKER_CREDENTIAL_GCR_CONFIG"  # where a credential helper of the Kaniko image would keep its settings
+    r"|DOCKER_CREDENTIAL_GCR_CONFIG"  # the settings file of a credential helper in the Kaniko image
 )
 INDEX_VARIABLES = (
     "PIP_INDEX_URL",
@@ -88,7 +88,7 @@ INDEX_VARIABLES = (
     "PIP_FIND_LINKS",
     "PIP_NO_INDEX",
 )
-# What leads podman to its storage and Docker's client to its daemon.
+# The variables by which podman finds its storage, and Docker's client its daemon.
 _CONTAINER_VARIABLES = (
     "HOME",
     "XDG_RUNTIME_DIR",
@@ -100,7 +100,7 @@ _CONTAINER_VARIABLES = (
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 IN_IMAGE_WORKSPACE = Path("/kaniko/workspace")
 _IN_IMAGE_MARK = Path("/kaniko/builder")
-# Set in the builder image, whether or not anybody mounts something there.
+# The builder image always sets it, even if nothing is mounted there.
 _IN_IMAGE_DOCKER_CONFIG = Path("/kaniko/.docker")
 _MOST_NAMES = 20
 _USERS = {"REGISTRY_TOKEN": "REGISTRY_USER", "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_USERNAME"}
@@ -145,9 +145,9 @@ def _setting(
     Args:
         variable: the environment variable's name.
         meaning: what it means, for the table of settings.
-        default: the value where it is not set; none makes the setting required.
-        shown: how the table shows the default, where the value does not say it well.
-        form: what a malformed value should have been.
+        default: the value if the variable is not set; without one, the setting is required.
+        shown: the default as the table shows it, if the value itself is unclear.
+        form: the expected form, for the error about a malformed value.
     """
     return Field(
         default, validation_alias=variable, description=meaning, json_schema_extra={"shown": shown, "form": form}
@@ -155,7 +155,7 @@ def _setting(
 
 
 class CommonSettings(BaseModel):
-    """What every phase may know: the way to the network, the workspace, how to log."""
+    """Settings of every phase: the way to the network, the workspace, how to log."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True, populate_by_name=True)
 
@@ -173,7 +173,7 @@ class CommonSettings(BaseModel):
     )
     workspace: Path | None = _setting(
         "BUILDER_WORKSPACE",
-        "Folder that the phases hand over through.",
+        "Folder through which the phases hand over.",
         None,
         shown="/kaniko/workspace in the image, a private temporary folder elsewhere",
     )
@@ -182,7 +182,7 @@ class CommonSettings(BaseModel):
     )
     termination_log: Path = _setting(
         "TERMINATION_LOG",
-        "File that the outcome is written to as JSON, where it exists: a Pod's termination message.",
+        "File to which the outcome is written as JSON, if it exists: a Pod's termination message.",
         Path("/dev/termination-log"),
     )
     log_format: Literal["auto", "text", "json"] = _setting(
@@ -202,16 +202,16 @@ class CommonSettings(BaseModel):
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], require: Collection[str] = (), **overrides: object) -> Self:
-        """Return the settings that an environment holds; from here on, nothing shows a secret among them.
+        """Return the settings in an environment; from here on, all output masks their secrets.
 
         Args:
-            environ: the environment, such as `os.environ`. Variables that are empty count as not set.
-            require: variables that may usually be missing, but not here: MODEL_NAME and MODEL_VERSION.
-            overrides: values by variable name, such as `MODEL_NAME="x"`, that win over the environment; None counts as
+            environ: the environment, such as `os.environ`. Empty variables count as not set.
+            require: variables that are required here although usually optional, such as MODEL_NAME.
+            overrides: values by variable name, such as `MODEL_NAME="x"`, that override the environment; None counts as
                 not given.
 
         Raises:
-            InvalidSettings: something is missing or malformed; everything is named, with what it should hold.
+            InvalidSettings: a setting is missing or malformed; the error lists every one, with its expected form.
         """
         from_files = _secrets(environ.get("SECRETS_DIR", ""))
         values: dict[str, Any] = {**from_files, **{k: v for k, v in environ.items() if v}}
@@ -249,18 +249,18 @@ class CommonSettings(BaseModel):
         problems += cls._problems(values)
         if problems:
             message = f"The settings cannot be used: {'; '.join(problems)}."
-            remedy = "Set the variables named here; docs/settings.md lists them all."
+            remedy = "Correct these variables. docs/settings.md describes every setting."
             raise InvalidSettings(message, remedy=remedy, problems=problems)
         return settings
 
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:
-        """Return what pydantic cannot see, one sentence each: files that are not there, half of a pair."""
+        """Return the problems that pydantic cannot see, a sentence each: missing files, half of a pair."""
         return _unreadable("SSL_CERT_FILE", values, "file")
 
     @property
     def named_workspace(self) -> Path | None:
-        """The workspace; None where it is a temporary folder."""
+        """The workspace; None if it is a temporary folder."""
         return self.workspace or (IN_IMAGE_WORKSPACE if _IN_IMAGE_MARK.is_dir() else None)
 
     def workspace_or_temporary(self) -> tuple[Path, bool]:
@@ -270,11 +270,11 @@ class CommonSettings(BaseModel):
 
 
 class BuildSettings(CommonSettings):
-    """What the phase that runs an author's Dockerfile may know: no server, no credential but one that can only pull."""
+    """Settings of the phase that runs an author's Dockerfile: no server, and at most a pull-only credential."""
 
     build_engine: Literal["auto", "kaniko", "buildah"] = _setting(
         "BUILD_ENGINE",
-        "What runs a Dockerfile: `kaniko`, `buildah`, or `auto` for the first that is there.",
+        "The engine that runs a Dockerfile: `kaniko`, `buildah`, or `auto` for the first one installed.",
         "auto",
         form="auto, kaniko or buildah",
     )
@@ -290,12 +290,12 @@ class BuildSettings(CommonSettings):
     build_docker_config: Path | None = _setting(
         "BUILD_DOCKER_CONFIG",
         "Folder of a Docker config.json for the pulls of the build phase (a private base image, the cache). A "
-        "Dockerfile's RUN steps may be able to read it, so its credential must be one that can only pull.",
+        "Dockerfile's RUN steps may be able to read it, so its credential must be pull-only.",
         None,
         shown="anonymous pulls",
     )
     pip_config_file: Path | None = _setting(
-        "PIP_CONFIG_FILE", "pip.conf that RUN steps see as /etc/pip.conf; it is not in the image.", None
+        "PIP_CONFIG_FILE", "pip.conf that RUN steps see as /etc/pip.conf; the image does not contain it.", None
     )
     trust_dockerfile_authors: bool = _setting(
         "TRUST_DOCKERFILE_AUTHORS",
@@ -315,7 +315,7 @@ class BuildSettings(CommonSettings):
 
 
 class CatalogSettings(CommonSettings):
-    """What finds versions on MLflow and reads what they ask for needs."""
+    """Settings for finding versions on MLflow and reading their inputs."""
 
     mlflow_tracking_uri: str = _setting(
         "MLFLOW_TRACKING_URI",
@@ -327,12 +327,12 @@ class CatalogSettings(CommonSettings):
     domino_user_api_key: SecretStr | None = _setting(
         "DOMINO_USER_API_KEY",
         "Sent to Domino's MLflow as X-Domino-Api-Key, except on loopback, where Domino's proxy adds its own. "
-        "In its place MLFLOW_TRACKING_TOKEN may be set.",
+        "MLFLOW_TRACKING_TOKEN may be set instead.",
         None,
     )
     domino_run_id: SecretStr | None = _setting(
         "DOMINO_RUN_ID",
-        "The Domino run in whose name MLflow is asked; sent as X-Domino-Execution beside the API key or the token.",
+        "The Domino run that requests to MLflow belong to; sent as X-Domino-Execution with the API key or the token.",
         None,
     )
     target_tag: str = _setting(
@@ -349,10 +349,10 @@ class CatalogSettings(CommonSettings):
     )
     allowed_base_images: Annotated[tuple[BasePattern, ...], _PATTERNS] = _setting(
         "ALLOWED_BASE_IMAGES",
-        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may ask for: "
-        "`[host[:port]/]path[:tag][@digest]`, each part compared with that part of the image's reference. `*` takes "
-        "anything within a part, `quay.io/team/*` all that is below `quay.io/team`. Without a tag, or with the tag "
-        "`*`, every tag and digest of the repository is allowed; with another tag no digest is.",
+        "Patterns, separated by commas, of the base images that a version's tag MODEL_BASE_IMAGE may name: "
+        "`[host[:port]/]path[:tag][@digest]`, each part compared with that part of the image's reference. `*` matches "
+        "anything within a part, `quay.io/team/*` everything below `quay.io/team`. Without a tag, or with the tag "
+        "`*`, every tag and digest of the repository is allowed; with any other tag, no digest is.",
         (),
         shown="none",
         form="patterns separated by commas, such as docker.io/library/python:3.*,quay.io/team/*",
@@ -360,42 +360,42 @@ class CatalogSettings(CommonSettings):
     allowed_artifact_roots: Annotated[tuple[ArtifactUri, ...], _ARTIFACT_ROOTS] = _setting(
         "ALLOWED_ARTIFACT_ROOTS",
         "Artifact folders, separated by commas, that versions may be read from with the publisher's credentials: URIs "
-        "such as `s3://bucket/mlflow`, or paths. They take the place of the server's own artifact root; what the "
-        "MLflow server hands on itself (`mlflow-artifacts:`) is always allowed.",
+        "such as `s3://bucket/mlflow`, or paths. They replace the server's own artifact root; artifacts that the "
+        "MLflow server serves itself (`mlflow-artifacts:`) are always allowed.",
         (),
         shown="the server's own artifact root",
         form="addresses of folders, such as s3://bucket/mlflow or /srv/mlflow, separated by commas",
     )
     version_timeout: Annotated[int, Field(gt=0)] = _setting(
         "VERSION_TIMEOUT",
-        "Seconds that one version may take; the time of an engine does not count, which has BUILD_TIMEOUT.",
+        "Seconds that one version may take, without the engine's, which BUILD_TIMEOUT bounds.",
         7200,
         form="a positive number of seconds",
     )
     version_processor_time: Annotated[int, Field(gt=0)] = _setting(
         "VERSION_PROCESSOR_TIME",
-        "Seconds of processor time that one version may take, those of resolvers and compilers included.",
+        "Seconds of processor time that one version may take, including resolvers and compilers.",
         3600,
         form="a positive number of seconds",
     )
     version_memory: Annotated[ByteSize, Field(ge=256 << 20)] = _setting(
         "VERSION_MEMORY",
-        "Memory that one version may take, resolvers and compilers included: at most three quarters of what the "
-        "container has.",
+        "Memory that one version may take, including resolvers and compilers; never more than three quarters of the "
+        "container's.",
         ByteSize(4 << 30),
         shown="`4GiB`",
         form="a size such as 4GiB, of at least 256MiB",
     )
     version_bytes: Annotated[ByteSize, Field(gt=0)] = _setting(
         "VERSION_BYTES",
-        "Size of one version: of its artifacts, and of all that is written to the workspace and the temporary folder "
-        "for it.",
+        "Largest size of one version: of its artifacts, and of everything written for it to the workspace and the "
+        "temporary folder.",
         ByteSize(256 << 30),
         shown="`256GiB`",
         form="a size such as 20GiB",
     )
     version_files: Annotated[int, Field(gt=0)] = _setting(
-        "VERSION_FILES", "The most artifacts that one version may have.", 100_000, form="a positive number"
+        "VERSION_FILES", "Largest number of artifacts of one version.", 100_000, form="a positive number"
     )
     mlflow_variables: dict[str, SecretStr] = Field(default_factory=dict)
 
@@ -462,7 +462,7 @@ class Settings(CatalogSettings, BuildSettings):
         "DOCKER_CONFIG",
         "Folder of a Docker config.json with registry credentials; credential helpers work.",
         None,
-        shown="~/.docker where that exists",
+        shown="~/.docker if it exists",
     )
     target_platforms: Annotated[tuple[Platform, ...], _PLATFORMS] = _setting(
         "TARGET_PLATFORMS",
@@ -474,13 +474,13 @@ class Settings(CatalogSettings, BuildSettings):
     build_method: Literal["auto", "dockerfile", "wheels"] = _setting(
         "BUILD_METHOD",
         "How the image is made: `dockerfile` runs the version's template, or the built-in one, with an engine; "
-        "`wheels` assembles it without one; `auto` is `dockerfile` where the version ships a template.",
+        "`wheels` assembles it without one; `auto` is `dockerfile` if the version has a template, else `wheels`.",
         "auto",
         form="auto, dockerfile or wheels",
     )
     wheel_layers: Annotated[Repository, _REPOSITORY] | None = _setting(
         "WHEEL_LAYERS",
-        "Repository of the wheel layers and locks, at REGISTRY_URL's host. Who can write to it puts code into every "
+        "Repository of the wheel layers and locks, at REGISTRY_URL's host. Write access to it puts code into every "
         "image.",
         None,
         shown="REGISTRY_URL/wheel-layers",
@@ -488,64 +488,64 @@ class Settings(CatalogSettings, BuildSettings):
     )
     resolve_as_of: Literal["registered", "now"] = _setting(
         "RESOLVE_AS_OF",
-        "`registered` resolves requirements as of the model's logging, where MLmodel tells it and it is older than the "
-        "version, else as of the version's creation; `now` as of today.",
+        "`registered` resolves requirements as of the time in MLmodel, if it is earlier than the version's creation, "
+        "else as of that; `now` as of today.",
         "registered",
         form="registered or now",
     )
     wheel_bytecode: bool = _setting(
         "WHEEL_BYTECODE",
-        "Whether wheel layers hold bytecode, so that containers start faster. It is made where the builder runs on the "
-        "model's minor version of Python.",
+        "Whether wheel layers contain bytecode, so that containers start faster. It is made only if the builder runs "
+        "on the model's minor version of Python.",
         default=True,
         form="true or false",
     )
     full_mlflow: bool = _setting(
         "FULL_MLFLOW",
-        "Whether an image gets the whole `mlflow` where the model asks for it, not just what serving needs.",
+        "Whether an image gets the whole `mlflow` if the model requires it, instead of the part that serving needs.",
         default=False,
         form="true or false",
     )
     allowed_indexes: Annotated[tuple[str, ...], _LIST] = _setting(
         "ALLOWED_INDEXES",
         "Addresses, separated by commas, of package indexes and wheels that a model's requirements may name; each "
-        "allows what is below it, `*` allows any that no credential is sent to.",
+        "allows everything below it, `*` allows any to which no credential is sent.",
         (),
-        shown="those that are configured for pip or uv",
+        shown="those configured for pip or uv",
     )
     netrc: Path | None = _setting(
         "NETRC",
-        "File with credentials for package indexes: of hosts that an index or ALLOWED_INDEXES names; `default` is for "
-        "indexes alone.",
+        "netrc file with credentials for package indexes. An entry is used for hosts in the addresses of indexes and "
+        "in ALLOWED_INDEXES, `default` only for indexes.",
         None,
-        shown="~/.netrc where that exists",
+        shown="~/.netrc if it exists",
     )
     sweep_attempts: Annotated[int, Field(gt=0)] = _setting(
         "SWEEP_ATTEMPTS",
-        "How often a sweep tries a version that fails before it waits for a change of it.",
+        "How often a sweep tries a failing version before it waits for the version to change.",
         3,
         form="a positive number",
     )
     smoke_test: Literal["auto", "required", "off"] = _setting(
         "SMOKE_TEST",
-        "Whether an image is run and asked before its tag moves: `auto` where podman or Docker can run it here, "
-        "`required` or `off`.",
+        "Whether an image is run and queried before its tag moves: `auto` if podman or Docker can run it here, "
+        "`required`, or `off`.",
         "auto",
         form="auto, required or off",
     )
     smoke_test_timeout: Annotated[int, Field(gt=0)] = _setting(
         "SMOKE_TEST_TIMEOUT",
-        "Seconds that an image may take from its start to its answers.",
+        "Seconds after its start within which an image has to answer.",
         180,
         form="a positive number of seconds",
     )
     smoke_test_memory: Annotated[int, Field(gt=0)] | None = _setting(
         "SMOKE_TEST_MEMORY",
-        "Megabytes (MiB) that an image may use in its smoke test; one that needs more fails it. Without it, one that "
-        "needs more than the machine can spare counts as not tested.",
+        "Memory in MiB that an image may use in its smoke test; if it needs more, the test fails. If this is not set, "
+        "an image that needs more than the machine can spare counts as not tested.",
         None,
         shown="three quarters of what is free",
-        form="a positive number of megabytes",
+        form="a positive number of MiB",
     )
     container_variables: dict[str, str] = Field(default_factory=dict)
 
@@ -562,7 +562,7 @@ class Settings(CatalogSettings, BuildSettings):
         if value and not value.path:
             raise ValueError
         if value and images and value.host != images.host:
-            message = f"layers can be mounted within one registry only, and images go to {images.host}"
+            message = f"layers can be mounted only within one registry, and images go to {images.host}"
             raise ValueError(message)
         if images:
             _check_apart("WHEEL_LAYERS", value, images)
@@ -583,7 +583,7 @@ class Settings(CatalogSettings, BuildSettings):
         return self.wheel_layers or self.registry_url.child("wheel-layers")
 
     def component_of(self, model_name: str) -> str:
-        """Return the last component of a model's repository, which is never that of WHEEL_LAYERS or BUILD_CACHE."""
+        """Return the last component of a model's repository, never the one of WHEEL_LAYERS or BUILD_CACHE."""
         ours = [repository for repository in (self.wheel_layers, self.build_cache) if repository]
         names = {repository.path.rpartition("/")[2] for repository in ours}
         reserved = {name for name in names if any(each.holds(self.registry_url.child(name)) for each in ours)}
@@ -595,9 +595,9 @@ class Settings(CatalogSettings, BuildSettings):
 
 
 def _no_server(uri: str) -> str:
-    """Return why MLflow would take an address for a folder, or ask nobody; empty where all is well.
+    """Return why an address is not that of an MLflow server; empty if it is valid.
 
-    MLflow reads what has no scheme as a path: it would make a folder `mlflow.example.com` and find no model in it.
+    MLflow reads an address without a scheme as a path: it would make a folder `mlflow.example.com`, and find no model.
     """
     scheme, colon, rest = uri.partition(":")
     if scheme.lower() in {"http", "https"} and colon:
@@ -609,14 +609,14 @@ def _no_server(uri: str) -> str:
 
 
 def _check_apart(variable: str, ours: Repository | None, images: Repository) -> None:
-    """Refuse a repository of ours that would hold every model's: who may write those could write ours."""
+    """Refuse a repository of ours above the models': credentials for those could write to it."""
     if ours and ours.holds(images):
-        message = f"{variable} is {ours}, and REGISTRY_URL is the same or lies below it"
+        message = f"{variable} is {ours}, and REGISTRY_URL is the same or below it"
         raise ValueError(message)
 
 
 def _is_credential(name: str, value: object) -> bool:
-    """Return whether a variable holds what a Dockerfile's RUN step must not read.
+    """Return whether a variable holds a credential that a Dockerfile's RUN step must not read.
 
     Proxies and package indexes may have a password in their address; RUN steps need those, so they do not count.
     """
@@ -632,12 +632,12 @@ def _holds_url_credential(value: str) -> bool:
 
 
 def _mask(values: Mapping[str, Any], home: str, from_files: Collection[str]) -> None:
-    """Mask every secret of the settings, and those of the credential files that they or a home folder have.
+    """Mask every secret of the settings, and of the credential files that they name or the home folder has.
 
     Args:
         values: by the variables' names.
-        home: the user's home; empty for none.
-        from_files: names of what a file of SECRETS_DIR holds: a secret, unless it is a setting that is none.
+        home: the user's home; empty if there is none.
+        from_files: names of the variables read from SECRETS_DIR: secrets, except for plain settings.
     """
     plain = {field.validation_alias for field in Settings.model_fields.values()}
     for name, value in values.items():
@@ -663,18 +663,18 @@ def _unreadable(variable: str, values: Mapping[str, Any], kind: Literal["file", 
 
 
 def _no_docker_config(folder: str | Path | None) -> list[str]:
-    """Return a problem where DOCKER_CONFIG is no folder of a config.json, with what there is instead."""
+    """Return a problem if DOCKER_CONFIG is not a folder with a config.json, and what is there instead."""
     if not folder or Path(folder) == _IN_IMAGE_DOCKER_CONFIG or (Path(folder) / "config.json").exists():
         return []
     path = Path(folder)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        return [f"DOCKER_CONFIG is {str(path)!r}, which {what}: it has to be the folder of a config.json"]
+        return [f"DOCKER_CONFIG is {str(path)!r}, which {what}: it has to be a folder with a config.json"]
     try:
         names = sorted(entry.name for entry in islice(path.iterdir(), _MOST_NAMES))
     except OSError as error:
         return [f"DOCKER_CONFIG is {str(path)!r}, which cannot be read: {error.strerror}"]
-    there = f"there is {', '.join(repr(one_line(name, 60)) for name in names)}" if names else "it is empty"
+    there = f"it contains {', '.join(repr(one_line(name, 60)) for name in names)}" if names else "it is empty"
     hint = "; mount the secret's key .dockerconfigjson as config.json" if ".dockerconfigjson" in names else ""
     return [f"DOCKER_CONFIG is the folder {str(path)!r}, which has no config.json: {there}{hint}"]
 
@@ -685,11 +685,11 @@ def _half(values: Mapping[str, Any], *names: str) -> list[str]:
     if not missing or len(missing) == len(names):
         return []
     there = next(name for name in names if name not in missing)
-    return [f"{missing[0]} is missing: {there} is set, and one is of no use without the other"]
+    return [f"{missing[0]} is missing: {there} is set, and needs it"]
 
 
 def _secrets(folder: str) -> dict[str, str]:
-    """Return what the files of SECRETS_DIR hold, by file name, one trailing newline removed."""
+    """Return the contents of SECRETS_DIR's files by name, one trailing newline removed."""
     if not folder:
         return {}
     try:
@@ -718,7 +718,7 @@ def _problem(cls: type[BaseModel], detail: Any) -> str:  # pydantic's ErrorDetai
 
 
 def network(settings: BuildSettings) -> Network:
-    """Return how pulls, RUN steps and package indexes are reached; only `Settings` know a netrc file."""
+    """Return the way to the network for pulls, RUN steps and package indexes; only `Settings` have a netrc file."""
     return Network(
         ca_bundle=settings.ssl_cert_file,
         pip_config=settings.pip_config_file,

@@ -1,4 +1,4 @@
-"""URLs that every program parses alike: one canonical form, and a refusal of whatever has two readings."""
+"""URLs that every program parses alike: one canonical form; ambiguous ones are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 200
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*")
 # A drive's letter, or a network share: paths of Windows.
 _OF_WINDOWS = re.compile(r"(?:file:/*)?(?:[A-Za-z]:[\\/]|\\\\)", re.IGNORECASE)
-# What some client reads as more than a character of a path.
+# Characters that some client does not read as part of a path.
 _AMBIGUOUS = frozenset("%?#;\\")
 _HTTP = frozenset({"http", "https", "mlflow-artifacts"})
 
@@ -31,8 +31,8 @@ class ArtifactUri:
 
     Attributes:
         scheme: in lower case; `file` for a folder on a machine, however it was written.
-        authority: the host, bucket or account, as it was written, in lower case where it is a web server's; empty for
-            none.
+        authority: the host, bucket or account, as it was written, but in lower case for a web server; empty if there
+            is none.
         parts: the components of the path, none of them empty, `.` or `..`.
     """
 
@@ -42,7 +42,7 @@ class ArtifactUri:
 
     @classmethod
     def parse(cls, text: str) -> ArtifactUri:
-        """Return the address that `text` is: a URI, or a path on this machine.
+        """Return the address that `text` names: a URI, or a path on this machine.
 
         Raises:
             NotAnArtifactUri: it can be read in two ways, or not at all.
@@ -62,7 +62,7 @@ class ArtifactUri:
             if split.netloc not in {"", "localhost"} or "?" in text or "#" in text:
                 raise _refused(text, "a file: URI has no host, query or fragment")
             return cls._local(text, unquote(split.path, errors="surrogateescape"))
-        # Also of the authority: a client may end it elsewhere.
+        # In the authority as well: a client may end it elsewhere.
         if _AMBIGUOUS & set(text):
             raise _refused(text, "it has one of % ? # ; \\")
         authority = split.netloc.lower() if split.scheme in _HTTP else split.netloc
@@ -101,7 +101,7 @@ def parse_roots(text: str) -> tuple[ArtifactUri, ...]:
     """Return the artifact folders in a list with commas.
 
     Raises:
-        NotAnArtifactUri: one of them is not an address, or says nothing of where it is.
+        NotAnArtifactUri: one of them is not an address, or has neither a host nor a path.
     """
     roots = tuple(ArtifactUri.parse(part.strip()) for part in text.split(",") if part.strip())
     for root in roots:
@@ -131,26 +131,26 @@ def _refused(text: str, why: str) -> NotAnArtifactUri:
 LONGEST = 2048
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MOST_PORT = 65_535
-# What may stand in a path or a query as it is. Quotes, blanks, backslashes, `$`, `#`, `;`, `|` and brackets are not
-# among it: some reader of a requirements file, a shell or a TOML file takes them for its own.
+# Characters that a path or a query may have unescaped. Quotes, blanks, backslashes, `$`, `#`, `;`, `|` and brackets are
+# not among them: they have a meaning of their own in requirements files, shells or TOML files.
 _PLAIN = r"[A-Za-z0-9._~+,=:@!*()-]"
 _ADDRESS = re.compile(
     rf"(?P<scheme>[A-Za-z]{{1,5}})://(?P<host>[A-Za-z0-9._-]{{1,255}}|\[[0-9A-Fa-f:.]{{2,45}}\])(?::(?P<port>[0-9]{{1,5}}))?"
     rf"(?P<path>(?:/(?:{_PLAIN}|%[0-9A-Fa-f]{{2}})*)*)(?:\?(?P<query>(?:{_PLAIN}|[/?&]|%[0-9A-Fa-f]{{2}})*))?"
 )
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-# Encoded characters that mean the same to everybody: what a wheel's name or a folder may hold. A slash is one more, as
-# long as what it divides is no dot segment; an encoded dot, backslash or percent sign has no use but to deceive.
+# Encoded characters that every program reads alike: those that the name of a wheel or a folder may contain. A slash is
+# another, unless it delimits a dot segment; an encoded dot, backslash or percent sign has no use but to deceive.
 _ENCODED = frozenset(range(0x20, 0x7F)) - {ord(character) for character in " .%\\\"'$#?;<>`{|}^[]"}
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
-# The characters of an address that an index answers with: only those are left out that a parser drops or turns round.
+# The characters of an address in an index's answer, without those that some parser drops or replaces.
 _LINK = re.compile(r"[!-~]+")
 _TWO_READINGS = re.compile(r"[\\\"<>^`{|}]")
 _HIDDEN_DOTS = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:[/\\]|$)|%5c", re.IGNORECASE)
 
 
 class Ambiguous(ValueError):
-    """An address is malformed, or two programs can read it in two ways; the text says how."""
+    """An address is malformed, or programs read it in different ways; the text says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Origin:
     Attributes:
         scheme: `http` or `https`.
         host: lower-case; an IPv6 address without brackets.
-        port: a number, also where it is the scheme's own.
+        port: a number, even if it is the scheme's default.
     """
 
     scheme: str
@@ -169,21 +169,21 @@ class Origin:
 
 
 def canonical(text: str, *, query: bool = False) -> str:
-    """Return an http(s) address in the one form that everybody reads alike: no credential, no fragment.
+    """Return an http(s) address in its canonical form, without a credential or a fragment.
 
     Args:
         text: the address, as it was written; a fragment is cut off.
         query: whether it may have a query.
 
     Raises:
-        Ambiguous: it is no such address, or has something that programs read in different ways.
+        Ambiguous: it is not such an address, or programs read it in different ways.
     """
     address, _, _ = text.partition("#")
     if len(address) > LONGEST:
         message = f"the address is longer than {LONGEST:,} characters"
         raise Ambiguous(message)
     if "@" in address.partition("://")[2].partition("/")[0].partition("?")[0]:
-        message = "its address holds a credential, which everybody can read here; keep it in pip.conf or netrc"
+        message = "its address contains a credential, which everybody can read here; move it to pip.conf or netrc"
         raise Ambiguous(message)
     parts = _ADDRESS.fullmatch(address)
     if not parts or parts["scheme"].lower() not in _DEFAULT_PORTS:
@@ -199,12 +199,12 @@ def canonical(text: str, *, query: bool = False) -> str:
     path = _ESCAPE.sub(_escape, parts["path"])
     _check_segments(path)
     netloc = host + _port(scheme, parts["port"])
-    asked = "" if parts["query"] is None else "?" + _ESCAPE.sub(_escape, parts["query"])
-    return f"{scheme}://{netloc}{path}{asked}"
+    suffix = "" if parts["query"] is None else "?" + _ESCAPE.sub(_escape, parts["query"])
+    return f"{scheme}://{netloc}{path}{suffix}"
 
 
 def origin_of(url: str) -> Origin | None:
-    """Return the origin of an address; None where it has none that everybody reads alike."""
+    """Return the origin of an address; None if it has none, or programs disagree on it."""
     try:
         parts = urlsplit(url)
         host, port = _host(parts.netloc.rpartition("@")[2].removesuffix(f":{parts.port}")), parts.port
@@ -215,7 +215,7 @@ def origin_of(url: str) -> Origin | None:
 
 
 def is_within(url: str, prefix: str) -> bool:
-    """Return whether a canonical address is `prefix` or below it, which begins with a slash.
+    """Return whether a canonical address is `prefix` or below it.
 
     Args:
         url: as `canonical` returns it.
@@ -230,10 +230,10 @@ def is_within(url: str, prefix: str) -> bool:
 
 
 def linked(base: str, link: str) -> str | None:
-    """Return the address that a page or a redirect leads to, without its fragment; None where it is not to be followed.
+    """Return the address that a page or a redirect leads to, without its fragment; None if it must not be followed.
 
-    Links are the index's, and signed ones hold many characters; so this refuses only what moves the origin or the path
-    in one reading and not in the other: control characters, backslashes, encoded dots, credentials, odd hosts.
+    Links are the index's, and signed ones contain many characters; so this refuses only what changes the origin or the
+    path in one reading and not in another: control characters, backslashes, encoded dots, credentials, odd hosts.
 
     Args:
         base: the address of what holds the link.
@@ -266,7 +266,7 @@ def _host(text: str) -> str:
         if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
             return str(ipaddress.IPv4Address(host))
     except ValueError as error:
-        message = f"the host {host[:60]!r} is not written as a name or a plain address"
+        message = f"the host {host[:60]!r} is neither a name nor a plain IP address"
         raise Ambiguous(message) from error
     if not all(_LABEL.fullmatch(label) for label in labels):
         message = f"the host {host[:60]!r} is not a name of letters, digits, '-' and '.'"
@@ -278,7 +278,7 @@ def _port(scheme: str, text: str | None) -> str:
     if text is None:
         return ""
     if text.startswith("0") or int(text) > _MOST_PORT:
-        message = f"the port {text} is none"
+        message = f"{text} is not a port"
         raise Ambiguous(message)
     return "" if int(text) == _DEFAULT_PORTS[scheme] else f":{text}"
 
@@ -286,7 +286,7 @@ def _port(scheme: str, text: str | None) -> str:
 def _escape(match: re.Match[str]) -> str:
     """Return an encoded character with upper-case digits."""
     if int(match[1], 16) not in _ENCODED:
-        message = f"%{match[1]} in an address is read differently by different programs"
+        message = f"programs read %{match[1]} in an address in different ways"
         raise Ambiguous(message)
     return f"%{match[1].upper()}"
 

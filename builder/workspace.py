@@ -5,11 +5,11 @@
     context/      written by fetch; what the engine builds from
     description/  written by fetch, and gone at its end: what describes the model, read before the rest is downloaded
     layouts/      written by build, a folder for each platform
-    result.json   written by build: what became of each platform
+    result.json   written by build: the platforms built, and the failure
 
-An author's Dockerfile runs as root in the build phase, so whatever build writes is read as a stranger's: links are not
-followed, only regular files are opened, sizes are bounded, and the content is held against a schema. The files that
-build writes are written in place, never renamed, since in a Pod each is a mount of its own.
+An author's Dockerfile runs as root in the build phase, so all output of build is untrusted: links are not followed,
+only regular files are opened, sizes are bounded, and the content is validated by a schema. The files that build writes
+are written in place, never renamed, since in a Pod each is a mount of its own.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ _MOST_RESULT_BYTES = 1 << 20
 _MOST_TEXT = 4000
 
 
-# What a build phase may fail with. It is told by a stranger, so it decides an exit code and nothing else.
+# The failures that a build phase may report. The report is untrusted, so it decides an exit code and nothing else.
 _FAILURES: dict[str, type[BuilderError]] = {
     kind.__name__: kind for kind in (BuildFailed, ServiceUnavailable, TryAgain, EngineKilled, InvalidSettings, Defect)
 }
 
 
 class BuildResult(BaseModel):
-    """What the build phase says of itself.
+    """The build phase's own report.
 
     Attributes:
         engine: the engine's name.
         built: the platforms whose layout was made.
-        failure: the name of the error that ended it; empty where all is well.
+        failure: the name of the error that ended it; empty if it succeeded.
         what: what failed.
         remedy: what to do about it.
     """
@@ -84,11 +84,11 @@ class BuildResult(BaseModel):
         return self.model_copy(update={"failure": type(error).__name__, **texts})
 
     def check(self) -> None:
-        """Raise what ended the build phase, if anything did.
+        """Raise the error that ended the build phase, if one did.
 
         Raises:
             BuildFailed: a Dockerfile could not be built.
-            BuilderError: another of those that a build can end with.
+            BuilderError: another error that a build can end with.
         """
         if self.failure:
             kind = _FAILURES.get(self.failure, BuildFailed)
@@ -97,7 +97,7 @@ class BuildResult(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folder, and the places in it."""
+    """The folder, and the paths in it."""
 
     folder: Path
 
@@ -108,7 +108,7 @@ class Workspace:
 
     @property
     def description(self) -> Path:
-        """The folder that a version is planned from before its artifacts are here."""
+        """The folder that a version is planned from, before its artifacts are downloaded."""
         return self.folder / "description"
 
     @property
@@ -122,10 +122,10 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process of this program out of the folder meanwhile.
+        """Keep other processes of this program out of the folder for the duration of the context.
 
         Raises:
-            TryAgain: another one is at work there.
+            TryAgain: another one is using it.
             InvalidSettings: the folder cannot be made or read.
         """
         with on_disk(f"make the workspace {self.folder}"):
@@ -135,22 +135,22 @@ class Workspace:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError as error:
-            message = f"Another publish is at work in the workspace {self.folder}."
-            raise TryAgain(message, remedy="Give each its own BUILDER_WORKSPACE, or wait for it to end.") from error
+            message = f"Another publish is using the workspace {self.folder}."
+            raise TryAgain(message, remedy="Wait for it to end, or set another BUILDER_WORKSPACE.") from error
         finally:
             os.close(descriptor)
 
     def clear_plan(self) -> None:
-        """Remove what an earlier run planned and built, so that nobody takes it for this run's."""
+        """Remove an earlier run's plan and result, so that they are not taken for this run's."""
         with on_disk(f"write to the workspace {self.folder}"):
             for name in ("plan.json", "recipe.json", "result.json"):
                 (self.folder / name).unlink(missing_ok=True)
 
     def prepare(self, *, keep_context: bool = False) -> None:
-        """Make the workspace ready: what an earlier run left is removed, what is not ours stays.
+        """Make the workspace ready: remove what an earlier run left, and keep files that are not ours.
 
         Args:
-            keep_context: leave the context, of which a download that broke off keeps what it has.
+            keep_context: leave the context, so that an interrupted download can resume.
 
         Raises:
             TryAgain: the disk is full.
@@ -169,7 +169,7 @@ class Workspace:
 
     @contextmanager
     def describing(self) -> Iterator[Path]:
-        """Give the empty folder `description`, and remove it afterwards."""
+        """Yield the empty folder `description`, and remove it afterwards."""
         with on_disk(f"write to the workspace {self.folder}"):
             self.description.mkdir()
         try:
@@ -178,7 +178,7 @@ class Workspace:
             shutil.rmtree(self.description, ignore_errors=True)
 
     def change_context(self, files: Mapping[str, bytes]) -> None:
-        """Write other content into files of the context, whose modes and times stay; the paths are those of files."""
+        """Replace the content of files in the context, by path; their modes and times stay."""
         with on_disk(f"write to {self.context}"):
             for path, content in files.items():
                 file = self.context / path
@@ -187,7 +187,7 @@ class Workspace:
                 os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def write_dockerfile(self, content: bytes) -> None:
-        """Write the rendered Dockerfile into the context, over whatever the artifacts have there.
+        """Write the rendered Dockerfile into the context, over an artifact of that name.
 
         Raises:
             InvalidVersion: the artifacts have a folder of that name.
@@ -196,7 +196,7 @@ class Workspace:
             message = "The version has a folder 'Dockerfile' where the rendered file belongs."
             raise InvalidVersion(message, remedy="Log that folder under another name.")
         with on_disk(f"write {self.dockerfile}"):
-            # A new file: through a link in its place another would be written.
+            # A new file: a link in its place would lead to another one.
             self.dockerfile.unlink(missing_ok=True)
             with self.dockerfile.open("xb") as file:
                 file.write(content)
@@ -205,12 +205,12 @@ class Workspace:
         """Write plan.json.
 
         Raises:
-            InvalidVersion: the version has so many artifacts that their list would not be read again.
+            InvalidVersion: the version has more artifacts than a plan can list.
         """
         text = plan.model_dump_json(indent=1).encode()
         if len(text) > _MOST_PLAN_BYTES:
             message = f"{plan.version} has {len(plan.artifacts)} artifacts, more than a plan can list."
-            raise InvalidVersion(message, remedy="Put many small files into an archive, and log that.")
+            raise InvalidVersion(message, remedy="Log small files as one archive.")
         with on_disk(f"write to the workspace {self.folder}"):
             (self.folder / "plan.json").write_bytes(text)
 
@@ -218,14 +218,14 @@ class Workspace:
         """Return the plan that fetch wrote.
 
         Raises:
-            UsageError: there is none, or it is not one of this program's.
+            UsageError: it is missing, or this program did not write it.
         """
         path = self.folder / "plan.json"
         try:
             return Plan.model_validate_json(_read_regular(path, _MOST_PLAN_BYTES))
         except (OSError, ValidationError, BuilderError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            message = f"The workspace {self.folder} has no plan that can be read: {one_line(why, 200)}."
+            message = f"The workspace {self.folder} has no readable plan: {one_line(why, 200)}."
             raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
 
     def write_recipe(self, content: bytes) -> None:
@@ -237,19 +237,19 @@ class Workspace:
         """Return what fetch wrote into recipe.json.
 
         Raises:
-            UsageError: there is none.
+            UsageError: it is missing.
         """
         try:
             return _read_regular(self.folder / "recipe.json", _MOST_PLAN_BYTES)
         except OSError as error:
-            message = f"The workspace {self.folder} has no recipe that can be read: {error.strerror}."
+            message = f"The workspace {self.folder} has no readable recipe: {error.strerror}."
             raise UsageError(message, remedy="Run 'builder fetch' first, with the same BUILDER_WORKSPACE.") from error
 
     def write_result(self, result: BuildResult) -> None:
         """Write result.json, in place, and never through a link that a RUN step has put there.
 
         Raises:
-            BuildFailed: it is no file any more.
+            BuildFailed: it is no longer a file.
             TryAgain: the disk is full.
             InvalidSettings: it cannot be written.
         """
@@ -265,10 +265,10 @@ class Workspace:
             if cause is None or cause.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
                 raise
             message = "result.json in the workspace was replaced by something that is not a file."
-            raise BuildFailed(message, remedy="A RUN step of the Dockerfile did it: remove that step.") from error
+            raise BuildFailed(message, remedy="Remove the RUN step of the Dockerfile that did it.") from error
 
     def result(self) -> BuildResult:
-        """Return what build wrote, read as a stranger's.
+        """Return the build phase's report, read as untrusted input.
 
         Raises:
             BuildFailed: build wrote nothing, or something that is not a result.
@@ -276,11 +276,11 @@ class Workspace:
         try:
             return BuildResult.model_validate_json(_read_regular(self.folder / "result.json", _MOST_RESULT_BYTES))
         except (OSError, ValidationError, ValueError, BuilderError) as error:
-            message = "The build phase left no result that can be read."
-            raise BuildFailed(message, remedy="See its log; the phases run in the order fetch, build, push.") from error
+            message = "The build phase left no readable result."
+            raise BuildFailed(message, remedy="See its log. The order of phases is fetch, build, push.") from error
 
     def discard(self) -> None:
-        """Remove what a publish left that was ended in the midst; what cannot be removed stays.
+        """Remove the files of an interrupted publish, as far as possible.
 
         Raises:
             TryAgain, InvalidSettings: as `locked`.
@@ -292,7 +292,7 @@ class Workspace:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the whole folder; what cannot be removed stays."""
+        """Remove the whole folder, as far as possible."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

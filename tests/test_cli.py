@@ -251,7 +251,7 @@ def test_plan_is_for_people_and_for_programs(builder, mlflow_server, base_image)
     model = register(mlflow_server.uri, seed_layout(base_image, COPIES))
     done = builder("plan", model.name, model.version)
     assert done.returncode == 0, done.stderr
-    assert "nothing stands under the tag" in done.stdout
+    assert "the tag does not exist" in done.stdout
     assert f"  FROM {base_image}" in done.stdout
     planned = json.loads(builder("plan", "--json", model.name, model.version).stdout)
     assert planned["action"] == "publish"

@@ -128,7 +128,7 @@ def test_what_hangs_at_exit_is_left():
 def test_a_request_to_end_is_not_lost(code):
     process = ended(code)
     assert process.returncode == 75, process.stderr
-    assert "asked to end" in process.stderr
+    assert "ended by a signal" in process.stderr
 
 
 def test_publishes_end_at_any_moment(small, small_environ):

@@ -176,7 +176,7 @@ def test_nothing_of_a_build_stays(builds):
     ("name", "kind", "words"),
     [
         ("syntax", "BuildFailed", "unknown instruction: RNU"),
-        ("no base", "BuildFailed", "behind FROM"),
+        ("no base", "BuildFailed", "after FROM"),
         ("away", "ServiceUnavailable", "connection refused"),
         ("copy", "BuildFailed", "no such file or directory"),
         ("program", "BuildFailed", "/nothing: no such file or directory"),

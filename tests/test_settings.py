@@ -146,7 +146,7 @@ def test_a_docker_config_is_a_credential(tmp_path):
     ("files", "name", "said"),
     [
         ((".dockerconfigjson", "..data"), "", "'.dockerconfigjson'; mount the secret's key .dockerconfigjson as config.json"),
-        (("config.jsn",), "", "there is 'config.jsn'"),
+        (("config.jsn",), "", "it contains 'config.jsn'"),
         ((), "", "it is empty"),
         (("config.json",), "config.json", "which is a file"),
         ((), "gone", "does not exist"),

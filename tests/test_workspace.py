@@ -80,7 +80,7 @@ HOSTILE = {
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_result_is_a_failed_build(workspace, make):
     make(workspace.folder / "result.json")
-    with pytest.raises(BuildFailed, match="no result that can be read"):
+    with pytest.raises(BuildFailed, match="no readable result"):
         workspace.result()
 
 

@@ -321,7 +321,7 @@ class _Warming:
             transfers = layers.transfers
         for part in planned.recipe.platforms:
             for warning in recipes.check_wheels(part, planned.bases[part.platform].name, placed):
-                log.warning("a library is not there", of=name, platform=str(part.platform), why=warning)
+                log.warning("a library is missing", of=name, platform=str(part.platform), why=warning)
         without = _without(planned.impossible)
         return Warmed(name=name, state="warm", known=transfers.known, made=transfers.made, detail=without)
 

@@ -14,28 +14,26 @@ if TYPE_CHECKING:
 
 
 def select_engine(settings: BuildSettings, engines: Sequence[Engine] | None = None) -> Engine:
-    """Return the engine that BUILD_ENGINE names, or the first one that is there.
+    """Return the engine that BUILD_ENGINE names, or the first one installed.
 
     Args:
         settings: BUILD_ENGINE is used.
         engines: what to choose from, in order; None for Kaniko and Buildah.
 
     Raises:
-        InvalidSettings: the engine that was asked for is not here, or none is.
+        InvalidSettings: that engine is not installed, or none is.
     """
     candidates = _engines() if engines is None else engines
     wanted = settings.build_engine
     for engine in candidates:
         if wanted in {"auto", engine.name} and engine.available():
             return engine
-    ways_out = (
-        "Run in the builder image, which brings Kaniko, or install Buildah (a package of every large distribution)."
-    )
+    ways_out = "Run in the builder image, which has Kaniko, or install Buildah (a package of every large distribution)."
     if wanted == "auto":
-        message = "No engine is here that could run a Dockerfile: neither Kaniko nor Buildah."
+        message = "No engine can run a Dockerfile here: neither Kaniko nor Buildah is installed."
         raise InvalidSettings(message, remedy=ways_out)
-    message = f"BUILD_ENGINE is {wanted}, and that is not here."
-    raise InvalidSettings(message, remedy=f"{ways_out} BUILD_ENGINE=auto takes what is there.")
+    message = f"BUILD_ENGINE is {wanted}, which is not installed."
+    raise InvalidSettings(message, remedy=f"{ways_out} BUILD_ENGINE=auto takes the one that is installed.")
 
 
 def _engines() -> Sequence[Engine]:

@@ -1,4 +1,4 @@
-"""Buildah: runs a Dockerfile without a daemon, on a laptop, in the tests, and where Kaniko is not."""
+"""Buildah: runs a Dockerfile without a daemon, on a laptop, in the tests, and wherever Kaniko is absent."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from builder.reference import Platform
 
 
-# Where RUN steps see the CA bundles. Buildah leaves the empty folder in the image, and an empty /etc/pip.conf, where
-# the base has none; what was in them is never there.
+# Where RUN steps see the CA bundles. Buildah leaves the empty folder in the image, and an empty /etc/pip.conf if the
+# base has none, but never their content.
 SEEN = Path("/run/builder")
 SEEN_BUNDLE = SEEN / "ca-bundle.pem"
 _SEEN_PIP_BUNDLE = SEEN / "pip.pem"
@@ -42,7 +42,7 @@ class Files:
 
     Attributes:
         folder: all of them, and room for temporary ones; only this user can enter it.
-        home: an empty home.
+        home: an empty home folder.
         authfile: the credentials for pulls, perhaps none.
         policy: the signature policy, which hosts often lack.
         registries: which hosts are reached over plain HTTP.
@@ -205,7 +205,7 @@ class Buildah:
 
         Raises:
             BuildFailed: the Dockerfile cannot be built, or took too long.
-            ServiceUnavailable: the registry of the base image is away.
+            ServiceUnavailable: the registry of the base image is unavailable.
             TryAgain: a disk is full, or Buildah was killed, as when memory runs out.
             InvalidSettings: a file of the settings cannot be read.
             InvalidVersion: the Dockerfile has no FROM.
@@ -214,7 +214,7 @@ class Buildah:
         with staged(job, job.layout.parent) as files:
             self._refuse(job, files)
             output = BoundedOutput(output)
-            said = _Said(output)
+            said = _BuildahOutput(output)
             try:
                 code = self._run(self._build_argv(job, files), job, files, said, timeout=job.timeout)
             except BaseException:
@@ -222,7 +222,7 @@ class Buildah:
                 raise
             if code:
                 raise said.failure(code, job.platform)
-            said = _Said(output)
+            said = _BuildahOutput(output)
             # The layout's name alone: a colon in a path before it would be taken for the begin of a tag.
             argv = ["push", "--quiet", f"--signature-policy={files.policy}", "--format=oci"]
             argv += [self._image_id(files.image_id), f"oci:{job.layout.name}"]
@@ -234,12 +234,12 @@ class Buildah:
         """Return the image's id, which a RUN step that left its chroot could have replaced by another argument."""
         found = path.read_text(errors="replace").strip()
         if not _IMAGE_ID.fullmatch(found):
-            message = f"Buildah left {found[:100]!r} where the id of the image belongs."
-            raise BuildFailed(message, remedy="Build again; the log may say why.")
+            message = f"Buildah wrote {found[:100]!r} in place of the image's id."
+            raise BuildFailed(message, remedy="Build again. The log may say why.")
         return found
 
     def _refuse(self, job: BuildJob, files: Files) -> None:
-        """Refuse what this version of Buildah does not know, and mounts that it does not keep within the build."""
+        """Refuse features that this Buildah does not support, and mounts that it does not confine to the build."""
         dockerfile = Dockerfile.parse(job.dockerfile.read_text(errors="replace"))
         mounts = [step for step, value in dockerfile.mounts() if not _SOURCELESS.fullmatch(value)]
         newer = [(step, what) for step in dockerfile.instructions for what in _newer(step)]
@@ -259,7 +259,7 @@ class Buildah:
         for step, what in newer:
             if version < _SINCE[what]:
                 one = "a here-document (<<)" if what == "here-documents" else f"{step.keyword} --link"
-                message = f"Line {step.first} of the Dockerfile has {one}, which {this} does not know."
+                message = f"Line {step.first} of the Dockerfile has {one}, which {this} does not support."
                 raise BuildFailed(message, remedy=_instead(what))
 
     def _build_argv(self, job: BuildJob, files: Files) -> list[str]:
@@ -300,7 +300,7 @@ class Buildah:
         )
 
     def _usable_namespaces(self, job: BuildJob, files: Files) -> tuple[str, ...]:
-        """Return the command that makes namespaces, or nothing where this user or container may not make them."""
+        """Return the command that makes namespaces; empty if this user or container may not make them."""
         try:
             code = self._runner(
                 [*_NAMESPACES, "true"],
@@ -319,7 +319,7 @@ class Buildah:
             return self._storage / "storage"
         if os.geteuid() == 0:
             return Path("/var/lib/containers/storage")
-        # Said to Buildah as well, since the home that it gets is not the user's.
+        # Buildah gets it as a flag as well, since its HOME is not the user's.
         return Path.home() / ".local/share/containers/storage"
 
     def _storage_flags(self) -> list[str]:
@@ -347,8 +347,8 @@ class Buildah:
     def _remove_containers(self, job: BuildJob, files: Files) -> None:
         """Remove the working containers of a run that was ended before it could tidy up.
 
-        Buildah gives them no name that we could choose. They are known by the mount of our folder in their
-        description; where a later Buildah writes that elsewhere, they stay until `buildah rm`.
+        Their names cannot be chosen. They are recognized by the mount of our folder in their description; if a later
+        Buildah writes that elsewhere, they stay until `buildah rm`.
         """
         mark = str(files.folder)
         for state in self._storage_root().glob("*-containers/*/userdata/buildah.json"):
@@ -361,7 +361,7 @@ class Buildah:
 
 
 def _newer(step: Instruction) -> Iterator[str]:
-    """Yield what of an instruction not every Buildah knows."""
+    """Yield the features of an instruction that not every Buildah supports."""
     if step.heredoc:
         yield "here-documents"
     if step.keyword in {"COPY", "ADD"} and "link" in step.flags()[0]:
@@ -369,18 +369,18 @@ def _newer(step: Instruction) -> Iterator[str]:
 
 
 def _instead(what: str) -> str:
-    """Return what to do where Buildah does not know something."""
+    """Return the remedy for a feature that this Buildah does not support."""
     release = ".".join(map(str, _SINCE[what]))
     if what == "--link":
         return f"Leave --link out, install Buildah {release} or newer, or build with Kaniko (the builder image)."
     return (
-        "Join the lines with '&& \\', or log them as a file that COPY brings; install Buildah "
-        f"{release} or newer (Debian 13's can, Ubuntu 24.04's cannot), or build with Kaniko (the builder image)."
+        "Join the lines with '&& \\', or log them as a file for COPY. Or install Buildah "
+        f"{release} or newer (Debian 13 has it, Ubuntu 24.04 does not), or build with Kaniko (the builder image)."
     )
 
 
-class _Said:
-    """Buildah's output: handed on without its noise, and remembered as far as a failure needs it."""
+class _BuildahOutput:
+    """Buildah's output: passed on without its noise, and remembered as far as a failure needs it."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -413,7 +413,7 @@ class _Said:
         said = match["said"]
         if unknown := _UNKNOWN_INSTRUCTION.search(said):
             if opens_heredoc(self._steps[0]):
-                message = f"This Buildah does not read the here-document of '{one_line(self._steps[0], 200)}'."
+                message = f"This Buildah does not support the here-document of '{one_line(self._steps[0], 200)}'."
                 return BuildFailed(message, remedy=_instead("here-documents"))
             return failure("Buildah", platform, f"the Dockerfile does not parse: unknown instruction {unknown[1]!r}")
         status = _EXIT_STATUS.fullmatch(said)

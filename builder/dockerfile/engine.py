@@ -31,7 +31,7 @@ class BuildJob:
         timeout: seconds the engine may take.
         network: see `Network`.
         docker_config: folder of a Docker config.json for pulls; None for anonymous pulls.
-        cache: repository of the engine's layer cache, read only; None for none.
+        cache: repository of the engine's layer cache, read only; None if there is none.
     """
 
     context: Path
@@ -57,8 +57,8 @@ class Engine(Protocol):
         """Build one image into `job.layout`, as an OCI image layout with exactly one image.
 
         Raises:
-            BuildFailed: the Dockerfile does not parse, its base cannot be had, a step fails, it takes too long, or the
-                platform cannot be emulated here.
+            BuildFailed: the Dockerfile does not parse, its base is not available, a step fails, it takes too long, or
+                the platform cannot be emulated here.
         """
         ...
 
@@ -68,11 +68,11 @@ MOST_LINES = 100_000
 
 
 class BoundedOutput:
-    """Hands on the first lines, and then says once that there are more.
+    """Passes on the first lines, and then says once that there are more.
 
     Args:
         output: called with each line that is shown.
-        most: how many those are.
+        most: the number of those lines.
     """
 
     def __init__(self, output: Output, most: int = MOST_LINES) -> None:
@@ -89,7 +89,7 @@ class BoundedOutput:
         self._left -= 1
 
 
-_LONGEST_SAYING = 700
+_LONGEST_QUOTE = 700
 _FOREIGN = re.compile(r"exec format error", re.IGNORECASE)
 _AWAY = re.compile(
     r"connection refused|connection reset|i/o timeout|TLS handshake timeout|deadline exceeded|no route to host|"
@@ -106,23 +106,23 @@ _REMEDIES = (
         re.compile(
             r"x509|certificate signed by unknown|certificate verify failed|tls: failed to verify", re.IGNORECASE
         ),
-        "Name a bundle that holds the registry's CA in SSL_CERT_FILE.",
+        "Set SSL_CERT_FILE to a bundle that contains the registry's CA.",
     ),
     (
         re.compile(r"UNAUTHORIZED|authentication required|access to the resource is denied|\bDENIED\b|\b40[13]\b"),
-        "Give the build phase a credential that may pull it: BUILD_DOCKER_CONFIG.",
+        "Give the build phase a credential that may pull the image (BUILD_DOCKER_CONFIG).",
     ),
     (
         re.compile(
             r"MANIFEST_UNKNOWN|manifest unknown|NAME_UNKNOWN|no child with platform|no image found", re.IGNORECASE
         ),
-        "Check the name and the tag behind FROM, and that the image exists for this platform.",
+        "Check the name and the tag after FROM, and that the image exists for this platform.",
     ),
-    (re.compile(r"no such host"), "Check the registry's name behind FROM, and the proxy variables."),
+    (re.compile(r"no such host"), "Check the registry's name after FROM, and the proxy variables."),
 )
 
 
-# What building a package takes beside Python, by what the programs say that do not find it.
+# What building a package needs beside Python, by the messages of programs that miss it.
 _LACKING = (
     (re.compile(r"Unknown compiler\(s\): \[\['gfortran'|[Nn]o Fortran compiler"), "a Fortran compiler (gfortran)"),
     (re.compile(r"can't find Rust compiler|Cargo, the Rust package manager, is not"), "a Rust compiler (rustc, cargo)"),
@@ -156,9 +156,9 @@ _PACKAGE = re.compile(r"Failed building wheel for ([\w.-]{1,100})|╰─> ([\w.-
 
 
 class Printed:
-    """What a step's own program prints, as far as a failure needs it: the last line, and what it says of the reason.
+    """The output of a step's own program, as far as a failure needs it: the last line, and hints at the reason.
 
-    It is the author's word, and chooses between remedies alone.
+    It is untrusted, and only chooses between remedies.
     """
 
     def __init__(self) -> None:
@@ -188,18 +188,18 @@ class Printed:
 
     @property
     def line(self) -> str:
-        """The line that tells the most."""
+        """The most informative line."""
         return self._telling or self.last
 
     @property
     def remedy(self) -> str:
-        """What helps against what was said; empty where nothing was."""
+        """The remedy for the reason in the output; empty if it has none."""
         lacking = self._lacking
         if not lacking and (found := _SHELL_LACKS.search(self.last)):
             lacking = _program(found[1])
         if lacking:
             package = one_line(self._package, 100)
-            why = f", which building {package} takes" if package else ""
+            why = f", which building {package} needs" if package else ""
             return (
                 f"The base image lacks {one_line(lacking, 100)}{why}. "
                 "Choose a base that has it (BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE), install it in a "
@@ -211,13 +211,13 @@ class Printed:
         missing = one_line(self._missing, 100)
         if self._unreached:
             return (
-                f"RUN steps do not reach the package index, or it has no {missing}: see PIP_INDEX_URL, PIP_CONFIG_FILE "
-                "and the proxy variables."
+                f"RUN steps cannot reach the package index, or it has no {missing}. Check PIP_INDEX_URL, "
+                "PIP_CONFIG_FILE and the proxy variables."
             )
         return (
             f"No index has {missing} for this platform and Python, as wheel or source, so that no engine can install "
-            "it. Pin a version that there is, leave the package out where it belongs to another system, as pywin32 "
-            "does, or configure the index that has it (PIP_INDEX_URL, PIP_CONFIG_FILE)."
+            "it. Pin a version that exists, leave the package out if it belongs to another system, like pywin32, or "
+            "configure the index that has it (PIP_INDEX_URL, PIP_CONFIG_FILE)."
         )
 
 
@@ -262,21 +262,21 @@ def cannot_be_run(platform: Platform) -> BuildFailed:
 def failure(
     engine: str, platform: Platform, said: str, *, step: str = "", printed: Printed | None = None
 ) -> BuilderError:
-    """Return the error that an engine's last words stand for.
+    """Return the error for an engine's last words.
 
     Args:
         engine: the engine's name, as messages show it.
         platform: what was being built.
         said: the engine's own last words on why it failed.
-        step: the Dockerfile's instruction that failed; empty where none had begun, or the engine itself failed.
-        printed: what the instruction's own program wrote; None where that has nothing to do with it.
+        step: the Dockerfile's instruction that failed; empty if none had begun, or the engine itself failed.
+        printed: the output of the instruction's own program; None if that is irrelevant.
 
     Returns:
-        `ServiceUnavailable` where a registry is away, `TryAgain` where the engine itself found a disk full, else
-        `BuildFailed`: what a step prints of a full disk is the author's word, and has to count as an attempt.
+        `ServiceUnavailable` if a registry is unavailable, `TryAgain` if the engine itself found a disk full, else
+        `BuildFailed`: a step's own output about a full disk is untrusted, so that it has to count as an attempt.
     """
     full = bool(_ENDS_FULL.search(said))
-    said, step, output = (one_line(text, _LONGEST_SAYING) for text in (said, step, printed.line if printed else ""))
+    said, step, output = (one_line(text, _LONGEST_QUOTE) for text in (said, step, printed.line if printed else ""))
     if _FOREIGN.search(f"{said} {output}") and is_foreign(platform):
         return cannot_be_run(platform)
     if step:
@@ -284,13 +284,12 @@ def failure(
         if full:
             return TryAgain(message, remedy=_MORE_ROOM)
         remedy = (
-            "The log has the step's whole output; correct the Dockerfile or, where the version brings none, its "
-            "requirements."
+            "The log has the step's whole output. Correct the Dockerfile or, if the version has none, its requirements."
         )
         if _FULL.search(output):
             remedy = _MORE_ROOM
         return BuildFailed(message, remedy=(printed.remedy if printed else "") or remedy)
-    message = f"{engine} could not build {platform}: {said or 'it did not say why'}."
+    message = f"{engine} could not build {platform}: {said or 'it gave no reason'}."
     if full:
         return TryAgain(message, remedy=_MORE_ROOM)
     if _AWAY.search(said):

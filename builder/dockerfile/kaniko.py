@@ -32,7 +32,7 @@ class Files:
     """Our own files of one build.
 
     Attributes:
-        folder: where they stand, below Kaniko's own folder.
+        folder: where they are, below Kaniko's own folder.
         docker_config: folder of a Docker config.json, perhaps with no credential in it.
         ca_bundle: the CA bundle of the network; None for the system's.
         seen: configuration files outside that folder, for RUN steps.
@@ -46,10 +46,10 @@ class Files:
 
 @contextmanager
 def staged(job: BuildJob, root: Path, etc: Path) -> Iterator[Files]:
-    """Put a build's files where Kaniko leaves them alone, and take them away again.
+    """Put a build's files where Kaniko leaves them alone, and remove them afterwards.
 
     Args:
-        job: what is built.
+        job: the build.
         root: Kaniko's own folder.
         etc: the folder in which RUN steps look for pip's and uv's configuration.
 
@@ -71,7 +71,7 @@ def staged(job: BuildJob, root: Path, etc: Path) -> Iterator[Files]:
             etc / "uv" / "uv.toml": uv_config(job.network),
         }
         with ExitStack() as stack:
-            # What somebody mounted there is seen as it is, and Kaniko leaves mounts out of the image by itself.
+            # A file mounted there is left as it is, and Kaniko leaves mounts out of the image by itself.
             seen = tuple(path for path, text in texts.items() if text and not _is_mounted(path))
             for path in seen:
                 stack.enter_context(_written(path, texts[path]))
@@ -94,7 +94,7 @@ def _is_mounted(path: Path) -> bool:
 
 @contextmanager
 def _written(path: Path, text: str) -> Iterator[None]:
-    """Give a file this content for a while; afterwards it is as it was."""
+    """Give a file this content for the duration of the context, and restore it afterwards."""
     before = path.read_bytes() if path.is_file() else None
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, text.encode())
@@ -194,7 +194,7 @@ def _unquoted(text: str) -> str:
 
 _ROOT = Path("/kaniko")
 _FORBIDDEN = Path("/tmp")  # noqa: S108  # a context below it keeps it from being unpacked, and apt-get fails
-# What a build that failed leaves below Kaniko's folder, and RUN steps' cache mounts: of another author, perhaps.
+# Leftovers of a failed build below Kaniko's folder, and RUN steps' cache mounts, perhaps of another author.
 _LEFT = ("stages", "bases", "deps", "layers", "buildcontext", "swap", "caches")
 
 
@@ -218,8 +218,8 @@ class Kaniko:
     def available(self) -> bool:
         """Return whether this is the builder image, with Kaniko in it.
 
-        The image's mark is asked for as well as the executor: Kaniko deletes the file system it runs in, so it is never
-        taken on a machine where somebody merely keeps its program.
+        The image's mark is checked as well as the executor: Kaniko deletes the file system it runs in, so it is never
+        chosen on a machine that merely has its program.
         """
         return os.access(self._executor, os.X_OK) and (self._root / "builder").is_dir()
 
@@ -228,15 +228,15 @@ class Kaniko:
 
         Raises:
             BuildFailed: the Dockerfile cannot be built, or took too long.
-            ServiceUnavailable: the registry of the base image is away.
+            ServiceUnavailable: the registry of the base image is unavailable.
             TryAgain: a disk is full, or the executor was killed, as when memory runs out.
-            InvalidSettings: the workspace does not stand where Kaniko leaves it alone, or a file of the settings
-                cannot be read.
+            InvalidSettings: the workspace is not where Kaniko leaves it alone, or a file of the settings cannot be
+                read.
             PermissionRefused: this is not root.
         """
         if os.geteuid() != 0:
             message = "Kaniko has to run as root: it unpacks the base image into its own root file system."
-            raise PermissionRefused(message, remedy="Run the build phase's container as user 0, and no other one.")
+            raise PermissionRefused(message, remedy="Run only the build phase's container as user 0.")
         for path in (job.context, job.dockerfile, job.layout):
             self._check_place(path)
         said = KanikoOutput(BoundedOutput(output))
@@ -258,8 +258,8 @@ class Kaniko:
         place = path.resolve()
         if place.is_relative_to(self._root.resolve()) and not place.is_relative_to(_FORBIDDEN):
             return
-        message = f"{path} does not stand below {self._root}, and Kaniko deletes what stands elsewhere."
-        remedy = f"Set BUILDER_WORKSPACE to a folder below {self._root}; under /tmp apt-get would fail as well."
+        message = f"{path} is not below {self._root}, and Kaniko deletes everything elsewhere."
+        remedy = f"Set BUILDER_WORKSPACE to a folder below {self._root}; below /tmp apt-get would fail as well."
         raise InvalidSettings(message, remedy=remedy)
 
     def _argv(self, job: BuildJob, files: Files) -> list[str]:
@@ -272,7 +272,7 @@ class Kaniko:
             "--no-push",
             "--no-push-cache",
             "--reproducible",
-            "--compressed-caching=false",  # else every layer stands in memory twice: docs/decisions/0008
+            "--compressed-caching=false",  # else every layer is in memory twice: docs/decisions/0008
             "--pre-cleanup",  # an earlier build that was ended by force has left its root as it was
             "--cleanup",
             "--log-format=text",
@@ -282,7 +282,7 @@ class Kaniko:
             argv += ["--cache", f"--cache-repo={job.cache}"]
         argv += [f"--insecure-registry={host}" for host in sorted(job.network.insecure_registries)]
         argv += [f"--ignore-path={path}" for path in files.seen]
-        # Without a value it is the one of Kaniko's environment: a proxy's password does not belong into argv.
+        # Without a value, Kaniko takes it from its environment: a proxy's password does not belong in argv.
         argv += [f"--build-arg={name}" for name in self._proxies(job)]
         if files.ca_bundle:
             # Seen by the RUN steps of a Dockerfile that says ARG SSL_CERT_FILE; others do not notice.
@@ -314,18 +314,18 @@ class Kaniko:
         return {
             "PATH": f"/usr/local/bin:{self._root}",  # where the image keeps its credential helpers
             "HOME": str(files.folder),
-            "USER": "root",  # it asks for its user, and has no C library to look it up
+            "USER": "root",  # it needs its user's name, and has no C library to look it up
             "DOCKER_CONFIG": str(files.docker_config),
             "SSL_CERT_DIR": str(certificates),
             **({"SSL_CERT_FILE": str(files.ca_bundle)} if files.ca_bundle else {}),
             **self._proxies(job),
-            # Without it --reproducible makes the base's layers anew, and no registry could mount them.
+            # Without it, --reproducible makes the base's layers anew, and no registry could mount them.
             "FF_KANIKO_REPRODUCIBLE_PRESERVE_BASE_LAYERS": "true",
         }
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Let a build find nothing of an earlier one, and leave nothing to a later one."""
+        """Remove an earlier build's leftovers before a build, and its own afterwards."""
         try:
             self._forget()
             yield

@@ -1,8 +1,8 @@
-"""What a Dockerfile says before anything runs it: its instructions, the names it declares, the images it needs.
+"""A Dockerfile read without running it: its instructions, the names it declares, the images it needs.
 
 The grammar is BuildKit's (https://docs.docker.com/reference/dockerfile/), as far as these questions need it: comments,
-the escape directive, line continuations, here-documents, words with quotes. Whether a Dockerfile is right is for the
-engine to say.
+the escape directive, line continuations, here-documents, words with quotes. The engine decides whether a Dockerfile is
+valid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WITH_HEREDOC = frozenset({"RUN", "COPY", "ADD"})
 _NO_IMAGE = frozenset({"scratch"})
 # No reference is longer, and values that name each other twice double with each line.
 _LONGEST_VALUE = 4096
-# What BuildKit and Buildah let a FROM name without an ARG.
+# The variables that BuildKit and Buildah allow in a FROM without an ARG.
 _PREDECLARED = frozenset(
     f"{side}{what}" for side in ("TARGET", "BUILD") for what in ("PLATFORM", "OS", "ARCH", "VARIANT")
 )
@@ -39,7 +39,7 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        keyword: in capitals; that of the instruction behind it for ONBUILD.
+        keyword: in capitals; for ONBUILD, that of the instruction after it.
         rest: what follows the keyword, continuation lines joined, comments between them left out.
         first: number of its first line, from 1.
         last: number of its last line, here-documents included.
@@ -70,7 +70,7 @@ class Dockerfile:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the instructions of a Dockerfile; what is not an instruction is left out.
+        """Return the instructions of a Dockerfile; other lines are left out.
 
         Args:
             text: the Dockerfile; lines end with a line feed, with or without a carriage return before it.
@@ -88,9 +88,9 @@ class Dockerfile:
         return frozenset(names)
 
     def final_base(self, args: Mapping[str, str] | None = None) -> str | None:
-        """Return the reference that the last stage stands on, stage names followed, or None.
+        """Return the reference that the last stage is based on, stage names followed.
 
-        None is the answer for `scratch` and where a variable of the reference has no value.
+        It is None for `scratch`, or if a variable of the reference has no value.
 
         Args:
             args: values of build arguments, which win over the defaults of ARG instructions before the first FROM.
@@ -109,7 +109,7 @@ class Dockerfile:
     def images(self, args: Mapping[str, str] | None = None) -> tuple[str, ...]:
         """Return every image that FROM, COPY --from and RUN --mount=from= name, each once, in order.
 
-        Stages and `scratch` are no images, and a reference with a variable that has no value is left out.
+        Stages and `scratch` are not images, and a reference with a variable that has no value is left out.
 
         Args:
             args: as for `final_base`.
@@ -161,11 +161,11 @@ class Dockerfile:
                 stages[-1].sources.extend(_sources(instruction.keyword, flags, instruction.rest))
         if not stages:
             message = "The Dockerfile has no FROM."
-            raise InvalidVersion(message, remedy="A Dockerfile begins with FROM and the image it stands on.")
+            raise InvalidVersion(message, remedy="Begin it with FROM and a base image.")
         return stages
 
     def _pairs(self, instruction: Instruction) -> Iterator[tuple[str, str | None]]:
-        """Yield name and value of each declaration of an ARG or ENV; the value is None where there is none."""
+        """Yield name and value of each declaration of an ARG or ENV; the value is None if it has none."""
         words = _words(instruction.rest, self.escape)
         if instruction.keyword == "ENV" and words and "=" not in words[0]:
             # The old form: one name, and all that follows is its value.
@@ -194,14 +194,14 @@ class _Names:
                 self._places[stage.name].append(number)
 
     def before(self, number: int, name: str) -> int | None:
-        """Return the index of the last stage of a name that stands before the stage of an index; None for none."""
+        """Return the index of the last stage of a name that comes before the stage of an index; None if absent."""
         places = self._places.get(name.lower(), [])
         at = bisect_left(places, number)
         return places[at - 1] if at else None
 
 
 def expand(text: str, values: Mapping[str, str]) -> str | None:
-    """Return `text` with its variables replaced, or None where one has no value and no default, or it gets too long."""
+    """Return `text` with its variables replaced, or None if one has no value and no default, or it gets too long."""
     missing = False
     left = _LONGEST_VALUE
 
@@ -278,7 +278,7 @@ def opens_heredoc(line: str) -> bool:
 
 
 def _after_heredocs(rest: str, places: Mapping[str, list[int]], at: int) -> int:
-    """Return the index of the line after the here-documents that an instruction opens; one that never ends is none.
+    """Return the index of the line after the here-documents that an instruction opens, if they have an end.
 
     Args:
         rest: the instruction's text.

@@ -1,4 +1,4 @@
-"""Render a Jinja2 template that others wrote: sandboxed, strict, and in a process of its own with bounds.
+"""Render an untrusted Jinja2 template: sandboxed, strict, and in a process of its own with bounds.
 
 Jinja2's sandbox keeps a template from Python's insides, but not from `9**9**9` or from loops in loops, which nothing
 within a process can stop. So an author's template is rendered by this file as a program: it reads a request as JSON
@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import Any
 
 LARGEST_OUTPUT = 1 << 20
-# Of processor time; the start of the process takes 0.2, a template of ours 0.01. And of any time: on a busy machine an
-# honest template waits for its turn.
+# Of processor time: the start of the process takes 0.2, a template of ours 0.01. And of wall-clock time: on a busy
+# machine an honest template waits for its turn.
 _SECONDS = 3
 _LONGEST_WAIT = 60 * _SECONDS
 _MEMORY = 256 << 20
@@ -33,11 +33,11 @@ Value = str | bool | Sequence[str]
 
 
 class TemplateProblem(Exception):
-    """A template cannot be rendered; where its name is known, this becomes an `InvalidVersion`.
+    """A template cannot be rendered; callers that know its name turn this into an `InvalidVersion`.
 
     Args:
         what: why, in Jinja2's words.
-        line: number of the template's line; 0 where it is not known.
+        line: number of the template's line; 0 if it is not known.
     """
 
     def __init__(self, what: str, line: int = 0) -> None:
@@ -56,8 +56,8 @@ def render_in_process(source: str, variables: Mapping[str, Value]) -> str:
     from jinja2 import StrictUndefined, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # What comes out is a Dockerfile, in which HTML's escapes would be errors. There is no loader, so that a template
-    # reads no other file.
+    # The result is a Dockerfile, in which HTML's escapes would be errors. There is no loader, so that a template reads
+    # no other file.
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -69,7 +69,7 @@ def render_in_process(source: str, variables: Mapping[str, Value]) -> str:
         for part in template.generate(variables):
             size += len(part)
             if size > LARGEST_OUTPUT:
-                message = f"it makes more than {LARGEST_OUTPUT:,} characters"
+                message = f"its output has more than {LARGEST_OUTPUT:,} characters"
                 raise TemplateProblem(message)  # noqa: TRY301  # the loop is the reason for the try
             parts.append(part)
         text = "".join(parts)
@@ -79,7 +79,7 @@ def render_in_process(source: str, variables: Mapping[str, Value]) -> str:
     except TemplateSyntaxError as error:
         raise TemplateProblem(_shown(error.message or "syntax error"), error.lineno) from error
     except UnicodeEncodeError as error:
-        message = f"it makes a character that no text has: {error.object[error.start]!a}"
+        message = f"its output has an invalid character: {error.object[error.start]!a}"
         raise TemplateProblem(message) from error
     except Exception as error:  # a template's expressions raise whatever Python's operations raise
         what = f"{type(error).__name__}: {error}".rstrip(".: ")
@@ -143,7 +143,7 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_ANSWER, _LARGEST_ANSWER))
     request: dict[str, Any] = json.load(sys.stdin)
     sys.path[:] = request["path"]
-    # What Jinja2 imports only where a template raises, or names a filter or a string that needs it.
+    # Modules that Jinja2 imports only if a template raises, or uses a filter or a string that needs them.
     for name in ("jinja2.constants", "jinja2.debug", "jinja2.sandbox", "html", "pprint", "textwrap"):
         import_module(name)
     codecs.lookup("unicode_escape")

@@ -1,4 +1,4 @@
-"""From a model version's templates to its Dockerfile and script.
+"""Render a model version's templates to its Dockerfile and script.
 
 `Dockerfile.template` and `create_docker_image.sh.template` are plain files in which a few names are replaced, and
 nothing else changes; `Dockerfile.j2` is Jinja2. A version without either gets the built-in templates.
@@ -28,25 +28,25 @@ _NAME = re.compile(r"(?:.*\.)?(?:docker|container)[-_ ]?files?(?P<ending>(?:[._ 
 _JINJA = re.compile(r".*j(?:inja)?2?(?:\.txt)?")
 _TEMPLATE = re.compile(r"[._ -](?:te?mpl?(?:ate?)?s?|tpl|j2|jinja2?|in)(?:\.txt)?")
 _TEMPLATE_FOLDERS = frozenset({"template", "templates"})
-# What only mentions a Dockerfile in its name, and what its programs read beside one.
+# Files that only mention a Dockerfile in their name, or that programs read beside one.
 _OTHERS = (".dockerignore", ".md", ".py", ".sh", ".json", ".yaml", ".yml", ".log", ".html", ".pdf", ".png")
 _LONGEST = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Overlooked:
-    """A file that is not taken for the Dockerfile, and the path under which it would be."""
+    """A file that is not used as the Dockerfile, and the path under which it would be."""
 
     path: str
     right: str
 
 
 def overlooked(paths: Iterable[str], templates_folder: str, top: Iterable[str]) -> list[Overlooked]:
-    """Return the files that their author may have meant for the version's Dockerfile, at most ten.
+    """Return the files that their author may have meant as the version's Dockerfile, at most ten.
 
-    A template by its name, and whatever is called like a Dockerfile in a folder of templates, counts wherever it is; a
-    plain Dockerfile only at the top of the artifacts and of the version's own folders: below them it belongs to code
-    that was logged along.
+    A template by its name, and a file named like a Dockerfile in a folder of templates, counts wherever it is; a plain
+    Dockerfile only at the top of the artifacts and of the version's own folders: below them it belongs to code that was
+    logged along.
 
     Args:
         paths: of the version's artifacts, none of which is a Dockerfile that is taken.
@@ -71,7 +71,7 @@ def _found(paths: Iterable[str], templates_folder: str, tops: set[str]) -> Itera
 
 
 def _ending(name: str) -> str | None:
-    """Return what follows in a name that is nearly a Dockerfile's; None for every other name."""
+    """Return the end of a name that is nearly a Dockerfile's; None for every other name."""
     if len(name) > _LONGEST or name.endswith(_OTHERS):
         return None
     if match := _NAME.fullmatch(name):
@@ -99,12 +99,12 @@ _MISSPELT = {"dockerfile.template": DOCKERFILE_TEMPLATE, "dockerfile.j2": DOCKER
 SCRIPT_TEMPLATE = "create_docker_image.sh.template"
 LARGEST_TEMPLATE = 1 << 20
 
-# What a version's names can make of one.
+# After the version's values are filled in.
 LARGEST_RENDERED = 2 << 20
 _MOST_PROBLEMS = 10
 _LONGEST_SHOWN = 100
 
-# The names that templates may use, and the tag that gives each its value where a tag does.
+# The names that templates may use, and the tag that sets each, if there is one.
 VARIABLES: Mapping[str, str] = {
     "model_name": "",
     "model_version": "",
@@ -124,7 +124,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """What a version's image is made by.
+    """A version's Dockerfile and script.
 
     Attributes:
         dockerfile: the Dockerfile's bytes.
@@ -141,12 +141,12 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseImages:
-    """Which base image the default template may stand on.
+    """The choice of a base image for the default template.
 
     Attributes:
         default: BASE_IMAGE, perhaps with `{python_version}` in it.
         allowed: patterns of ALLOWED_BASE_IMAGES.
-        wanted: the version's tag MODEL_BASE_IMAGE; empty where it has none.
+        wanted: the version's tag MODEL_BASE_IMAGE; empty if it has none.
     """
 
     default: str
@@ -161,15 +161,15 @@ class BaseImages:
         """Return the base's complete reference.
 
         Args:
-            python_version: the model's, `3.11`; empty where it is not known.
+            python_version: the model's, `3.11`; empty if it is not known.
 
         Raises:
-            InvalidVersion: the tag asks for what is not allowed, or the Python version is needed and not known.
+            InvalidVersion: the tag names an image that is not allowed, or the Python version is needed and not known.
         """
         if self.wanted:
             reference = Reference.parse(self.wanted)
             if not any(pattern.matches(reference) for pattern in self.allowed):
-                message = f"MODEL_BASE_IMAGE asks for {reference}, which ALLOWED_BASE_IMAGES does not allow."
+                message = f"MODEL_BASE_IMAGE names {reference}, which ALLOWED_BASE_IMAGES does not allow."
                 allowed = ", ".join(map(str, self.allowed)) or "none"
                 raise InvalidVersion(message, remedy=f"Allowed are: {allowed}. Change the tag or the setting.")
             return str(reference)
@@ -177,8 +177,8 @@ class BaseImages:
             message = "The model does not say which Python version it was logged with."
             raise InvalidVersion(
                 message,
-                remedy="Log it with MLflow (python_env.yaml or MLmodel tells), tag it with MODEL_BASE_IMAGE, or set "
-                "BASE_IMAGE without {python_version}.",
+                remedy="Log it with MLflow, which writes python_env.yaml and MLmodel, tag it with MODEL_BASE_IMAGE, or "
+                "set BASE_IMAGE without {python_version}.",
             )
         return str(Reference.parse(self.default.replace("{python_version}", python_version)))
 
@@ -197,14 +197,14 @@ def render(
 
     Args:
         context: folder of the version's artifacts.
-        variables: the value of each name in `VARIABLES`; empty where the version has none.
+        variables: the value of each name in `VARIABLES`; empty if the version has none.
         templates_folder: path of the templates, relative to the context.
         base_images: the choice for templates that leave the base to us.
-        own: whether the version's own Dockerfile is taken, where it has one.
+        own: whether the version's own Dockerfile is used, if it has one.
 
     Raises:
-        InvalidVersion: a value cannot stand in a Dockerfile, a template is too large, wrong, or names what is not
-            there, or there is neither a template nor a requirements.txt.
+        InvalidVersion: a value is not allowed in a Dockerfile; a template is too large, invalid, or names an unknown
+            variable; or there is neither a template nor a requirements.txt.
     """
     _check_values(variables)
     plain_path, jinja_path, script_path = (
@@ -220,7 +220,7 @@ def render(
     script = _substituted(script, variables, script_path)
     if plain is not None and jinja is not None:
         message = f"The version has both {plain_path} and {jinja_path}."
-        raise InvalidVersion(message, remedy="Keep the one that the image is to be made by.")
+        raise InvalidVersion(message, remedy="Keep the one that describes the image.")
     if plain is not None:
         dockerfile = _substituted(plain, variables, plain_path, is_dockerfile=True)
         return Rendered(dockerfile=dockerfile, script=script, template=plain_path, used_default=False)
@@ -234,8 +234,8 @@ def render(
         )
         raise InvalidVersion(
             message,
-            remedy="Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
-            "MODEL_TEMPLATES_FOLDER names its folder where that is another one.",
+            remedy="Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template. "
+            "If that is in another folder, name the folder in MODEL_TEMPLATES_FOLDER.",
         )
     source = _built_in(DOCKERFILE_JINJA).decode()
     dockerfile = render_in_process(source, _facts(context, variables, base_images, lenient=False)).encode()
@@ -254,7 +254,7 @@ def _check_values(variables: Mapping[str, str]) -> None:
     """Refuse values that could end a word, a line or a string; the tags were checked when they were read."""
     for name, value in variables.items():
         if name not in VARIABLES or not _SAFE_VALUE.fullmatch(value) or (name != "command_line" and " " in value):
-            message = f"The template variable {name} is {value[:100]!r}, which may not stand in a Dockerfile."
+            message = f"The template variable {name} is {value[:100]!r}, which is not allowed in a Dockerfile."
             raise InvalidVersion(message, remedy="Use letters, digits and '_', '.', '/', '@', '%', '+', '=', ':', '-'.")
 
 
@@ -280,23 +280,23 @@ def _substituted(
                 problems[f"line {places.line(match.start())} uses {match[0]}, but the version has no tag {tag}"] = None
             left -= len(variables[name])
             if left < 0:
-                message = f"{path} makes a file of more than {LARGEST_RENDERED:,} bytes."
+                message = f"{path} renders to more than {LARGEST_RENDERED:,} bytes."
                 raise InvalidVersion(message, remedy="Use the variables less often.")
             return variables[name]
         if is_dockerfile and match[1] and _looks_misspelt(name) and not places.in_run(match.start()):
             shown = match[0] if len(match[0]) <= _LONGEST_SHOWN else f"{match[0][:_LONGEST_SHOWN]}…"
-            problems[f"line {places.line(match.start())} names {shown}, which is no variable{_meant(name)}"] = None
+            problems[f"line {places.line(match.start())} names {shown}, which is not a variable{_meant(name)}"] = None
         return match[0]
 
     rendered = _TOKEN.sub(replacement, text)
     if problems:
-        told = [*problems][:_MOST_PROBLEMS]
+        listed = [*problems][:_MOST_PROBLEMS]
         more = "; and more" if len(problems) > _MOST_PROBLEMS else ""
-        message = f"{path} cannot be rendered: {'; '.join(told)}{more}."
+        message = f"{path} cannot be rendered: {'; '.join(listed)}{more}."
         raise InvalidVersion(
             message,
             remedy=f"The variables are {', '.join(VARIABLES)}. Correct the name, set the tag, or declare a name of "
-            "your own by ARG or ENV.",
+            "your own with ARG or ENV.",
         )
     return rendered.encode("utf-8", "surrogateescape")
 
@@ -311,7 +311,7 @@ def _meant(name: str) -> str:
 
 
 class _Places:
-    """Where a position of a Dockerfile's text stands."""
+    """The line and the instruction of a position in a Dockerfile's text."""
 
     def __init__(self, text: str, parsed: Dockerfile) -> None:
         self._lines = text.split("\n")
@@ -326,7 +326,7 @@ class _Places:
         return bisect_right(self._starts, position)
 
     def in_run(self, position: int) -> bool:
-        """Return whether a shell, or nobody, reads the position: in a RUN instruction or a comment."""
+        """Return whether a position is in a RUN instruction, which a shell reads, or in a comment."""
         line = self.line(position)
         if self._lines[line - 1].lstrip(" \t\ufeff").startswith("#"):
             return True
@@ -351,13 +351,13 @@ def _jinja(template: bytes, path: str, facts: Mapping[str, Value]) -> bytes:
 def _facts(
     context: Path, variables: Mapping[str, str], base_images: BaseImages, *, lenient: bool
 ) -> dict[str, Value]:  # fmt: skip
-    """Return what Jinja2 templates may name.
+    """Return the variables of Jinja2 templates.
 
     Args:
         context: folder of the version's artifacts.
         variables: the values of the plain names.
         base_images: the choice of a base.
-        lenient: what cannot be known is left out instead of an error: an author's template may not need it.
+        lenient: leave out unknown values instead of raising an error: an author's template may not need them.
     """
     client = variables["model_client_folder"]
     environment = Environment.read(context, variables["model_folder"])
@@ -383,16 +383,16 @@ def _facts(
 
 
 def client_command(context: Path, variables: Mapping[str, str]) -> list[str]:
-    """Return the command that runs the version's own client, relative to the context; empty where it has none.
+    """Return the command that runs the version's own client, relative to the context; empty if it has none.
 
-    The entry point may be written with the client folder or without it: what counts is the file that is there.
+    The entry point may be written with the client folder or without it: the existing file decides.
 
     Args:
         context: folder of the version's artifacts.
         variables: the value of each name in `VARIABLES`.
 
     Raises:
-        InvalidVersion: the entry point is no file of the client folder.
+        InvalidVersion: the entry point is not a file of the client folder.
     """
     client, entry_point = variables["model_client_folder"], variables["entry_point"].strip("/")
     if not entry_point:
@@ -400,10 +400,9 @@ def client_command(context: Path, variables: Mapping[str, str]) -> list[str]:
     for path in (f"{client}/{entry_point}", entry_point):
         if path.startswith(f"{client}/") and exists_beneath(context, path):
             return ["python", path]
-    message = f"MODEL_ENTRY_POINT is {variables['entry_point']!r}, and the version has no {client}/{entry_point}."
-    raise InvalidVersion(
-        message, remedy="Name a file of the client folder; MODEL_CLIENT_FOLDER names that folder where it is another."
-    )
+    message = f"MODEL_ENTRY_POINT is {variables['entry_point']!r}, but the version has no {client}/{entry_point}."
+    remedy = "Name a file of the client folder. If that is another folder, name it in MODEL_CLIENT_FOLDER."
+    raise InvalidVersion(message, remedy=remedy)
 
 
 def rendered(
@@ -421,10 +420,10 @@ def rendered(
         version: the model version.
         context: the folder its artifacts are in.
         paths: their paths; None to look into the folder.
-        own: whether the version's own Dockerfile is taken, where it has one.
+        own: whether the version's own Dockerfile is used, if it has one.
 
     Raises:
-        InvalidVersion: the templates cannot be rendered, or there are none and no requirements either.
+        InvalidVersion: the templates cannot be rendered, or there are neither templates nor requirements.
     """
     if paths is None:
         paths = [path.relative_to(context).as_posix() for path in context.rglob("*") if path.is_file()]
@@ -432,7 +431,7 @@ def rendered(
     inputs = inputs.model_copy(update={"model_folder": find_model_folder(paths, inputs)})
     for folder in (inputs.model_folder, inputs.client_folder):
         if not FOLDER.fullmatch(folder):
-            message = f"The folder {folder[:200]!r} of {version} may not stand in a Dockerfile and a script."
+            message = f"The name of the folder {folder[:200]!r} of {version} is not allowed in a Dockerfile or script."
             remedy = "Log it under a name that has only letters, digits, '_', '.', '@', '+', '-', or publish without "
             raise InvalidVersion(message, remedy=f"{remedy}a Dockerfile.")
     return render(

@@ -1,4 +1,4 @@
-"""The story: plan, fetch, build, push, record. Read it from top to bottom.
+"""The publishing of one version: plan, fetch, build, push, record. Read it from top to bottom.
 
 `publish` is the three phases in order, in one process. In a Pod each phase is a container of its own; they hand over
 through the workspace alone. Each phase is a function of settings and of the clients it talks through, returns typed
@@ -46,15 +46,15 @@ log = get_logger("publish")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What a publish came to.
+    """The result of a publish.
 
     Attributes:
         version: the model version.
         tag: the reference people use.
-        reference: the digest reference; None where the tag holds an image that is not ours.
+        reference: the digest reference; None if the tag holds an image that is not ours.
         platforms: what the image runs on, as `os/architecture[/variant]`.
         changed: whether the registry was changed.
-        size: bytes of the images that were made, compressed, all platforms together; 0 where nothing was made.
+        size: bytes of the images that were made, compressed, all platforms together; 0 if nothing was made.
     """
 
     version: ModelVersion
@@ -71,13 +71,13 @@ def publish(
     """Publish MODEL_NAME's MODEL_VERSION: fetch, build and push in this process.
 
     Args:
-        settings: what the environment says.
-        force: replace an image that another source, or somebody else, left under the tag.
-        rebuild: make the image again although it is there.
-        progress: told of the bytes downloaded.
+        settings: those of the environment.
+        force: replace an image of another source, or of somebody else, under the tag.
+        rebuild: make the image again even if it is present.
+        progress: receives the number of bytes downloaded.
 
     Raises:
-        BuilderError: what failed; where the version was found, it is recorded there as well.
+        BuilderError: what failed; it is recorded on the version as well, if that was found.
     """
     if settings.build_method != "wheels":
         refuse_untrusted(settings)
@@ -87,18 +87,18 @@ def publish(
 
 
 def plan(settings: Settings, *, force: bool = False, rebuild: bool = False, check_push: bool = False) -> Plan:
-    """Return the whole plan of MODEL_NAME and MODEL_VERSION, with all that can be known beforehand; touch nothing.
+    """Return the whole plan of MODEL_NAME and MODEL_VERSION, as far as it can be known beforehand; change nothing.
 
-    Only what describes the model is downloaded, into a temporary folder: templates, requirements and local wheels.
+    Only the files that describe the model are downloaded, into a temporary folder: templates, requirements and wheels.
 
     Args:
-        settings: what the environment says.
+        settings: those of the environment.
         force: as for a publish.
         rebuild: as for a publish.
         check_push: also open an upload in the repository and cancel it.
 
     Raises:
-        BuilderError: what a publish would fail with, as far as it can be seen from here.
+        BuilderError: the error that a publish would end with, as far as it can be known beforehand.
     """
     with connected(settings) as services, tempfile.TemporaryDirectory(prefix="builder-plan-") as folder:
         version = find(services)
@@ -122,31 +122,31 @@ def publish_version(
     rebuild: bool = False,
     progress: Progress | None = None,
 ) -> Published:
-    """Publish a version that was found already, through clients that are there; `publish` and a sweep end here.
+    """Publish a version that was found already, through open clients, for `publish` and for a sweep.
 
-    Both have called `refuse_untrusted` before they asked anybody anything, unless no Dockerfile is to be run.
+    Both call `refuse_untrusted` before any request, unless no Dockerfile is to be run.
     """
     taken()
     began = time.monotonic()
-    # One for both: what fetch takes is no longer there for push. An engine has bounds of its own.
+    # One for both phases: push has what fetch leaves. An engine has bounds of its own.
     deadline = Deadline(Budget.of(services.settings), version)
     plan = fetch(services, workspace, version, force=force, rebuild=rebuild, progress=progress, deadline=deadline)
     if plan.made_by("dockerfile"):
         with stage("build"):
             build(services.settings, workspace)
     published = push(services, workspace, deadline=deadline)
-    _tell_published(workspace.plan(), published, began)
+    _log_published(workspace.plan(), published, began)
     return published
 
 
-def _tell_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
-    """Say in one line of the log what a publish, or a phase of one, came to.
+def _log_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
+    """Log the end of a publish, or of one of its phases, in one line.
 
     Args:
-        plan: what was done.
-        event: what that was.
-        began: when, as of `time.monotonic`.
-        facts: what is known beside the plan.
+        plan: the plan that was carried out.
+        event: the text of the line.
+        began: the start, by `time.monotonic`.
+        facts: further fields of the line.
     """
     with _lines_of(plan.version, "end"):
         if plan.builds:
@@ -161,15 +161,15 @@ def _tell_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
         )
 
 
-def _tell_published(plan: Plan, published: Published, began: float) -> None:
+def _log_published(plan: Plan, published: Published, began: float) -> None:
     if published.reference is not None:
         event = "published" if published.changed else "already published"
-        _tell_end(plan, event, began, digest=str(published.reference.digest), bytes=published.size)
+        _log_end(plan, event, began, digest=str(published.reference.digest), bytes=published.size)
 
 
 @contextmanager
 def _lines_of(version: ModelVersion, phase: str) -> Iterator[None]:
-    """Have every line of the log name the version and the phase, those of threads begun here as well."""
+    """Add the version and the phase to every line of the log, of threads started here as well."""
     about = {"model": version.name, "version": version.version, "phase": phase}
     with bound_contextvars(**about):
         try:
@@ -182,15 +182,15 @@ def _lines_of(version: ModelVersion, phase: str) -> Iterator[None]:
 
 @contextmanager
 def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[Workspace]:
-    """Give the workspace; one that nobody named is a temporary folder, removed afterwards.
+    """Yield the workspace that the settings name, or else a temporary folder, which is removed afterwards.
 
     Args:
         settings: BUILDER_WORKSPACE is used.
-        shared: other processes have to find it as well, so somebody must have named it.
+        shared: whether other processes have to find it as well, so that it must have a name.
 
     Raises:
-        InvalidSettings: it is to be shared, and nobody has named it; or it cannot be made.
-        TryAgain: another process is at work in it.
+        InvalidSettings: it is to be shared and has no name, or it cannot be made.
+        TryAgain: another process is using it.
     """
     folder, temporary = settings.workspace_or_temporary()
     workspace = Workspace(folder)
@@ -222,21 +222,21 @@ def planned(
 ) -> Iterator[Prepared]:
     """Make the whole plan of one version: `builder plan` prints it, and fetch carries it out.
 
-    What describes the model is downloaded and judged, so that a version that cannot be published is refused before its
-    weights are here.
+    The files that describe the model are downloaded and checked, so that a version that cannot be published is refused
+    before its weights are downloaded.
 
     Args:
         services: the clients to work through.
         workspace: made ready for the plan; the description of the model is in it until the context is left.
         version: which.
-        force: replace an image that another source, or somebody else, left under the tag.
-        rebuild: make the image again although it is there.
-        record: records that work begins, before anything is downloaded; then locks, and what is found out about base
-            images, are kept in the registry too. None changes nothing anywhere.
+        force: replace an image of another source, or of somebody else, under the tag.
+        rebuild: make the image again even if it is present.
+        record: records the start before anything is downloaded; then locks, and facts about base images, are kept in
+            the registry too. With None, nothing is changed anywhere.
 
     Raises:
         InvalidVersion: the version cannot be published as it is.
-        ServiceUnavailable: a server is away, so that nobody can tell.
+        ServiceUnavailable: a server is unavailable.
         PermissionRefused: a server refuses a credential, which is not the same as an absent image.
         BuilderError: another reason for which a publish would fail.
     """
@@ -253,11 +253,11 @@ def planned(
     plan = plan.model_copy(update={"artifacts": services.catalog.artifacts(version)})
     check_listing(services.settings, version, plan.artifacts)
     if plan.action == "extend" and artifacts_changed(plan, plan.artifacts):
-        message = f"{version} has other artifacts now than its image was made from."
-        remedy = "A platform made from them would not belong to the others: --rebuild makes all of them again."
+        message = f"The artifacts of {version} have changed since its image was made: a new platform would differ."
+        remedy = "Use --rebuild, which makes all platforms again."
         raise InvalidVersion(message, remedy=remedy)
     log.info("fetching", files=len(plan.artifacts), reason=plan.reason)
-    # What reads requirements and asks package indexes takes a while to import, and most runs have nothing to do.
+    # The code for requirements and package indexes takes a while to import, and most runs have nothing to do.
     with stage("imports"):
         from builder.publish.prepare import prepare
 
@@ -284,13 +284,13 @@ def fetch(
         services: the clients to work through.
         workspace: where it is written to.
         version: which.
-        force: replace an image that another source, or somebody else, left under the tag.
-        rebuild: make the image again although it is there.
-        progress: told of the bytes downloaded.
-        deadline: what it may take; the settings' budget where there is none.
+        force: replace an image of another source, or of somebody else, under the tag.
+        rebuild: make the image again even if it is present.
+        progress: receives the number of bytes downloaded.
+        deadline: bounds the work; None for the settings' budget.
 
     Returns:
-        The plan, which is in the workspace too; where nothing has to be built there is no context.
+        The plan, which is in the workspace too; if nothing has to be built, there is no context.
 
     Raises:
         BuilderError: what failed; it is recorded on the version as well.
@@ -309,7 +309,7 @@ def fetch(
 def _written(services: Services, workspace: Workspace, prepared: Prepared, progress: Progress | None) -> Plan:
     """Write the context, the Dockerfile and the recipe; return the plan with the digest of the context.
 
-    Weights may name modules, too: what was too large to be read with the description is read when it is here.
+    Weights may name modules too: files that were too large to be read with the description are read once downloaded.
     """
     from builder.publish.prepare import lacks, prepare
 
@@ -332,19 +332,19 @@ def _written(services: Services, workspace: Workspace, prepared: Prepared, progr
 
 
 def refuse_untrusted(settings: BuildSettings) -> None:
-    """Refuse to run strangers' Dockerfiles with Kaniko beside a credential.
+    """Refuse to run untrusted Dockerfiles with Kaniko beside a credential.
 
     A RUN step under Kaniko can read the environment and the files of the whole container.
 
     Raises:
-        InvalidSettings: the container holds a credential, and nobody said that the authors are trusted with it.
+        InvalidSettings: the container holds a credential, and TRUST_DOCKERFILE_AUTHORS is not set.
     """
     if settings.trust_dockerfile_authors or not settings.holds_credential:
         return
     try:
         engine = select_engine(settings)
     except InvalidSettings:
-        return  # build says so, and push records it
+        return  # build reports it, and push records it
     if engine.name == "kaniko":
         message = "This container holds a credential, and a Dockerfile that Kaniko runs in it could read it."
         remedy = (
@@ -357,7 +357,7 @@ def refuse_untrusted(settings: BuildSettings) -> None:
 def build(settings: BuildSettings, workspace: Workspace) -> BuildResult:
     """Run the Dockerfile once for each platform, into layouts.
 
-    What fails is written to result.json and not raised: push records it on the version, and raises it.
+    A failure is written to result.json and not raised: push records it on the version, and raises it.
 
     Raises:
         UsageError: fetch has not run.
@@ -384,7 +384,7 @@ def _build(settings: BuildSettings, workspace: Workspace, plan: Plan) -> BuildRe
         log.error("the build failed", error=error.one_line())
         result = result.failing(error)
     except Exception as error:
-        log.exception("the build failed in a way that nobody foresaw")
+        log.exception("the build failed unexpectedly")
         result = result.failing(Defect(f"{type(error).__name__} in the build phase.", remedy="See its log."))
     workspace.write_result(result)
     return result
@@ -409,7 +409,7 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
     except OSError as error:
         # A RUN step of an earlier platform can have put anything into the folder of layouts.
         message = f"The layout for {platform} could not be written: {error.strerror or error}."
-        raise BuildFailed(message, remedy="See what the Dockerfile's RUN steps leave behind, and the disk.") from error
+        raise BuildFailed(message, remedy="Check the disk, and what the Dockerfile's RUN steps leave.") from error
     lines.info("built", seconds=round(time.monotonic() - began, 1))
 
 
@@ -419,12 +419,12 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
 def push(services: Services, workspace: Workspace, *, deadline: Deadline | None = None) -> Published:
     """Push what build made, join the platforms, move the tag, and record the outcome.
 
-    Names, tags and platforms come from the plan alone; the layouts are a stranger's.
+    Names, tags and platforms come from the plan alone; the layouts are untrusted.
 
     Args:
         services: the clients to work through.
-        workspace: what fetch and build have left.
-        deadline: what it may take; the settings' budget where there is none.
+        workspace: with the output of fetch and build.
+        deadline: bounds the work; None for the settings' budget.
 
     Raises:
         BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
@@ -432,8 +432,8 @@ def push(services: Services, workspace: Workspace, *, deadline: Deadline | None 
     plan = workspace.plan()
     name = services.settings.model_name
     if name not in {"", plan.version.name}:
-        message = f"The workspace holds a plan for {plan.version}, and MODEL_NAME is {name!r}."
-        raise UsageError(message, remedy="Run fetch for the model that is to be pushed, in a workspace of its own.")
+        message = f"The workspace holds a plan for {plan.version}, but MODEL_NAME is {name!r}."
+        raise UsageError(message, remedy="Run fetch for that model, in a workspace of its own.")
     with _lines_of(plan.version, "push"):
         return _push(services, workspace, plan, deadline or Deadline(Budget.of(services.settings), plan.version))
 
@@ -451,7 +451,7 @@ def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadli
     with record.failures(), deadline.running():
         if now.source_id() != plan.source_id:
             message = f"The tags of {now} were changed while it was being published."
-            raise TryAgain(message, remedy="Publish it again: it starts from what they are then.")
+            raise TryAgain(message, remedy="Publish it again, with its new tags.")
         if plan.action == "nothing" and plan.observed is not None:
             log.info("nothing to do", reference=str(tag), reason=plan.reason)
             digest, size = plan.observed, 0
@@ -479,7 +479,7 @@ def run_fetch(
         version = find(services)
         plan = fetch(services, workspace, version, force=force, rebuild=rebuild, progress=progress)
         size = sum(artifact.size or 0 for artifact in plan.artifacts)
-        _tell_end(plan, "fetched", began, action=plan.action, reason=plan.reason, bytes=size)
+        _log_end(plan, "fetched", began, action=plan.action, reason=plan.reason, bytes=size)
         return plan
 
 
@@ -487,8 +487,8 @@ def run_build(settings: BuildSettings) -> BuildResult:
     """Run the build phase on the workspace that the settings name.
 
     Raises:
-        EngineKilled: the engine was killed from outside. The kubelet counts that as this container's end, and starts
-            no other container of a Pod that says nevertheless that all is well.
+        EngineKilled: the engine was killed from outside. The kubelet counts that as this container's end: if it
+            reported success all the same, no other container of the Pod would start.
     """
     with workspace_of(settings, shared=True) as workspace:
         result = build(settings, workspace)
@@ -502,5 +502,5 @@ def run_push(settings: Settings) -> Published:
     with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
         began = time.monotonic()
         published = push(services, workspace)
-        _tell_published(workspace.plan(), published, began)
+        _log_published(workspace.plan(), published, began)
         return published

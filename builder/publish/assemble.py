@@ -1,4 +1,4 @@
-"""Images assembled and pushed, one of them run, all joined, and the tag moved last."""
+"""Assemble and push images, run one as a test, join all, and move the tag last."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def push_images(services: Services, plan: Plan, recipe: Recipe, context: Path) -
 
     Args:
         services: the clients to work through.
-        plan: what is to be made.
-        recipe: from what.
+        plan: which images to make.
+        recipe: what they are made from.
         context: the folder the version's artifacts are in.
 
     Returns:
         The images, in the plan's order.
 
     Raises:
-        BuilderError: a wheel cannot be had or installed, a file has changed, an image breaks the target's rules, or a
-            registry refuses.
+        BuilderError: a wheel cannot be found or installed, a file has changed, an image breaks the target's rules, or
+            a registry refuses.
     """
     steps = plan.made_by("wheels")
     recipe = recipe.within(context)
@@ -82,7 +82,7 @@ def push_images(services: Services, plan: Plan, recipe: Recipe, context: Path) -
         wheels = _wheel_layers(services.wheels, target, recipe, parts)
         for step, part in zip(steps, parts, strict=True):
             for warning in check_wheels(part, step.base.name if step.base else "", wheels):
-                _log.warning("a library is not there", platform=str(part.platform), why=warning)
+                _log.warning("a library is missing", platform=str(part.platform), why=warning)
         made = dict(zip(each, results(), strict=False))
     images = []
     with stage("manifests"):
@@ -128,7 +128,7 @@ class _Target:
         self.stop = threading.Event()
 
     def push(self, blob: Blob, mount_from: Sequence[Repository] = ()) -> int:
-        """Push a blob unless it is there; return the bytes that were sent."""
+        """Push a blob unless it is present; return the bytes that were sent."""
         return self.registry.push_blob(self.repository, Stoppable(blob, self.stop), mount_from)
 
     def base(self, base: BaseImage) -> list[Addition]:
@@ -203,8 +203,8 @@ def _base(wheels: WheelsMethod, step: Build) -> BaseImage:
     reference = named.repository.digest(step.base.digest)
     base = wheels.base(reference, step.platform)
     if base is None:
-        message = f"The base image {named} is no longer {step.base.digest}."
-        raise TryAgain(message, remedy="Publish again: it starts from the base as it is then.")
+        message = f"The base image {named} no longer exists as {step.base.digest}."
+        raise TryAgain(message, remedy="Publish again, with the current base image.")
     return base
 
 
@@ -215,15 +215,15 @@ def _wheel_layers(
     groups = [group for part in parts for group in part.groups]
     with wheels.layers(recipe) as layers:
         placed = layers.placed(groups, target.repository)
-        _log.info("wheel layers are there", **asdict(layers.transfers))
+        _log.info("wheel layers are in place", **asdict(layers.transfers))
     return placed
 
 
 def _runtime(recipe: Recipe, part: PlatformRecipe) -> Runtime:
-    """Return how a container is started; the built-in Dockerfile.j2 says the same."""
+    """Return how a container is started, as in the built-in Dockerfile.j2."""
     served = {
         "__pyfunc_model_path__": f"{HOME}/{recipe.model_folder}",
-        # MLflow sets up its tracking anew after an error; where it cannot write, that hides the error from the log.
+        # MLflow sets up its tracking anew after an error; if it cannot write, that hides the error from the log.
         "MLFLOW_TRACKING_URI": "file:///tmp/mlruns",
     }
     return Runtime(
@@ -252,10 +252,10 @@ def push_and_tag(services: Services, workspace: Workspace, plan: Plan, record: R
     """Push every platform's image, and move the tag to them last, so that nobody pulls a half-published version.
 
     Args:
-        services: the registry, and MLflow, which is asked whether the version is still there.
+        services: the registry; and MLflow, to check that the version still exists.
         workspace: holds layouts, and the recipe.
         plan: what is to be pushed where; nothing else is believed.
-        record: knows what was run already, and takes what came of it.
+        record: has the result of an earlier smoke test, and takes the new one.
 
     Returns:
         The digest that the tag names now, and the bytes of the images that were made, compressed.
@@ -311,7 +311,7 @@ def _candidates(
     kept: Mapping[Platform, Descriptor],
     local: Mapping[Digest, Blob],
 ) -> list[Candidate]:
-    """Return what may be run of all that will stand under the tag; layers that are not here are downloaded."""
+    """Return the images for the smoke test among those that the tag will hold; layers not here are downloaded."""
 
     def blobs(layers: Sequence[Descriptor]) -> list[tuple[Descriptor, Blob]]:
         remote = (RemoteBlob(registry=registry, repository=repository, descriptor=layer) for layer in layers)
@@ -324,7 +324,7 @@ def _candidates(
         image = base_image(registry, repository.digest(digest), platform)
         if image is None:
             message = f"{repository.digest(digest)} was removed while another platform was being published."
-            raise TryAgain(message, remedy="Publish it again: it starts from what is there then.")
+            raise TryAgain(message, remedy="Publish it again: missing platforms are made.")
         return Content(config=to_bytes(image.config), layers=blobs(image.layers))
 
     return [
@@ -334,7 +334,7 @@ def _candidates(
 
 
 def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
-    """Return the annotations of the base that all images of an index stand on; none where they differ."""
+    """Return the annotations of the base that all images of an index share; none if they differ."""
     if len(bases) != 1 or ("", "") in bases:
         return {}
     ((name, digest),) = bases
@@ -344,12 +344,12 @@ def _base_note(bases: set[tuple[str, str]]) -> dict[str, str]:
 def _finished(
     workspace: Workspace, plan: Plan, step: Build, *, most_bytes: int
 ) -> tuple[LayoutImage, manifests.Image, tuple[Repository, ...]]:
-    """Return what an engine left for a platform, what is made of it, and where some of its layers may be."""
+    """Return a platform's layout, the image made of it, and repositories that may have some of its layers."""
     layout = open_layout(workspace.layout(step.platform), step.platform, most_bytes=most_bytes)
     notes = _annotations(plan, step)
     mount_from: tuple[Repository, ...] = ()
     if step.base is not None and layout.diff_ids[: len(step.base.diff_ids)] == step.base.diff_ids:
-        # Said only of an image that begins with the base's layers: the base may have moved since the plan.
+        # Only for an image that begins with the base's layers: the base may have moved since the plan.
         notes |= _of_base(step.base)
         mount_from = (Reference.parse(step.base.name).repository,)
     image = finished_image(layout, labels=notes, annotations=notes, created=plan.version.created)
@@ -357,7 +357,7 @@ def _finished(
 
 
 def _check_profile(plan: Plan, images: Sequence[manifests.Image]) -> None:
-    """Refuse images that break the target's rules, and a plan of which no image could keep them."""
+    """Refuse images that break the target's rules, and a plan whose images would have to."""
     check_target(
         target_rules(plan.target),
         reference=plan.reference,
@@ -379,7 +379,7 @@ def _kept(services: Services, plan: Plan) -> dict[Platform, Descriptor]:
     images = existing.platforms if existing else {}
     if any(platform not in images or images[platform].digest != digest for platform, digest in keep.items()):
         message = f"{plan.reference} was moved by somebody else while this version was being published."
-        raise TryAgain(message, remedy="Publish it again: it starts from what is there then.")
+        raise TryAgain(message, remedy="Publish it again, from the new state of the tag.")
     return {platform: images[platform] for platform in keep}
 
 
@@ -388,13 +388,13 @@ def _of_base(base: Base) -> dict[str, str]:
 
 
 def _annotations(plan: Plan, step: Build | None = None) -> dict[str, str]:
-    """Return what an image says of where it comes from; no tracking URI, registry or user is among it.
+    """Return the annotations about an image's origin; no tracking URI, registry or user is among them.
 
     Args:
         plan: the plan.
         step: of the plan, for one platform's image; None for the index.
     """
-    # What is true of the index alone: an image's bytes are the same whatever stands beside it.
+    # For the index alone: an image's bytes do not depend on the platforms beside it.
     platforms = ",".join(sorted(str(step.platform) for step in plan.platforms))
     of_one = {manifests.METHOD: step.method} if step else {manifests.PLATFORMS: platforms}
     return of_one | {

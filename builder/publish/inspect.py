@@ -1,4 +1,4 @@
-"""The plan of one version, as MLflow and the registry have it now. Servers are asked; nothing is changed."""
+"""The plan of one version, read from MLflow and the registry; nothing is changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def find(services: Services) -> ModelVersion:
     """Return the version that MODEL_NAME and MODEL_VERSION name.
 
     Raises:
-        VersionNotFound: there is none.
+        VersionNotFound: it does not exist.
     """
     settings = services.settings
     return services.catalog.find(settings.model_name, check_version_text(settings.model_version))
@@ -52,7 +52,7 @@ def same_version(services: Services, plan: Plan) -> ModelVersion:
 def survey(
     services: Services, version: ModelVersion, *, force: bool = False, rebuild: bool = False
 ) -> tuple[Plan, Published | None]:
-    """Return what has to happen, as far as the version and the registry's tag tell, and the image under the tag.
+    """Return the plan, as far as the version and the registry's tag decide it, and the image under the tag.
 
     Args:
         services: the clients to work through.
@@ -62,8 +62,8 @@ def survey(
 
     Raises:
         InvalidVersion: the version's tags cannot be used, the registry's tag holds another source's image, or the
-            target takes no such platforms.
-        ServiceUnavailable: the registry is away, so that nobody can tell what is there.
+            target does not accept the platforms.
+        ServiceUnavailable: the registry is unavailable.
         PermissionRefused: the registry refuses the credential, which is not the same as an absent image.
     """
     settings = services.settings
@@ -76,7 +76,7 @@ def survey(
         wanted=wanted, existing=existing, source_id=source_id, reference=reference, force=force, rebuild=rebuild
     )
     if decision.action in {"publish", "extend"}:
-        # What can be told before anything is made; push looks at the images, too.
+        # As far as it can be checked before anything is made; push checks the images too.
         check_target(
             target_rules(settings.target),
             reference=reference,
@@ -100,19 +100,19 @@ def survey(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A whole plan, and what it takes to carry it out.
+    """A whole plan, and the inputs to carry it out.
 
     Attributes:
         plan: the plan; a rendered Dockerfile and the bases are in it.
-        existing: the image under the tag when the plan was made; None for none.
-        dockerfile: the Dockerfile's bytes; empty where none is run.
-        recipe: of the images that are made of wheel layers; None where there are none.
+        existing: the image under the tag when the plan was made; None if there was none.
+        dockerfile: the Dockerfile's bytes; empty if none is run.
+        recipe: of the images that are made of wheel layers; None if there are none.
         needed: the artifacts that the images are made from: all for a Dockerfile of the version's own, else those of
             the model and of the client.
-        changed: files of the model that are others in the image than they were logged, by path.
+        changed: the new content of the model's files that differ in the image from what was logged, by path.
         names: the modules that the version's files name, as far as they were read.
-        unread: paths of files that name modules, and were not there to be read.
-        described: gives the artifacts, those that planning has downloaded from where they are.
+        unread: paths of files that may name modules, and that could not be read yet.
+        described: downloads the artifacts, except for those that planning has downloaded.
     """
 
     plan: Plan
@@ -132,9 +132,9 @@ def changes(services: Services, plan: Plan) -> list[str]:
     found = []
     try:
         if artifacts_changed(plan, services.catalog.artifacts(plan.version)):
-            found.append("the artifacts have changed since this version was published; --rebuild takes them up")
+            found.append("the artifacts have changed since this version was published; --rebuild uses the new ones")
     except BuilderError as error:
-        # The image stands, whether or not what it was made from still does.
+        # The image exists, whether or not its artifacts still do.
         log.warning("the artifacts could not be listed", version=str(plan.version), error=error.one_line())
     name, digest = was.get(BASE_NAME), was.get(BASE_DIGEST)
     if not name or not digest:
@@ -146,14 +146,14 @@ def changes(services: Services, plan: Plan) -> list[str]:
         log.info("the base image could not be looked up", base=name, error=error.one_line())
         return found
     if base is not None and str(base.digest) != digest:
-        found.append(f"the base image {name} has moved since this version was published; --rebuild takes it up")
+        found.append(f"the base image {name} has moved since this version was published; --rebuild uses the new one")
     return found
 
 
 def artifacts_changed(plan: Plan, artifacts: Sequence[Artifact]) -> bool:
-    """Return whether the artifacts are others than those that the image under the tag was made from."""
+    """Return whether the artifacts differ from those that the image under the tag was made from."""
     listed = str(listing_digest(artifacts))
-    return plan.stands and plan.observed_annotations.get(ARTIFACTS_DIGEST, listed) != listed
+    return plan.same_source and plan.observed_annotations.get(ARTIFACTS_DIGEST, listed) != listed
 
 
 def engine_here(settings: Settings) -> str:
@@ -170,5 +170,5 @@ def reference_of(settings: Settings, version: ModelVersion) -> Reference:
 
 
 def existing_image(services: Services, reference: Reference) -> Published | None:
-    """Return what stands under a tag; None where the registry says that nothing does."""
+    """Return the image under a tag; None if the registry says that there is none."""
     return read_published(services.registries.for_host(reference.repository.host), reference)

@@ -1,4 +1,4 @@
-"""How each platform's image is made: by a Dockerfile and an engine, or of wheel layers; and what the context holds."""
+"""The method of each platform's image, a Dockerfile or wheel layers, and the files of its context."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from builder.reference import Platform, Reference
 from builder.settings import Settings
 from builder.wheels.imports import NamedModules, read_named_modules
 from builder.wheels.inputs import Source, chosen_method, own_templates, served
-from builder.wheels.recipe import StandingImage, check_files, check_loader
+from builder.wheels.recipe import PresentImage, check_files, check_loader
 
 _log = get_logger("judged")
 _methods_log = get_logger("methods")
 
 
 def judged(settings: Settings, version: ModelVersion, context: Path, paths: Sequence[str]) -> dict[str, bytes]:
-    """Refuse a model that cannot be served; return the files of it that have to be others in the image, by path.
+    """Refuse a model that cannot be served; return those of its files that have to differ in the image, by path.
 
-    A version with a client loads its model as it likes: what is wrong is a warning then.
+    A version with a client loads its model itself, so that a problem is only a warning.
 
     Args:
-        settings: for what commands may name.
+        settings: for the variables in commands.
         version: the version.
         context: the folder its artifacts are in; what describes the model is enough.
         paths: of its artifacts.
 
     Raises:
-        InvalidVersion: MLflow's scoring server could not load the model, or the entry point is no file of the client.
+        InvalidVersion: MLflow's scoring server could not load the model, or the client has no such entry point.
     """
     folder, client = _served_by(settings, version, context, paths)
     try:
@@ -64,13 +64,13 @@ def loaded_by(settings: Settings, version: ModelVersion, context: Path, paths: S
     """Return the module that MLflow's scoring server loads a model by, and whether a client runs in its place.
 
     Args:
-        settings: for what commands may name.
+        settings: for the variables in commands.
         version: the version.
         context: the folder its artifacts are in; what describes the model is enough.
         paths: of its artifacts.
 
     Raises:
-        InvalidVersion: MLmodel cannot be read, or the entry point is no file of the client.
+        InvalidVersion: MLmodel cannot be read, or the client has no such entry point.
     """
     folder, client = _served_by(settings, version, context, paths)
     return loader_of(read_description(context, folder, MLMODEL)), client
@@ -86,15 +86,15 @@ def _served_by(settings: Settings, version: ModelVersion, context: Path, paths: 
 
 
 def lacks(prepared: Prepared, context: Path) -> bool:
-    """Return whether files that were not there to be read name modules that no other one does.
+    """Return whether files that could not be read earlier name modules that no other file names.
 
     Args:
-        prepared: what was planned without them.
+        prepared: the plan made without them.
         context: the folder they are in now.
     """
     if prepared.recipe is None or not prepared.unread:
         return False
-    _methods_log.info("reading what was too large to be read before", files=list(prepared.unread))
+    _methods_log.info("reading files that were too large before", files=list(prepared.unread))
     found = read_named_modules(context, prepared.recipe.model_folder, prepared.unread)
     known = prepared.names or NamedModules()
     return not (found.uses.keys() <= known.uses.keys() and found.loaded.keys() <= known.loaded.keys())
@@ -103,28 +103,28 @@ def lacks(prepared: Prepared, context: Path) -> bool:
 def prepare(
     services: Services, plan: Plan, context: Path, *, existing: Published | None, keep: bool
 ) -> Prepared:  # fmt: skip
-    """Return the plan with the method and the base of every image that is made, and what it takes to make them.
+    """Return the plan with the method and the base of every image to be made, and the inputs to make them.
 
     Args:
         services: the clients to work through.
-        plan: what to make; with the version's artifacts.
+        plan: which images to make; with the version's artifacts.
         context: the folder they are in; what describes the model is enough.
-        existing: the image under the tag; None for none.
-        keep: whether locks, and what is found out about base images, are kept in the registry.
+        existing: the image under the tag; None if there is none.
+        keep: whether locks, and facts about base images, are kept in the registry.
 
     Raises:
         NoWheel: a package has no wheel for a platform, and there is no engine that could build it, or no source.
-        BuilderError: the version cannot be published, or a server is away.
+        BuilderError: the version cannot be published, or a server is unavailable.
     """
     settings = services.settings
-    # What was planned before more files could be read is planned anew.
+    # A plan made before more files could be read is made anew.
     undecided = tuple(Build(platform=step.platform) if isinstance(step, Build) else step for step in plan.platforms)
     plan = plan.model_copy(update={"platforms": undecided, "dockerfile": ""})
     paths = [artifact.path for artifact in plan.artifacts]
     method = chosen_method(settings.build_method, plan.version, paths)
     own = method == "dockerfile" and bool(own_templates(Inputs.of(plan.version), paths))
     changed = {} if own else judged(settings, plan.version, context, paths)
-    # A platform without a wheel belongs to the others: it is not made by a template that they are not made by.
+    # A platform without a wheel belongs to the others: it is not made by a template that they do not use.
     needed = plan.artifacts if own else served(plan.version, plan.artifacts)
     prepared = Prepared(plan=plan, existing=existing, needed=needed, changed=changed)
     if method == "wheels":
@@ -145,11 +145,11 @@ def prepare(
 def _with_environments(
     services: Services, prepared: Prepared, context: Path, paths: Sequence[str], *, keep: bool
 ) -> Prepared:
-    """Return what was prepared with a recipe for every platform whose packages have wheels."""
+    """Add a recipe for every platform whose packages have wheels."""
     plan, needed = prepared.plan, prepared.needed
     source = Source.of(services.wheels.inputs, plan.version, context, paths)
     unread = _unread(needed, context)
-    found = services.wheels.environments(source, plan.builds, standing=_standing(services, prepared), keep=keep)
+    found = services.wheels.environments(source, plan.builds, present=_present(services, prepared), keep=keep)
     for platform, error in found.impossible.items():
         if not error.buildable:
             raise error
@@ -163,9 +163,9 @@ def _with_environments(
     check_files(found.recipe, needed, target_rules(plan.target).most_layer_bytes)
     for note in sorted({note for notes in found.notes.values() for note in notes}):
         _methods_log.info(note)
-    later = tuple(f"{path} is read when it is downloaded: what it names may add packages" for path in unread)
+    pending = tuple(f"{path} is read once downloaded; modules named in it may add packages" for path in unread)
     steps = {
-        platform: {"method": "wheels", "base": base, "notes": (*found.notes[platform], *later)}
+        platform: {"method": "wheels", "base": base, "notes": (*found.notes[platform], *pending)}
         for platform, base in found.bases.items()
     }
     recipe = found.recipe if found.bases else None
@@ -182,10 +182,10 @@ def _unread(artifacts: Sequence[Artifact], context: Path) -> tuple[str, ...]:
 
 
 def _check_loader(services: Services, plan: Plan, name: str | None, context: Path, *, keep: bool) -> None:
-    """Refuse a loader that needs a program which the base of the built-in Dockerfile lacks, where that can be told.
+    """Refuse a loader that needs a program that the base of the built-in Dockerfile is known to lack.
 
     Raises:
-        InvalidVersion: MLflow's scoring server would need a Java.
+        InvalidVersion: MLflow's scoring server would need Java.
     """
     paths = [artifact.path for artifact in plan.artifacts]
     loader, client = loaded_by(services.settings, plan.version, context, paths)
@@ -204,18 +204,18 @@ def _check_loader(services: Services, plan: Plan, name: str | None, context: Pat
             check_loader(base, facts, loader, client=client)
 
 
-def _standing(services: Services, prepared: Prepared) -> StandingImage | None:
-    """Return the image under the tag, if it was made from the files that there are now."""
+def _present(services: Services, prepared: Prepared) -> PresentImage | None:
+    """Return the image under the tag, if it was made from the current files."""
     plan, existing = prepared.plan, prepared.existing
     listed = str(listing_digest(plan.artifacts))
-    if existing is None or not plan.stands or plan.observed_annotations.get(ARTIFACTS_DIGEST) != listed:
+    if existing is None or not plan.same_source or plan.observed_annotations.get(ARTIFACTS_DIGEST) != listed:
         return None
     registry = services.registries.for_host(plan.reference.repository.host)
-    return StandingImage(registry=registry, reference=plan.reference, image=existing)
+    return PresentImage(registry=registry, reference=plan.reference, image=existing)
 
 
 def with_layers(services: Services, prepared: Prepared) -> Plan:
-    """Return the plan with what the registry knows of each image's wheel layers."""
+    """Return the plan with the state of each image's wheel layers in the registry."""
     plan, recipe = prepared.plan, prepared.recipe
     if recipe is None:
         return plan
@@ -232,10 +232,10 @@ def _updated(plan: Plan, changes: Mapping[Platform, Mapping[str, object]]) -> Pl
 
 
 def _base(services: Services, name: str | None, platform: Platform) -> Base | None:
-    """Return the base image as its registry has it now; None where there is none, or where nobody can tell.
+    """Return the base image as its registry has it now; None if there is none, or the registry does not answer.
 
     Raises:
-        InvalidVersion: the base is there, and not for the platform.
+        InvalidVersion: the base exists, but not for the platform.
     """
     if name is None:
         return None

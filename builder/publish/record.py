@@ -1,4 +1,4 @@
-"""What is written back to the version's tags: by whom, and at which moment of its publishing."""
+"""The outcome of a publish, and its record in the version's tags."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _log = get_logger("outcome")
 
 
 class Outcome(BaseModel):
-    """What became of one version for one target.
+    """The outcome of one version for one target.
 
     Attributes:
         target: the target's name, `pltr_foundry`.
-        state: `pending`, `running`, `published`, `failed`, or `foreign` where the tag is an image we did not make;
-            empty where nothing is known.
+        state: `pending`, `running`, `published`, `failed`, or `foreign` if the tag holds an image that we did not
+            make; empty if nothing is known.
         image: digest reference of the image.
         tag: the reference with the tag, `quay.io/domino/model:v3`.
-        source_id: source id of what was published or tried.
+        source_id: source id of the published or attempted source.
         platforms: platforms of the image, `os/architecture[/variant]`.
         error: what went wrong: `Type: what remedy`.
-        wanted: platforms that were asked for when work on it last began.
-        attempts: how often this source was tried since it last came to something.
+        wanted: platforms that were wanted when work on it last began.
+        attempts: attempts at this source since its last result.
         finished: when it ended, RFC 3339 in UTC.
-        smoke_test: what came of running the image: `passed: …` or `failed: …` with the platform and the digest of what
-            was run, `not possible: …` with the reason, or `off`.
+        smoke_test: the result of running an image: `passed: …` or `failed: …` with its platform and digest,
+            `not possible: …` with the reason, or `off`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,9 +60,9 @@ class Outcome(BaseModel):
 
     @classmethod
     def of(cls, version: ModelVersion, target: str) -> Outcome:
-        """Return what a version's tags say about a target.
+        """Return the outcome that a version's tags hold for a target.
 
-        Anybody can edit tags, so a value that is not of its form counts as not there.
+        Tags can be edited by everybody, so a malformed value counts as absent.
         """
 
         def tag(name: str) -> str:
@@ -99,7 +99,7 @@ class Outcome(BaseModel):
         }
 
     def tags(self) -> dict[str, str]:
-        """Return the tags that say it, `publish.<target>.state` last, so that whoever sees the state sees all."""
+        """Return the outcome as tags, `publish.<target>.state` last, so that a reader of the state sees all others."""
         return {f"publish.{self.target}.{name}": value for name, value in self.values().items()}
 
 
@@ -108,7 +108,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
-    """Set the version's tags to an outcome, those only that differ from what MLflow holds now.
+    """Set the version's tags to an outcome, but only those that differ from MLflow's.
 
     It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
     """
@@ -124,12 +124,12 @@ def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
             catalog.set_tags(version, changed)
     except BuilderError as error:
         report.error("the outcome could not be recorded", error=error.one_line())
-    except Exception:  # noqa: BLE001, see above: whatever it is, the outcome matters more
+    except Exception:  # noqa: BLE001, see above: the outcome matters more than any error
         report.exception("the outcome could not be recorded")
 
 
-# What is the version's own fault, and will be again. All else (a service that is away, a credential that has expired, a
-# setting) says nothing of the version, and is no attempt at it.
+# Failures that are the version's own fault and would recur. All others (an unavailable service, an expired credential,
+# a setting) say nothing about the version, and do not count as attempts.
 _OWN_FAULTS = frozenset({ExitCode.DATA, ExitCode.SOFTWARE, ExitCode.CANNOT_CREATE})
 
 
@@ -140,7 +140,7 @@ class Record:
         catalog: where to write.
         version: the version, with the tags it has now.
         target: the target's name.
-        source_id: what is being published.
+        source_id: of the source that is being published.
     """
 
     def __init__(self, catalog: Catalog, version: ModelVersion, target: str, source_id: str) -> None:
@@ -152,16 +152,16 @@ class Record:
 
     @classmethod
     def of_plan(cls, catalog: Catalog, version: ModelVersion, plan: Plan) -> Record:
-        """Return the record of a plan that another phase has made, and whose start it has recorded."""
+        """Return the record of a plan that another phase has made, and recorded as started."""
         record = cls(catalog, version, plan.target, plan.source_id)
         record._plan = plan
         return record
 
     def started(self, plan: Plan) -> None:
-        """Record that work has begun: one more attempt at this source, until it turns out not to be one."""
+        """Record the start, and count it as an attempt; a failure that is not the version's fault takes that back."""
         self._plan = plan
         wanted = tuple(str(platform) for platform in plan.wanted)
-        again = self._again and self._before.wanted == wanted
+        again = self._same_source and self._before.wanted == wanted
         self._write(
             state="running",
             source_id=self._source_id,
@@ -169,20 +169,20 @@ class Record:
             wanted=wanted,
             error="",
             attempts=self._before.attempts + 1 if again else 1,
-            smoke_test=self._before.smoke_test if self._again else "",
+            smoke_test=self._before.smoke_test if self._same_source else "",
         )
 
     @property
     def smoke_test(self) -> str:
-        """What is known of the image's smoke test: what the version's tags say, or what came of it since."""
+        """The result of the image's smoke test: of a new one, or else the one in the version's tags."""
         return self._before.smoke_test
 
     def smoke_tested(self, text: str) -> None:
-        """Keep what came of the image's smoke test; it is written with the outcome, whatever that is."""
+        """Keep the result of the image's smoke test, to be written with the outcome."""
         self._before = self._before.model_copy(update={"smoke_test": text})
 
     def succeeded(self, plan: Plan, pinned: Reference) -> None:
-        """Record what stands in the registry; a version whose tags say so already is left untouched."""
+        """Record the published image; a version whose tags say so already is left untouched."""
         facts = {
             "state": "published",
             "image": str(pinned),
@@ -209,16 +209,16 @@ class Record:
             self._write(**facts, finished=_now())
 
     def ended(self, error: BuilderError, *, tag: str, wanted: tuple[str, ...]) -> None:
-        """Record for a process that was ended while it worked on the version: that was one attempt.
+        """Record an attempt of a process that was ended while it worked on the version.
 
         It counts as one whether or not that process had recorded its start; this record was made before that.
 
         Args:
             error: what ended it.
-            tag: where the version was to be published; empty where nobody can tell.
-            wanted: the platforms it was to be published for; empty where nobody can tell.
+            tag: where the version was to be published; empty if unknown.
+            wanted: the platforms it was to be published for; empty if unknown.
         """
-        again = self._again and self._before.wanted in {wanted, ()}
+        again = self._same_source and self._before.wanted in {wanted, ()}
         self._write(
             state="failed",
             source_id=self._source_id,
@@ -231,7 +231,7 @@ class Record:
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Record what fails inside, whatever it is, and let it through.
+        """Record any failure inside, and raise it again.
 
         Raises:
             OverBudget: in place of a MemoryError.
@@ -242,23 +242,23 @@ class Record:
             self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
-            self._failed("Terminated: the process was asked to end. Publish the version again.", own_fault=False)
+            self._failed("Terminated: the process was ended by a signal. Publish the version again.", own_fault=False)
             raise
         except MemoryError as error:
             exceeded = out_of_memory(self._version)
             self._failed(exceeded.one_line(), own_fault=True)
             raise exceeded from error
         except Exception as error:
-            self._failed(f"Defect: {type(error).__name__}. The publisher's log has more.", own_fault=True)
+            self._failed(f"Defect: {type(error).__name__}. See the publisher's log.", own_fault=True)
             raise
 
     def _failed(self, error: str, *, own_fault: bool) -> None:
-        """Record a failure. An image of this source that stands is not called failed for what is not its fault."""
-        stands = self._plan.stands if self._plan else self._before.state == "published" and self._again
+        """Record a failure; unless it is the version's fault, an existing image of this source stays `published`."""
+        present = self._plan.same_source if self._plan else self._before.state == "published" and self._same_source
         counted = bool(self._plan and self._plan.builds)
-        attempts = (self._before.attempts if self._again else 0) + (own_fault - counted)
+        attempts = (self._before.attempts if self._same_source else 0) + (own_fault - counted)
         self._write(
-            state="published" if stands and not own_fault else "failed",
+            state="published" if present and not own_fault else "failed",
             source_id=self._source_id,
             error=error,
             attempts=max(attempts, 0),
@@ -266,7 +266,7 @@ class Record:
         )
 
     @property
-    def _again(self) -> bool:
+    def _same_source(self) -> bool:
         """Whether the record is of earlier work on the same source."""
         return self._before.source_id == self._source_id
 

@@ -45,30 +45,30 @@ SKINNY = "mlflow-skinny"
 def for_serving(
     requirements: Requirements, *, full: bool = False, own_client: bool = False, uses: Collection[str] = ()
 ) -> Requirements:  # fmt: skip
-    """Return what to install so that a model can be served.
+    """Return the requirements for serving a model.
 
-    Where the model asks for `mlflow`, that becomes `mlflow-skinny` of the same version, with what the scoring server
-    imports beside it; the packages that the model's flavor imports are among the requirements that MLflow logged. What
-    the model pins by itself stays as it is. `otherwise` of the result keeps the whole package, for a release that
-    has no `mlflow-skinny`.
+    If the model requires `mlflow`, that becomes `mlflow-skinny` of the same version, with the other packages that the
+    scoring server imports; those that the model's flavor imports are among the requirements that MLflow logged. The
+    model's own pins stay as they are. `otherwise` of the result keeps the whole package, for a release that has no
+    `mlflow-skinny`.
 
     Args:
         requirements: the model's own.
         full: keep the whole package.
-        own_client: the version ships its own server, so that MLflow is not added where the model does not ask for it.
+        own_client: the version has its own server, so that MLflow is not added unless the model requires it.
         uses: distributions that the whole package brings, and of which the model's files name modules.
     """
-    asked = requirements.named(MLFLOW)
-    if own_client and not asked:
+    named_mlflow = requirements.named(MLFLOW)
+    if own_client and not named_mlflow:
         return requirements
     requirements = replace(requirements, serves=True)
-    if asked:
+    if named_mlflow:
         whole = _with_server(requirements)
         # The hashes that a model names are those of the whole package and of what that requires.
-        if full or requirements.require_hashes or any(one.hashes for one in asked):
+        if full or requirements.require_hashes or any(one.hashes for one in named_mlflow):
             return whole
         others = tuple(one for one in requirements.required if one.name != MLFLOW)
-        skinny = tuple(_skinny(one, requirements.mlflow_version) for one in asked)
+        skinny = tuple(_skinny(one, requirements.mlflow_version) for one in named_mlflow)
         lean = _with_server(requirements.with_changes(required=(*others, *skinny)))
         named = {one.name for one in requirements.required if not one.marker}
         left = {name for name in uses if not {name, COMES_WITH.get(name)} & named}
@@ -80,16 +80,16 @@ def for_serving(
 
 
 def for_release(requirements: Requirements, locked: Mapping[str, str]) -> Requirements | None:
-    """Return what has to be resolved in place of requirements whose lock lacks what its release of MLflow needs.
+    """Return the requirements to resolve instead, if a lock lacks packages that its release of MLflow needs.
 
-    MLflow is pinned to the release of the lock, so that what is added is right for what comes of it.
+    MLflow is pinned to the release of the lock, so that the additions fit the result.
 
     Args:
-        requirements: what was resolved.
+        requirements: those that the lock was resolved from.
         locked: the versions in the lock, by package.
 
     Returns:
-        None where the lock has all that is needed.
+        None if the lock has all of them.
     """
     release = locked_release(locked)
     if release is None:
@@ -112,12 +112,12 @@ def for_release(requirements: Requirements, locked: Mapping[str, str]) -> Requir
 def with_used(
     requirements: Requirements, locked: Mapping[str, str], whole: Mapping[str, str] | None
 ) -> Requirements:  # fmt: skip
-    """Return what has to be resolved in place of requirements whose lock lacks what the model's files name.
+    """Return the requirements to resolve instead, if a lock lacks packages that the model's files name.
 
     Args:
-        requirements: what was resolved.
+        requirements: those that the lock was resolved from.
         locked: the versions in the lock, by package.
-        whole: those in the lock of the whole package, as which they are added; None where there is no such lock.
+        whole: those in the lock of the whole package, which are added; None if there is no such lock.
     """
     names = sorted(name for name in requirements.uses if name not in locked and (whole is None or name in whole))
     pins = tuple(Required(name=name, specifier=f"=={whole[name]}" if whole else "") for name in names)
@@ -127,10 +127,10 @@ def with_used(
 
 
 def whole_of(requirements: Requirements, locked: Mapping[str, str]) -> Requirements | None:
-    """Return the requirements on the whole package, of the release in a lock of its part; None where that is not it.
+    """Return the requirements on the whole package, of the release in a lock of its part; None if not needed.
 
     Args:
-        requirements: what was resolved.
+        requirements: those that the lock was resolved from.
         locked: the versions in the lock, by package.
     """
     if requirements.otherwise is None or SKINNY not in locked or requirements.uses <= locked.keys():
@@ -140,7 +140,7 @@ def whole_of(requirements: Requirements, locked: Mapping[str, str]) -> Requireme
 
 
 def locked_release(locked: Mapping[str, str]) -> Version | None:
-    """Return the release of MLflow in a lock; None for none.
+    """Return the release of MLflow in a lock; None if there is none.
 
     Args:
         locked: the versions in the lock, by package.
@@ -156,12 +156,12 @@ def _pinned(requirements: Requirements) -> Version | None:
 
 
 def _with_server(requirements: Requirements) -> Requirements:
-    """Return requirements with what their release needs, as far as they pin one; its lock is looked at in any case."""
+    """Add the needs of the release that requirements pin, if they pin one; the lock is checked in any case."""
     return _with_needs(requirements, _pinned(requirements))
 
 
 def _with_needs(requirements: Requirements, release: Version | None) -> Requirements:
-    """Return requirements with what a release needs, in place of what was added for another one."""
+    """Add the needs of a release to requirements, in place of the additions for another one."""
     own = tuple(one for one in requirements.required if one.name not in requirements.added)
     everywhere = {one.name for one in own if not one.marker}
     names = needs_of(release) if requirements.serves and MLFLOW not in everywhere else ()
@@ -179,9 +179,9 @@ def _with_needs(requirements: Requirements, release: Version | None) -> Requirem
 
 
 def _skinny(required: Required, logged: str) -> Required:
-    """Return the requirement on `mlflow-skinny` that stands for one on `mlflow`.
+    """Return the requirement on `mlflow-skinny` that replaces one on `mlflow`.
 
-    Where several releases would do, it is the one that logged the model: the one that is known to read it.
+    If several releases would do, it is the one that logged the model, since that is known to read it.
     """
     specifier = required.specifier
     if logged and not required.pinned and SpecifierSet(specifier).contains(logged, prereleases=True):
@@ -195,11 +195,11 @@ PORT = 8080
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSettings:
-    """What the settings say of a version's requirements, indexes and base image.
+    """The settings for a version's requirements, indexes and base image.
 
     Attributes:
         indexes: package indexes that the settings name.
-        full_mlflow: keep the whole MLflow where the model asks for it.
+        full_mlflow: keep the whole MLflow if the model requires it.
         base_image: BASE_IMAGE.
         allowed_base_images: which other base images a version may name.
         component_of: gives the last component of a model's repository, which templates may name.
@@ -213,7 +213,7 @@ class InputSettings:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Return what the settings say.
+        """Return the part of the settings.
 
         Raises:
             InvalidSettings: the indexes cannot be used.
@@ -229,21 +229,21 @@ class InputSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What a version's artifacts ask for.
+    """A version's inputs, according to its artifacts.
 
     Attributes:
         context: the folder that the artifacts are in; what describes the model, and its wheels, is enough.
-        as_of: when the model was logged or, where that is not known or not earlier, when the version was registered.
+        as_of: when the model was logged or, if that is not known or not earlier, when the version was registered.
         requirements: what is to be installed.
-        indexes: who is asked for it.
+        indexes: where it is searched.
         python: the model's Python, `3.11`.
         base: the base image.
         own_base: whether the version names it itself.
-        loader: the module that MLflow's scoring server loads the model by; empty where MLmodel does not name it.
+        loader: the module that MLflow's scoring server loads the model by; empty if MLmodel does not name it.
         model_folder: of the context.
-        client_folder: of the context; empty where no client is in the image.
-        client_command: what a container runs; empty where that is MLflow's scoring server.
-        names: the modules that the version's files name, as far as those are there.
+        client_folder: of the context; empty if the image has no client.
+        client_command: what a container runs; empty for MLflow's scoring server.
+        names: the modules that the version's files name, as far as those are downloaded.
         own_paths: paths of the model's and the client's files.
     """
 
@@ -272,10 +272,10 @@ class Source:
 
     @classmethod
     def of(cls, settings: InputSettings, version: ModelVersion, context: Path, paths: Sequence[str]) -> Self:
-        """Return what a version asks for.
+        """Return a version's inputs.
 
         Args:
-            settings: what the settings say of it.
+            settings: the part of the settings.
             version: the version.
             context: the folder its artifacts are in.
             paths: of its artifacts.
@@ -289,30 +289,30 @@ class Source:
         client = client_command(context, template_variables(version, inputs, settings.component_of(version.name)))
         client_folder = inputs.client_folder if client else ""
         configured = settings.indexes
-        asked = Requirements.read(context, folder, configured, client_folder=client_folder)
+        logged = Requirements.read(context, folder, configured, client_folder=client_folder)
         folders = tuple(f"{each}/" for each in (folder, client_folder) if each)
         own = tuple(path for path in paths if path.startswith(folders))
         names = read_named_modules(context, folder, [path for path in own if names_modules(path)])
-        requirements = for_serving(asked, full=settings.full_mlflow, own_client=bool(client), uses=names.uses)
+        requirements = for_serving(logged, full=settings.full_mlflow, own_client=bool(client), uses=names.uses)
         named = {f"{folder}/{REQUIREMENTS}", f"{client_folder}/{REQUIREMENTS}"} & set(paths)
-        if not asked.required and not named:
+        if not logged.required and not named:
             message = f"{version} has neither a template ({inputs.templates_folder}/{DOCKERFILE_TEMPLATE}) nor "
             message += f"{folder}/{REQUIREMENTS}, and no other file of the model names its requirements."
-            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template; "
-            remedy += "MODEL_TEMPLATES_FOLDER names its folder where that is another one."
+            remedy = "Log the model with its requirements (MLflow's log_model does), or log a Dockerfile.template. "
+            remedy += "If that is in another folder, name the folder in MODEL_TEMPLATES_FOLDER."
             raise InvalidVersion(message, remedy=remedy)
         images = BaseImages(default=settings.base_image, allowed=settings.allowed_base_images, wanted=inputs.base_image)
-        base = Reference.parse(images.choose(asked.python_version))
-        if not asked.python_version:
+        base = Reference.parse(images.choose(logged.python_version))
+        if not logged.python_version:
             message = "The model does not say which Python version it was logged with."
-            remedy = "Log it with MLflow (python_env.yaml or MLmodel tells), or ship a Dockerfile.template."
+            remedy = "Log it with MLflow, which writes python_env.yaml and MLmodel, or log a Dockerfile.template."
             raise InvalidVersion(message, remedy=remedy)
         return cls(
             context=context,
-            as_of=min(version.created, asked.logged or version.created),
+            as_of=min(version.created, logged.logged or version.created),
             requirements=requirements,
-            indexes=configured.joined(asked.indexes),
-            python=asked.python_version,
+            indexes=configured.joined(logged.indexes),
+            python=logged.python_version,
             base=base,
             own_base=bool(inputs.base_image),
             loader=loader_of(read_description(context, folder, MLMODEL)),
@@ -324,36 +324,36 @@ class Source:
         )
 
 
-def chosen_method(asked: BuildMethod, version: ModelVersion, paths: Sequence[str]) -> Method:
-    """Return how a version's image is made: by its template where it ships one, unless BUILD_METHOD says otherwise.
+def chosen_method(wanted: BuildMethod, version: ModelVersion, paths: Sequence[str]) -> Method:
+    """Return how a version's image is made: by its template if it has one, unless BUILD_METHOD says otherwise.
 
     Args:
-        asked: BUILD_METHOD.
+        wanted: BUILD_METHOD.
         version: the version.
         paths: of its artifacts.
 
     Raises:
-        InvalidVersion: a file may have been meant for the Dockerfile, and has another name or place.
+        InvalidVersion: a file may have been meant as the Dockerfile, but has another name or place.
     """
     inputs = Inputs.of(version)
     templates = own_templates(inputs, paths)
     if not templates and not inputs.no_dockerfile:
-        _check_overlooked(asked, version, inputs, paths)
-    if asked == "auto":
+        _check_overlooked(wanted, version, inputs, paths)
+    if wanted == "auto":
         return "dockerfile" if templates else "wheels"
-    if asked == "wheels" and templates:
+    if wanted == "wheels" and templates:
         _log.warning("the version's template is not used, since BUILD_METHOD is wheels", template=min(templates))
-    return asked
+    return wanted
 
 
 def own_templates(inputs: Inputs, paths: Sequence[str]) -> set[str]:
-    """Return the paths of the version's Dockerfile; empty where it ships none, or says that none is meant."""
+    """Return the paths of the version's Dockerfile; empty if it has none, or declares that it has none."""
     names = () if inputs.no_dockerfile else (DOCKERFILE_TEMPLATE, DOCKERFILE_JINJA)
     return {f"{inputs.templates_folder}/{name}" for name in names} & set(paths)
 
 
 def served(version: ModelVersion, artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
-    """Return the artifacts that are in an image for which the version has no Dockerfile: the model's and the client's.
+    """Return the artifacts in an image made without the version's Dockerfile: the model's and the client's.
 
     Args:
         version: the version.
@@ -365,25 +365,25 @@ def served(version: ModelVersion, artifacts: Sequence[Artifact]) -> tuple[Artifa
     return tuple(artifact for artifact in artifacts if artifact.path.startswith(folders))
 
 
-def _check_overlooked(asked: BuildMethod, version: ModelVersion, inputs: Inputs, paths: Sequence[str]) -> None:
-    """Raise InvalidVersion if the version's Dockerfile would be passed over without a word."""
+def _check_overlooked(wanted: BuildMethod, version: ModelVersion, inputs: Inputs, paths: Sequence[str]) -> None:
+    """Raise InvalidVersion if the version's Dockerfile would be ignored silently."""
     models = {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == MODEL_FILE}
     found = overlooked(paths, inputs.templates_folder, {inputs.client_folder, inputs.model_folder, *models})
-    if found and asked == "wheels":
+    if found and wanted == "wheels":
         _log.warning("a Dockerfile is not used, since BUILD_METHOD is wheels", file=found[0].path)
         return
     if found:
         names = " and ".join(f"{each.path!r}, which would have to be called {each.right!r}" for each in found[:2])
-        message = f"No Dockerfile of {version} is used, and it has {names}."
-        remedy = f"Log it under that name and register again, or name its folder by the tag {TAG_TEMPLATES_FOLDER}. "
+        message = f"No Dockerfile of {version} is used, but it has {names}."
+        remedy = f"Log it under that name and register again, or name its folder in the tag {TAG_TEMPLATES_FOLDER}. "
         remedy += f"If it is not meant for the image, set the tag {TAG_DOCKERFILE} to 'none'."
         raise InvalidVersion(message, remedy=remedy)
     if version.tags.get(TAG_TEMPLATES_FOLDER, "").strip() and not any(
         path.startswith(f"{inputs.templates_folder}/") for path in paths
     ):
-        message = f"The tag {TAG_TEMPLATES_FOLDER} of {version} is {inputs.templates_folder!r}, and it has no artifact "
-        message += "in that folder."
-        raise InvalidVersion(message, remedy="Set it to the folder of the Dockerfile.template, or remove it.")
+        message = f"The tag {TAG_TEMPLATES_FOLDER} of {version} is {inputs.templates_folder!r}, but the version has no "
+        message += "artifact in that folder."
+        raise InvalidVersion(message, remedy="Set it to the folder of the Dockerfile.template, or remove the tag.")
 
 
 def _server_command(server: tuple[str, str]) -> tuple[str, ...]:

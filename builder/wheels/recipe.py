@@ -58,7 +58,7 @@ class PlatformRecipe(BaseModel):
         base_layers: how many layers the base has.
         command: what a container runs, relative to the context's folder.
         lock: the wheels.
-        libraries: names of the base's shared libraries; None where they are not known.
+        libraries: names of the base's shared libraries; None if they are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,12 +72,12 @@ class PlatformRecipe(BaseModel):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The wheels by the layers they stand in."""
+        """The wheels, grouped by layer."""
         return grouped(self.lock.wheels, MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - _MODEL_LAYERS)
 
     @property
     def model_layers(self) -> int:
-        """The most layers of the model and its client: all that are left on this platform, whatever others have."""
+        """The most layers of the model and its client: all that are left on this platform, independent of others."""
         return MOST_LAYERS - self.base_layers - _ENVIRONMENT_LAYERS - len(self.groups)
 
 
@@ -87,12 +87,12 @@ class Recipe(BaseModel):
     Attributes:
         python: the model's Python, `3.11`.
         model_folder: of the context.
-        client_folder: of the context; empty where no client is in the image.
+        client_folder: of the context; empty if the image has no client.
         indexes: package indexes that the model names beside the configured ones.
-        requirements: digest of what is installed, as the locks were made from it.
-        platforms: those that are made so.
-        context: where the context was, a `file:` URL: wheels that were logged with the model lie below it.
-        unkept: what was found out, and the registry did not take from the credential of fetch, which may only pull.
+        requirements: digest of the requirements that the locks were made from.
+        platforms: those that are made of wheel layers.
+        context: where the context was, a `file:` URL: wheels that were logged with the model are below it.
+        unkept: what the registry refused to store for the credential of fetch, which may only pull; push stores it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
     unkept: tuple[SmallArtifact, ...] = ()
 
     def within(self, context: Path) -> Recipe:
-        """Return the recipe for a context that may have moved: each phase mounts the workspace where it likes."""
+        """Return the recipe for a context that may have moved: each phase mounts the workspace in its own place."""
         here = context.absolute().as_uri()
 
         def moved(wheel: LockedWheel) -> LockedWheel:
@@ -127,7 +127,7 @@ class Recipe(BaseModel):
         """Return one platform's part.
 
         Raises:
-            UsageError: there is none, so that the recipe is another plan's.
+            UsageError: it is missing, so that the recipe belongs to another plan.
         """
         for part in self.platforms:
             if part.platform == platform:
@@ -140,7 +140,7 @@ class Recipe(BaseModel):
         """Return the recipe that a workspace holds.
 
         Raises:
-            UsageError: it is none of this program's.
+            UsageError: this program did not write it.
         """
         try:
             return cls.model_validate_json(content)
@@ -160,7 +160,7 @@ def facts_key(base: BaseImage) -> str:
 
 
 def _last_name(reference: Reference) -> str:
-    """Return a name for the last component of a reference."""
+    """Return the last component of a reference's path."""
     return reference.repository.path.rpartition("/")[2]
 
 
@@ -176,25 +176,25 @@ def interpreter_of(base: BaseImage, facts: BaseFacts, python: str) -> str:
         message = f"The base image {base.reference} has no Python {python} for {base.platform}; it has {there}."
         raise InvalidVersion(message, remedy="Set BASE_IMAGE to an image with the model's Python.")
     if facts.musl:
-        message = f"The base image {base.reference} is built on musl, and the wheels are for glibc."
-        raise InvalidVersion(message, remedy="Take a base image with glibc (Debian, Ubuntu, Red Hat), not Alpine.")
+        message = f"The base image {base.reference} has musl, but the wheels need glibc."
+        raise InvalidVersion(message, remedy="Use a base image with glibc (Debian, Ubuntu, Red Hat), not Alpine.")
     if facts.occupied:
         message = f"The base image {base.reference} has something at /opt/model, where the environment goes."
-        raise InvalidVersion(message, remedy="Take another base image, or ship a Dockerfile.template.")
+        raise InvalidVersion(message, remedy="Use another base image, or log a Dockerfile.template.")
     return found
 
 
 def check_libraries(base: str, platform: Platform, there: Collection[str] | None, notes: Iterable[str]) -> list[str]:
-    """Refuse wheels that need a library of the system which nobody has; return what is worth a warning, for people.
+    """Refuse wheels that need a missing system library; return warnings about parts of wheels, for people.
 
     Args:
         base: the base image's reference.
         platform: the image's.
-        there: names of the base image's libraries; None where they are not known, and nothing is judged.
+        there: names of the base image's libraries; None if they are not known, so that nothing is refused.
         notes: on the layers of all wheels of the image.
 
     Raises:
-        InvalidVersion: nothing of a wheel can be loaded for want of a library.
+        InvalidVersion: nothing of a wheel can be loaded without a library that is missing.
     """
     read = [from_note(note) for note in notes]
     if there is None or None in read:
@@ -219,16 +219,16 @@ def check_libraries(base: str, platform: Platform, there: Collection[str] | None
 
 
 def check_loader(base: BaseImage, facts: BaseFacts, loader: str, *, client: bool) -> None:
-    """Refuse a loader that needs a program which the base does not have; warn where a client may do without.
+    """Refuse a loader that needs a program that the base lacks; only warn if a client may do without it.
 
     Args:
         base: the base image.
-        facts: what is in it.
+        facts: those of the base image.
         loader: the module that MLflow's scoring server loads the model by.
-        client: whether the version has a client, which loads the model as it likes.
+        client: whether the version has a client, which loads the model itself.
 
     Raises:
-        InvalidVersion: MLflow's scoring server would need a Java.
+        InvalidVersion: MLflow's scoring server would need Java.
     """
     if facts.java is not False or not needs_java(loader):
         return
@@ -258,11 +258,11 @@ _LEAST_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StandingImage:
-    """The image under the version's tag, made from the files that the version has now: its locks may serve again.
+class PresentImage:
+    """The image under the version's tag, made from the version's current files, so that its locks can be reused.
 
     Attributes:
-        registry: where it is.
+        registry: the client of its registry.
         reference: the tag.
         image: what the tag names.
     """
@@ -272,14 +272,14 @@ class StandingImage:
     image: Published
 
     def lock(self, platform: Platform, requirements: Digest) -> Lock | None:
-        """Return the lock that a platform's image was made from; None where none can be read.
+        """Return the lock that a platform's image was made from; None if absent or unreadable.
 
         Args:
             platform: which of the images.
-            requirements: what the lock has to be made from.
+            requirements: digest of the requirements that the lock must be made from.
 
         Raises:
-            BuilderError: the registry is away, or refuses.
+            BuilderError: the registry is unavailable, or refuses.
         """
         image = self.image.platforms.get(platform)
         repository = self.reference.repository
@@ -301,7 +301,7 @@ class StandingImage:
 
 
 def no_lock(_platform: Platform) -> None:
-    """Return None: no image is there whose lock could be taken."""
+    """Return None: there is no image whose lock could be reused."""
     return
 
 
@@ -323,13 +323,13 @@ class Environments:
 
 
 class WheelsMethod:
-    """From requirements to recipes and wheel layers, through clients that are opened once. For several threads.
+    """From requirements to recipes and wheel layers, through clients that are opened once. Thread-safe.
 
     Args:
         registries: those of base images and of WHEEL_LAYERS.
         store: where wheel layers, locks and facts about base images are kept.
-        inputs: what the settings say of requirements, indexes and base images.
-        as_registered: whether packages uploaded after the model was logged do not exist.
+        inputs: the settings for requirements, indexes and base images.
+        as_registered: whether packages uploaded after the model was logged are ignored.
         bytecode: whether layers have bytecode.
         memory: bytes that all runs of the resolver may take together.
     """
@@ -375,7 +375,7 @@ class WheelsMethod:
             client.close()
 
     def client(self, indexes: Indexes) -> IndexClient:
-        """Return the client of some package indexes, always the same for the same."""
+        """Return the client of some package indexes, the same one each time."""
         with self._lock:
             if indexes.identity not in self._clients:
                 self._clients[indexes.identity] = IndexClient(indexes)
@@ -384,11 +384,11 @@ class WheelsMethod:
     # ---- base images
 
     def base(self, reference: Reference, platform: Platform) -> BaseImage | None:
-        """Return a base image as it is first found, which its digest finds again; None where there is none.
+        """Return a base image as it is first found, under its tag and its digest alike; None if there is none.
 
         Raises:
-            InvalidVersion: it is there, and not for the platform.
-            BuilderError: it cannot be told.
+            InvalidVersion: it exists, but not for the platform.
+            BuilderError: the registry is unavailable, or refuses.
         """
         known = self._bases.get((reference, platform))
         if known is not None:
@@ -405,29 +405,29 @@ class WheelsMethod:
         Raises:
             InvalidVersion: there is no such image, or none for the platform.
             InvalidSettings: there is no such image, and the version does not name it.
-            BuilderError: it cannot be told.
+            BuilderError: the registry is unavailable, or refuses.
         """
         base = self.base(source.base, platform)
         if base is None:
-            message = f"There is no base image {source.base}."
-            remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one there is."
+            message = f"The base image {source.base} does not exist."
+            remedy = "Set BASE_IMAGE, or the version's tag MODEL_BASE_IMAGE, to one that exists."
             if source.own_base:
                 raise InvalidVersion(message, remedy=remedy)
-            # Nothing that the version could help, and that must not count as an attempt at it.
+            # Not the version's fault, so that it must not count as an attempt.
             raise InvalidSettings(message, remedy=remedy)
         return base
 
     def facts(self, base: BaseImage, *, keep: bool = True, registry: Registry | None = None) -> BaseFacts:
-        """Return what is in a base image, which is found out once and kept.
+        """Return the facts about a base image, which is read once.
 
         Args:
             base: the image.
-            keep: whether what is found out now is kept.
+            keep: whether new facts are kept in the registry.
             registry: the client to read it with; None for the usual one.
 
         Raises:
             InvalidVersion: a layer cannot be read.
-            BuilderError: it cannot be told.
+            BuilderError: a registry is unavailable, or refuses.
         """
         key = facts_key(base)
         kept = self.store.text(key, kind=FACTS)
@@ -444,12 +444,12 @@ class WheelsMethod:
 
     # ---- environments
 
-    def resolver(self, source: Source, standing: StandingImage | None = None) -> Resolver:
-        """Return what gives the locks of a source.
+    def resolver(self, source: Source, present: PresentImage | None = None) -> Resolver:
+        """Return the resolver of a source's requirements.
 
         Args:
-            source: what a version asks for.
-            standing: the image under the tag, whose locks are taken where they fit; None for none.
+            source: a version's inputs.
+            present: the image under the tag, whose locks are reused if they fit; None if there is none.
         """
         return Resolver(
             store=self.store,
@@ -459,8 +459,8 @@ class WheelsMethod:
             model=source.context / source.model_folder,
             python=source.python,
             as_of=source.as_of if self._as_registered else None,
-            previous=partial(standing.lock, requirements=source.digest) if standing else no_lock,
-            # Several may run at a time, so one has its share, or what an honest one needs.
+            previous=partial(present.lock, requirements=source.digest) if present else no_lock,
+            # Several may run at a time, so each has its share, but at least what an honest one needs.
             memory=min(MOST_MEMORY, max(self._memory // _RESOLVERS, _LEAST_MEMORY)),
         )
 
@@ -469,22 +469,22 @@ class WheelsMethod:
         source: Source,
         platforms: Sequence[Platform],
         *,
-        standing: StandingImage | None = None,
+        present: PresentImage | None = None,
         keep: bool = True,
     ) -> Environments:
         """Return the recipe of a version's images.
 
         Args:
-            source: what the version asks for.
-            platforms: what for.
-            standing: as for `resolver`.
-            keep: whether what is found out is kept in the registry.
+            source: the version's inputs.
+            platforms: those of the images.
+            present: as for `resolver`.
+            keep: whether locks and facts are kept in the registry.
 
         Raises:
             InvalidVersion: the requirements cannot be used or fulfilled, or the base image has no such Python.
-            BuilderError: a server is away, or refuses.
+            BuilderError: a server is unavailable, or refuses.
         """
-        resolver = self.resolver(source, standing)
+        resolver = self.resolver(source, present)
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
             return *self._environment(source, platform, resolver, keep=keep), platform
@@ -526,7 +526,7 @@ class WheelsMethod:
                 lock = resolver.lock(platform, facts.glibc, keep=keep)
         except NoWheel as error:
             return error, found
-        # A client loads the model as it likes, and a base image may have a place of its own for modules.
+        # A client loads the model itself, and a base image may have a place of its own for modules.
         if not source.client_command and "PYTHONPATH" not in base.environ:
             check_provided(source.names.loaded, source.own_paths, lock, resolver.client, code=source.names.code)
         part = PlatformRecipe(
@@ -543,7 +543,7 @@ class WheelsMethod:
 
     @contextmanager
     def layers(self, recipe: Recipe) -> Iterator[WheelLayers]:
-        """Give what finds and makes the layers of a recipe's wheels."""
+        """Yield the cache that finds and makes the layers of a recipe's wheels."""
         compiler = compiler_for(recipe.python) if self._bytecode else None
         client = self.client(self.inputs.indexes.joined(recipe.indexes))
         with WheelLayers(self.store, client, python=recipe.python, compiler=compiler) as layers:
@@ -552,7 +552,7 @@ class WheelsMethod:
     def known_layers(
         self, recipe: Recipe, artifacts: Sequence[Artifact], bases: Mapping[Platform, Base]
     ) -> dict[Platform, Layers]:
-        """Return what the registry knows of each platform's wheel layers, and what would have to move.
+        """Return the state of each platform's wheel layers in the registry, and the bytes to be transferred.
 
         Args:
             recipe: what the images are made from.
@@ -560,8 +560,8 @@ class WheelsMethod:
             bases: the base image of each platform.
 
         Raises:
-            InvalidVersion: all layers of a platform are known, and no part of a wheel can be loaded for want of a
-                library.
+            InvalidVersion: all layers of a platform are present, and nothing of a wheel can be loaded without a
+                library that is missing.
         """
         folders = tuple(f"{folder}/" for folder in (recipe.model_folder, recipe.client_folder) if folder)
         own = sum(artifact.size or 0 for artifact in artifacts if artifact.path.startswith(folders))
@@ -583,8 +583,8 @@ class WheelsMethod:
 def _check_depth(base: BaseImage) -> None:
     # Before any layer is read: a manifest may name thousands.
     if len(base.layers) > MOST_BASE_LAYERS:
-        message = f"The base image {base.reference} has {len(base.layers)} layers; {MOST_BASE_LAYERS} are the most."
-        raise InvalidVersion(message, remedy="Take a base image of fewer layers, or ship a Dockerfile.template.")
+        message = f"The base image {base.reference} has {len(base.layers)} layers; the limit is {MOST_BASE_LAYERS}."
+        raise InvalidVersion(message, remedy="Use a base image with fewer layers, or log a Dockerfile.template.")
 
 
 def _notes(source: Source, lock: Lock) -> Iterator[str]:
@@ -598,8 +598,8 @@ def check_files(recipe: Recipe, artifacts: Sequence[Artifact], limit: int | None
 
     Args:
         recipe: what the images are made from.
-        artifacts: those of the model and of its client; one whose size nobody tells counts as empty.
-        limit: bytes that every layer has to be smaller than; None where any size will do.
+        artifacts: those of the model and of its client; one of unknown size counts as empty.
+        limit: bytes that every layer has to be smaller than; None for no limit.
 
     Raises:
         InvalidVersion: a file is too large, all of them are, or one cannot be in an image.
@@ -610,7 +610,7 @@ def check_files(recipe: Recipe, artifacts: Sequence[Artifact], limit: int | None
 
 
 def check_wheels(part: PlatformRecipe, base: str, layers: Mapping[str, Layer]) -> tuple[str, ...]:
-    """Refuse an environment whose wheels need libraries that nobody has; return what is worth a warning.
+    """Refuse an environment whose wheels need missing libraries; return warnings about parts of wheels.
 
     Args:
         part: the environment.
@@ -618,7 +618,7 @@ def check_wheels(part: PlatformRecipe, base: str, layers: Mapping[str, Layer]) -
         layers: those of all its wheels, by the sources of their groups.
 
     Raises:
-        InvalidVersion: nothing of a wheel can be loaded for want of a library.
+        InvalidVersion: nothing of a wheel can be loaded without a library that is missing.
     """
     notes = (layers[group.source].note for group in part.groups)
     return tuple(check_libraries(base, part.platform, part.libraries, notes))

@@ -334,7 +334,7 @@ def test_only_named_hosts_and_loopback_are_reached_over_plain_http(tmp_path):
         ),
         ("FROM {base}\nRAN x\n", BuildFailed, "unknown instruction 'RAN'|unknown instruction 'ran'"),
         ("FROM {base}\nCOPY nothere /x\n", BuildFailed, "COPY nothere /x.*nothere"),
-        ("FROM {host}/no/such:1\n", BuildFailed, "could not build linux/amd64.*Check the name and the tag behind FROM"),
+        ("FROM {host}/no/such:1\n", BuildFailed, "could not build linux/amd64.*Check the name and the tag after FROM"),
         ("FROM 127.0.0.1:1/a\n", ServiceUnavailable, "connection refused"),
         ("RUN x\n", InvalidVersion, "no FROM"),
     ],

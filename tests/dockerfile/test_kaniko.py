@@ -361,7 +361,7 @@ PULL = "error building image: unable to complete operation after 0 attempts, las
         (
             (logged("RUN echo 'disk quota exceeded' && false"), f"{IN_STEP}waiting for process to exit: exit status 1"),
             BuildFailed,
-            "correct the Dockerfile",
+            "Correct the Dockerfile",
         ),
         (
             ('error building image: stat "/x: no space left on device": no such file or directory',),
@@ -379,7 +379,7 @@ PULL = "error building image: unable to complete operation after 0 attempts, las
         (
             (f"{PULL}GET http://r.example/v2/x/manifests/1: MANIFEST_UNKNOWN: manifest unknown; map[Tag:1]",),
             BuildFailed,
-            "behind FROM",
+            "after FROM",
         ),
         (
             (f"{PULL}GET https://r.example/v2/x/manifests/1: UNAUTHORIZED: authentication required",),
@@ -450,7 +450,7 @@ def test_what_the_base_lacks_to_build_a_package_is_named(build, line, what):
     assert "lightfm" in caught.value.remedy
     for way_out in ("BASE_IMAGE", "Dockerfile.template", "has a wheel"):
         assert way_out in caught.value.remedy
-    assert "correct the Dockerfile" not in caught.value.remedy
+    assert "Correct the Dockerfile" not in caught.value.remedy
 
 
 def test_a_program_that_a_shell_does_not_find_is_named(build):
@@ -488,9 +488,7 @@ def test_what_no_index_has_is_not_the_dockerfile_s_fault(build, lines, said):
 
 
 def test_a_step_that_fails_for_itself_may_be_the_requirements_fault(build):
-    with pytest.raises(
-        BuildFailed, match=r"correct the Dockerfile or, where the version brings none, its requirements"
-    ):
+    with pytest.raises(BuildFailed, match=r"Correct the Dockerfile or, if the version has none, its requirements"):
         build(Executor(logged("RUN false"), FAILED, code=1))
 
 

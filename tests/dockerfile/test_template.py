@@ -364,7 +364,7 @@ def test_the_default_runs_the_command_line_where_there_is_no_entry_point(context
 
 
 def test_an_entry_point_that_is_not_there_is_named(context, model):
-    with pytest.raises(InvalidVersion, match=r"MODEL_ENTRY_POINT is 'main.py', and the version has no client/main.py"):
+    with pytest.raises(InvalidVersion, match=r"MODEL_ENTRY_POINT is 'main.py', but the version has no client/main.py"):
         rendered(context, entry_point="main.py")
 
 

@@ -261,7 +261,7 @@ def test_a_name_that_nothing_of_ours_has_stays_as_it_is(name, environ):
     ],
 )
 def test_models_do_not_lie_below_what_is_ours(environ):
-    with pytest.raises(InvalidSettings, match="REGISTRY_URL is the same or lies below it"):
+    with pytest.raises(InvalidSettings, match="REGISTRY_URL is the same or below it"):
         Settings.from_environ({**GOOD, **environ})
 
 

@@ -396,7 +396,7 @@ def test_any_line_of_an_engine_is_read_quickly(line):
 def test_what_is_left_as_an_images_id_is_no_argument(tmp_path, left):
     path = tmp_path / "image-id"
     path.write_text(left)
-    with pytest.raises(BuildFailed, match="where the id of the image belongs"):
+    with pytest.raises(BuildFailed, match="in place of the image's id"):
         Buildah._image_id(path)
     path.write_text(f"sha256:{'a' * 64}\n")
     assert Buildah._image_id(path) == f"sha256:{'a' * 64}"

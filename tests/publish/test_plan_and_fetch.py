@@ -140,12 +140,12 @@ def test_a_platform_of_changed_artifacts_is_refused_by_plan_as_by_publish(models
     with connected(settings) as services:
         place(services, state, base_image, crane)
     assert plan(settings).changes == (
-        "the artifacts have changed since this version was published; --rebuild takes them up",
+        "the artifacts have changed since this version was published; --rebuild uses the new ones",
     )
     model.set_tag("MODEL_PLATFORMS", f"{AMD64},{ARM64}")
     with connected(settings) as services:
         # Platforms are no part of the source.
         place(services, state, base_image, crane)
     for act in (plan, publish):
-        with pytest.raises(InvalidVersion, match="has other artifacts now"):
+        with pytest.raises(InvalidVersion, match="have changed since its image was made"):
             act(settings)

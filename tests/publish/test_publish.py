@@ -286,7 +286,7 @@ def test_a_platform_of_other_artifacts_is_not_joined_to_the_rest(settings, new, 
     changed.write_text("43")
     model.client.log_artifact(model.run_id, str(changed), "mymodel")
     model.set_tag("MODEL_PLATFORMS", "linux/amd64,linux/arm64")
-    with pytest.raises(InvalidVersion, match="--rebuild makes all of them again"):
+    with pytest.raises(InvalidVersion, match="--rebuild, which makes all platforms again"):
         publish(settings(model))
     assert publish(settings(model), rebuild=True).platforms == ("linux/amd64", "linux/arm64")
 

@@ -305,7 +305,7 @@ def test_a_missing_base_image_is_blamed_on_the_setting_or_the_tag(small, small_s
     absent = f"{registry.host}/base/absent:1"
     model = small(tags={"MODEL_BASE_IMAGE": absent} if own else {})
     changes = {"ALLOWED_BASE_IMAGES": absent} if own else {"BASE_IMAGE": absent}
-    with pytest.raises(InvalidVersion if own else InvalidSettings, match="There is no base image"):
+    with pytest.raises(InvalidVersion if own else InvalidSettings, match=r"The base image .* does not exist"):
         publish(small_settings(model, **changes))
     assert model.outcome()["attempts"] == ("1" if own else "0")
 

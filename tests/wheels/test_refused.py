@@ -150,12 +150,12 @@ def test_a_conflict_is_explained_as_uv_explains_it(small, small_settings):
 
 
 BASES = {
-    "no such image": (None, "There is no base image"),
+    "no such image": (None, "does not exist"),
     "another Python": ({"python": "3.12"}, r"has no Python 3\.11 for linux/amd64; it has 3\.12"),
-    "musl": ({"musl": True}, "built on musl"),
+    "musl": ({"musl": True}, "has musl"),
     "something at /opt/model": ({"occupied": True}, "has something at /opt/model"),
     "another platform": ({"platforms": ("linux/arm64",)}, "has no image for linux/amd64; it has linux/arm64"),
-    "too many layers": ({"layers": 71}, "has 71 layers; 70 are the most"),
+    "too many layers": ({"layers": 71}, "has 71 layers; the limit is 70"),
 }
 
 
