@@ -297,7 +297,8 @@ def _scoring_server(lines: list[str], logged: str) -> tuple[tuple[str, ...], tup
     bounds = dict(bounds_of(release))
     names = [name for name in _UNKNOWN_TO_MLFLOW if name in bounds]
     if "mlflow" not in listed:
-        names += [*(["numpy"] if "numpy" in bounds else []), *needs_of(release)]
+        # A bound on what only others require, numpy, has no place on pip's command line.
+        names += needs_of(release)
     needs = [f"{name}{bounds.get(name, '')}" for name in names]
     if not asked:
         needs.insert(0, f"mlflow-skinny=={logged}" if logged else "mlflow-skinny")

@@ -16,7 +16,7 @@ from builder.masking import one_line
 from builder.model_folder import MLMODEL, check_served, loader_of, needs_java, read_description, repaired
 from builder.models import Artifact, Inputs, ModelVersion, template_variables
 from builder.models.context import find_model_folder, listing_digest, names_modules
-from builder.oci.base_image import base_image, find_image
+from builder.oci.base_image import FoundImage, find_image
 from builder.oci.manifest import ARTIFACTS_DIGEST, Published
 from builder.oci.target_rules import target_rules
 from builder.plan import Base, Build, Plan, Step
@@ -134,10 +134,14 @@ def prepare(
     dockerfile = rendered(settings, plan.version, context, paths, own=method == "dockerfile").dockerfile
     text = dockerfile.decode("utf-8", "replace")
     name = Dockerfile.parse(text).final_base()
+    found = {step.platform: _found(services, name, step.platform) for step in prepared.plan.made_by("dockerfile")}
     if method == "dockerfile" and not own:
-        _check_loader(services, plan, name, context, keep=keep)
+        _check_loader(services, plan, found, context, keep=keep)
     plan = prepared.plan
-    bases = {step.platform: {"base": _base(services, name, step.platform)} for step in plan.made_by("dockerfile")}
+    bases = {
+        platform: {"base": Base(name=str(each.reference), digest=each.digest, diff_ids=each.diff_ids) if each else None}
+        for platform, each in found.items()
+    }
     plan = _updated(plan, bases).model_copy(update={"dockerfile": text})
     return replace(prepared, plan=plan, dockerfile=dockerfile)
 
@@ -181,7 +185,9 @@ def _unread(artifacts: Sequence[Artifact], context: Path) -> tuple[str, ...]:
     )
 
 
-def _check_loader(services: Services, plan: Plan, name: str | None, context: Path, *, keep: bool) -> None:
+def _check_loader(
+    services: Services, plan: Plan, bases: Mapping[Platform, FoundImage | None], context: Path, *, keep: bool
+) -> None:
     """Refuse a loader that needs a program that the base of the built-in Dockerfile is known to lack.
 
     Raises:
@@ -189,19 +195,20 @@ def _check_loader(services: Services, plan: Plan, name: str | None, context: Pat
     """
     paths = [artifact.path for artifact in plan.artifacts]
     loader, client = loaded_by(services.settings, plan.version, context, paths)
-    if name is None or not needs_java(loader):
+    if not needs_java(loader):
         return
-    reference = Reference.parse(name)
-    registry = services.bases.for_host(reference.repository.host)
-    for step in plan.made_by("dockerfile"):
+    for found in bases.values():
+        if found is None:
+            continue
+        registry = services.bases.for_host(found.reference.repository.host)
+        base = found.to_base()
         try:
-            base = base_image(registry, reference, step.platform)
-            facts = services.wheels.facts(base, keep=keep, registry=registry) if base else None
+            facts = services.wheels.facts(base, keep=keep, registry=registry)
         except (ServiceUnavailable, PermissionRefused, TryAgain) as error:
+            name = str(found.reference)
             _methods_log.warning("the base image could not be read", base=name, error=error.one_line())
             return
-        if base and facts:
-            check_loader(base, facts, loader, client=client)
+        check_loader(base, facts, loader, client=client)
 
 
 def _present(services: Services, prepared: Prepared) -> PresentImage | None:
@@ -231,7 +238,7 @@ def _updated(plan: Plan, changes: Mapping[Platform, Mapping[str, object]]) -> Pl
     return plan.model_copy(update={"platforms": tuple(updated(step) for step in plan.platforms)})
 
 
-def _base(services: Services, name: str | None, platform: Platform) -> Base | None:
+def _found(services: Services, name: str | None, platform: Platform) -> FoundImage | None:
     """Return the base image as its registry has it now; None if there is none, or the registry does not answer.
 
     Raises:
@@ -248,5 +255,4 @@ def _base(services: Services, name: str | None, platform: Platform) -> Base | No
         return None
     if found is None:
         _methods_log.warning("the registry has no such base image for the platform", base=name, platform=str(platform))
-        return None
-    return Base(name=str(reference), digest=found.digest, diff_ids=found.diff_ids)
+    return found

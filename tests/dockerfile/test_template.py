@@ -415,7 +415,7 @@ def test_a_base_image_is_taken_from_the_tag_only_where_allowed(context, model, w
         (
             "scikit-learn",
             "2.15.1",
-            " 'mlflow-skinny==2.15.1' 'setuptools<81' 'numpy<2' 'pandas<3' 'flask<4' 'gunicorn'",
+            " 'mlflow-skinny==2.15.1' 'setuptools<81' 'pandas<3' 'flask<4' 'gunicorn'",
             "gunicorn",
         ),
         ("mlflow==2.16.2", "2.16.2", "", "gunicorn"),
@@ -430,14 +430,14 @@ def test_a_base_image_is_taken_from_the_tag_only_where_allowed(context, model, w
         (
             "mlflow-skinny==3.1.0 ; python_version > '3'\nPandas>2\n",
             "3.1.0",
-            " 'starlette<1' 'numpy<3' 'uvicorn'",
+            " 'starlette<1' 'uvicorn'",
             "uvicorn",
         ),
         ("mlflow==2.22.0", "2.22.0", " 'starlette<1'", "uvicorn"),
         ("mlflow==3.12.0\nstarlette==0.46.1", "3.12.0", "", "uvicorn"),
         ("mlflow==3.13.0", "3.13.0", "", "uvicorn"),
-        ("MLflow_Skinny==2.20.4", "", " 'numpy<3' 'pandas<3' 'flask<4' 'gunicorn'", "gunicorn"),
-        ("scikit-learn\n", "3.2.0", " 'mlflow-skinny==3.2.0' 'starlette<1' 'numpy<3' 'pandas<3' 'uvicorn'", "uvicorn"),
+        ("MLflow_Skinny==2.20.4", "", " 'pandas<3' 'flask<4' 'gunicorn'", "gunicorn"),
+        ("scikit-learn\n", "3.2.0", " 'mlflow-skinny==3.2.0' 'starlette<1' 'pandas<3' 'uvicorn'", "uvicorn"),
         ("", "", " 'mlflow-skinny' 'pandas' 'uvicorn'", "uvicorn"),
     ],
 )
