@@ -251,7 +251,7 @@ def test_links_are_not_followed(context, tmp_path):
 
 def test_what_is_no_file_is_refused_and_never_waited_for(context):
     os.mkfifo(context / "templates" / "Dockerfile.template")
-    with pytest.raises(InvalidVersion, match="not a file"):
+    with pytest.raises(InvalidVersion, match="is not a regular file"):
         rendered(context)
 
 
