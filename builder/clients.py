@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from builder.domino import restored
 from builder.http import Client, RetryPolicy
 from builder.log import stage
 from builder.models import Catalog
 from builder.models.catalog import MlflowCatalog
-from builder.models.domino import restored
 from builder.oci.authn import Credential, Credentials
 from builder.oci.registry import Registry
 from builder.oci.transport import REGISTRY, Transport

@@ -29,6 +29,7 @@ from builder import __version__, reference
 from builder.errors import BuilderError, InvalidSettings, ServiceUnavailable, cause_of
 from builder.log import get_logger
 from builder.masking import one_line
+from builder.reference import is_loopback, split
 
 DOCKER_HUB = reference.DOCKER_HUB
 # The host that serves Docker Hub's API, and the name under which Docker keeps its credential.
@@ -40,25 +41,6 @@ canonical = reference.canonical_host
 def api_host(host: str) -> str:
     """Return the host, with its port, that serves a registry's API."""
     return _DOCKER_HUB_API if canonical(host) == DOCKER_HUB else host
-
-
-def split(host: str) -> tuple[str, str]:
-    """Return a host's name and its port ("" where it has none); an IPv6 address loses its brackets."""
-    name, colon, port = host.rpartition(":")
-    if not colon or "]" in port:
-        name, port = host, ""
-    return name.strip("[]").lower(), port
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether `host` (perhaps with a port) is this machine by its name alone, without asking a name server."""
-    name, _ = split(host)
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def is_named(host: str, names: Iterable[str]) -> bool:

@@ -7,6 +7,7 @@ parsed reference. A pattern over the text would let `python:*` take `python:443/
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Collection
@@ -150,6 +151,25 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
             )
             raise InvalidVersion(message, remedy=f"Supported are {there}.")
     return tuple(platforms)
+
+
+def split(host: str) -> tuple[str, str]:
+    """Return a host's name and its port ("" where it has none); an IPv6 address loses its brackets."""
+    name, colon, port = host.rpartition(":")
+    if not colon or "]" in port:
+        name, port = host, ""
+    return name.strip("[]").lower(), port
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether `host` (perhaps with a port) is this machine by its name alone, without asking a name server."""
+    name, _ = split(host)
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def canonical_host(host: str) -> str:

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 from builder.dockerfile.engine import BoundedOutput, Printed, failure
 from builder.dockerfile.parser import Dockerfile, Instruction, opens_heredoc
 from builder.errors import BuilderError, BuildFailed, EngineKilled, InvalidSettings, InvalidVersion
-from builder.http import is_loopback
 from builder.masking import one_line
 from builder.package_index import certificate, copy_bundle, pip_config, uv_config
 from builder.process import Runner, run
-from builder.reference import Reference
+from builder.reference import Reference, is_loopback
 
 if TYPE_CHECKING:
     from builder.dockerfile.engine import BuildJob

@@ -8,12 +8,12 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
+from builder.domino import export, quiet_client
 from builder.errors import BuilderError, InvalidVersion, PermissionRefused, VersionNotFound
 from builder.log import get_logger
 from builder.masking import one_line
 from builder.models import TAG_MODEL_FOLDER, Inputs, ModelVersion, NearMisses, check_version_text
 from builder.models.context import union
-from builder.models.domino import export, quiet_client
 from builder.models.errors import answering
 from builder.models.store import ArtifactRoots, ArtifactStore, Root
 from builder.safe_open import checked_path

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from builder.errors import InvalidSettings
-from builder.http import is_loopback, is_named
+from builder.http import is_named
+from builder.reference import is_loopback
 from builder.urls import Origin, is_within, linked, origin_of
 
 if TYPE_CHECKING:

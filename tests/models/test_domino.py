@@ -16,9 +16,9 @@ import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from builder.domino import DominoAuth
 from builder.errors import BuilderError, InvalidSettings
 from builder.models.catalog import MlflowCatalog
-from builder.models.domino import DominoAuth
 from tests.models.http_answers import Answers, answering_server
 
 ELSEWHERE = "mlflow.domino.test"
@@ -180,6 +180,6 @@ def test_a_line_break_in_the_variable_is_no_second_header(monkeypatch):
 
 
 def test_the_plug_in_loads_nothing_of_mlflow():
-    script = "import sys, builder.models.domino; print(sorted({'mlflow', 'jwt', 'pydantic'} & set(sys.modules)))"
+    script = "import sys, builder.domino; print(sorted({'mlflow', 'jwt', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

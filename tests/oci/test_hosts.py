@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.http import api_host, canonical, is_loopback, is_named, proxy_for, split
+from builder.http import api_host, canonical, is_named, proxy_for
 from builder.oci.transport import Challenge, challenges
+from builder.reference import is_loopback, split
 
 
 @pytest.mark.parametrize(

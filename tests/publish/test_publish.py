@@ -378,7 +378,7 @@ def test_a_tag_moved_in_mid_run_is_not_overwritten(settings, new, base_image, cr
     next(run)
     tag = f"{settings(model).registry_url}/{model.name}:v1"
     push_somebody_elses(base_image, tag, crane)
-    with pytest.raises(TryAgain, match="publish again"):
+    with pytest.raises(TryAgain, match="Publish again"):
         next(run)
     assert crane("digest", tag) == crane("digest", "--platform", "linux/amd64", base_image)
 

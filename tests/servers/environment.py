@@ -14,7 +14,7 @@ from builder.http import RetryPolicy
 from builder.settings import Settings
 from scripts.launch import ambient
 
-# What a publish leaves in this process for MLflow's client (`builder.models.domino`): a test's own authorities
+# What a publish leaves in this process for MLflow's client (`builder.domino`): a test's own authorities
 # would be those of the next test, which may need the machine's.
 _NETWORK = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 

@@ -95,7 +95,7 @@ def _servers() -> set[tuple[str, str, int]]:
 def _elsewhere(origins: set[tuple[str, str, int]]) -> set[tuple[str, str, int]]:
     """Return those origins that are not on loopback."""
     # Imported here, since MLflow loads this module in every process that imports MLflow.
-    from builder.http import is_loopback
+    from builder.reference import is_loopback
 
     return {origin for origin in origins if not is_loopback(f"[{origin[1]}]" if ":" in origin[1] else origin[1])}
 
