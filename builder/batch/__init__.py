@@ -21,7 +21,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from structlog.stdlib import BoundLogger
@@ -148,6 +148,9 @@ class Batch(Generic[AnyResult]):
             return self.kind(name=name, version=version, state="gone", detail=error.one_line())
         except BuilderError as error:
             return self._failure(version, error)
+        except MemoryError:
+            # A child's own is an answer of `Children`; this one is of the work beside it.
+            return self._failure(version, out_of_memory(version))
 
     @contextmanager
     def defects(self, name: str) -> Iterator[None]:
@@ -325,18 +328,22 @@ class Children:
                 os.close(answer)
                 os.close(output)
             end = self._end(control, answers)
-        except BaseException:
+        except BaseException as error:
             self._stop(control, answers)
+            if isinstance(error, BuilderError):
+                ended(error)
             raise
         finally:
             answers.close()
-        if end.code == 0 and not end.bound and answers.failure is not None:
-            raise _failure(answers.failure, whose)
         try:
-            return _result(end, answers, kind, whose, self._budget)
+            raised = _failure(answers.failure, whose) if end.code == 0 and not end.bound and answers.failure else None
+            result = None if raised else _result(end, answers, kind, whose, self._budget)
         except BuilderError as error:
             ended(error)
             raise
+        if raised:
+            raise raised
+        return cast("Answer", result)
 
     def _started(self) -> Connection:
         if self._control is None:
@@ -506,11 +513,14 @@ def _failure(frame: bytes, whose: str) -> BuilderError:
 
     Its class may be of a module that only the child imports, or be made of other arguments: then one of the same name
     is derived from the exit code's class.
+
+    Raises:
+        VersionCrashed: the frame is not such an error.
     """
     try:
         failure = TypeAdapter(_Failure).validate_json(frame)
     except ValidationError:
-        return _unreadable(whose)
+        raise _unreadable(whose) from None
     with suppress(TypeError):
         error = of_kind(failure.name, failure.exit_code, failure.what, failure.remedy)
         if type(error).__name__ == failure.name:

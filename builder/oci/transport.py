@@ -25,7 +25,6 @@ from builder.http import (
     RetryPolicy,
     ServerKind,
     api_host,
-    is_loopback,
     is_named,
     is_transient,
     resumed,
@@ -34,6 +33,7 @@ from builder.http import (
 from builder.masking import mask_token, masked, one_line
 from builder.oci import MOST_JSON_BYTES, Blob, BytesBlob, Malformed, from_bytes, verified
 from builder.oci.authn import Credential, Credentials
+from builder.reference import is_loopback
 
 REGISTRY = ServerKind(
     name="registry",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -328,7 +328,7 @@ class WheelsMethod:
     Args:
         registries: those of base images and of WHEEL_LAYERS.
         store: where wheel layers, locks and facts about base images are kept.
-        inputs: the settings for requirements, indexes and base images.
+        inputs: gives the settings for requirements, indexes and base images, when they are first used.
         as_registered: whether packages uploaded after the model was logged are ignored.
         bytecode: whether layers have bytecode.
         memory: bytes that all runs of the resolver may take together.
@@ -338,14 +338,14 @@ class WheelsMethod:
         self,
         registries: RegistryClients,
         store: LayerStore,
-        inputs: InputSettings,
+        inputs: Callable[[], InputSettings],
         *,
         as_registered: bool = True,
         bytecode: bool = True,
         memory: int = MOST_MEMORY,
     ) -> None:
         self.store = store
-        self.inputs = inputs
+        self._inputs = inputs
         self._registries = registries
         self._as_registered = as_registered
         self._bytecode = bytecode
@@ -361,11 +361,20 @@ class WheelsMethod:
         return cls(
             registries,
             LayerStore(registries.for_host(repository.host), repository),
-            InputSettings.of(settings),
+            partial(InputSettings.of, settings),
             as_registered=settings.resolve_as_of == "registered",
             bytecode=settings.wheel_bytecode,
             memory=Budget.of(settings).memory,
         )
+
+    @cached_property
+    def inputs(self) -> InputSettings:
+        """The settings for requirements, indexes and base images.
+
+        Raises:
+            InvalidSettings: the package indexes cannot be used.
+        """
+        return self._inputs()
 
     def close(self) -> None:
         """Close all connections to package indexes."""
@@ -485,6 +494,8 @@ class WheelsMethod:
             BuilderError: a server is unavailable, or refuses.
         """
         resolver = self.resolver(source, present)
+        # What an earlier plan could not keep is no part of this one.
+        self.store.refused.clear()
 
         def one(platform: Platform) -> tuple[PlatformRecipe | NoWheel, Base, Platform]:
             return *self._environment(source, platform, resolver, keep=keep), platform

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from builder import log
-from builder.batch import Children
+from builder.batch import Batch, Children, Result
 from builder.budget import Budget
 from builder.errors import (
     BuildFailed,
@@ -30,6 +30,7 @@ from builder.errors import (
     TryAgain,
     VersionCrashed,
 )
+from builder.models import ModelVersion
 
 
 class Odd(InvalidVersion):
@@ -87,6 +88,43 @@ def test_a_crash_says_how_it_ended_and_the_next_is_done(children, text, said):
         run(children, text)
     assert caught.value.exit_code == ExitCode.DATA
     assert run(children, "'next'") == "next"
+
+
+def test_an_unreadable_error_of_a_child_is_a_crash_and_counts(children):
+    """The caller has to hear of it: a sweep records an attempt, a download removes what is unfinished."""
+    heard = []
+    text = """
+import stat, struct
+pipes = [int(fd) for fd in os.listdir("/proc/self/fd") if fd.isdigit()]
+pipes = [fd for fd in pipes if os.path.exists(f"/proc/self/fd/{fd}") and stat.S_ISFIFO(os.fstat(fd).st_mode)]
+for fd in pipes:
+    try:
+        os.write(fd, struct.pack(">I", 5) + b"Fnope")
+    except OSError:
+        pass
+os._exit(0)
+"""
+    with pytest.raises(VersionCrashed, match="cannot be read") as caught:
+        run(children, text, ended=heard.append)
+    assert heard == [caught.value]
+
+
+def test_a_supervisor_that_is_gone_is_heard_of(children):
+    heard = []
+    assert run(children, "'first'") == "first"
+    children._supervisor.kill()
+    with pytest.raises(Defect, match="supervises") as caught:
+        run(children, "'second'", ended=heard.append)
+    assert heard == [caught.value]
+
+
+def test_memory_that_the_parent_lacks_fails_one_version():
+    def work():
+        raise MemoryError
+
+    batch = Batch(kind=Result, logger="sweep", modules=())
+    result = batch.result(ModelVersion(name="m", version="1", created_ms=0), work)
+    assert (result.state, type(result.error)) == ("failed", OverBudget)
 
 
 @pytest.mark.parametrize(

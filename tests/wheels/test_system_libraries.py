@@ -222,6 +222,13 @@ def test_an_image_that_an_engine_builds_is_judged_as_well(small, small_settings)
         publish(small_settings(model, BUILD_METHOD="dockerfile", BUILD_ENGINE="buildah"))
 
 
+def test_an_engine_s_image_is_judged_whatever_the_index_settings_are(small, small_settings, registry):
+    """Indexes are for RUN steps there, which may take them in another way than the wheels method."""
+    model = small(files=SERVED | {"mymodel/MLmodel": SPARK}, tags={"MODEL_ENTRY_POINT": ""})
+    with pytest.raises(InvalidVersion, match="Java"):
+        preview(small_settings(model, BUILD_METHOD="dockerfile", UV_INDEX_STRATEGY="of-another-release"))
+
+
 def test_plans_as_json_have_the_warnings(small, small_settings):
     settings = small_settings(small("has-plugin\n"))
     publish(settings)
