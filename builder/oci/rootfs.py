@@ -219,9 +219,11 @@ def _parsed(header: bytes) -> TarInfo:
     for number, stored in ((entry.mode, header[100:108]), (entry.size, header[124:136])):
         if not 0 <= number <= _MOST_SIZE or not _NUMBER.fullmatch(stored):
             refuse("it has a header with an impossible number")
-    if header[257:263] != b"ustar\0":
-        # What `tarfile` takes for the beginning of the path are times in archives of GNU's older form.
-        entry.name = _text(header[:100])
+    # `tarfile` makes a directory of an entry without a type by its name here, before a pax header gives another path.
+    entry.type, entry.name = header[156:157], _text(header[:100])
+    # It also takes times for the beginning of the path, in archives of GNU's older form.
+    if header[257:263] == b"ustar\0" and header[345]:
+        entry.name = f"{_text(header[345:500])}/{entry.name}"
     return entry
 
 

@@ -456,9 +456,10 @@ def header(
     mode: bytes = b"0000755\0",
     size: bytes = b"00000000000\0",
     more: bytes = b"",
+    magic: bytes = b"ustar  \0",
 ) -> bytes:
     block = bytearray(name.ljust(100, b"\0") + mode + b"0000000\0" * 2 + size + b"0" * 11 + b"\0")
-    block += b" " * 8 + kind + bytes(100) + b"ustar  \0" + more
+    block += b" " * 8 + kind + bytes(100) + magic + more
     block += bytes(512 - len(block))
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -478,6 +479,24 @@ def test_forms_that_only_old_or_odd_programs_write(push: Push) -> None:
     ]
     found = {minor: f"/usr/bin/python{minor}" for minor in ("3.10", "3.11", "3.12")}
     assert push(b"".join(parts)).facts().interpreters == found, "without an end, too"
+
+
+@pytest.mark.parametrize("ustar", [True, False])
+def test_the_path_of_a_pax_header_decides_whether_an_old_entry_is_a_directory(ustar: bool) -> None:
+    within = header(b"usr/bin/python3.11")
+    form = {"magic": b"ustar\x0000", "more": bytes(80) + b"top"} if ustar else {}
+
+    def found(name: bytes, record: bytes = b"") -> list[tuple[str, bool, int]]:
+        made = header(name, kind=b"\0", size=b"%011o\0" % len(within), **form) + within
+        if record:
+            made = header(b"PaxHeader", kind=b"x", size=b"%011o\0" % len(record)) + record.ljust(512, b"\0") + made
+        return [(entry.name.rstrip("/"), entry.isdir(), entry.size) for entry in Archive(iter([made]))]
+
+    second = ("usr/bin/python3.11", False, 0)
+    assert found(b"x/", b"16 path=etc/foo\n") == [("etc/foo", False, 512)]
+    assert found(b"x", b"13 path=etc/\n") == [("etc", True, 0), second]
+    assert found(b"x/") == [("top/x" if ustar else "x", True, 0), second]
+    assert found(b"x") == [("top/x" if ustar else "x", False, 512)]
 
 
 def test_a_sparse_file_is_passed_over(push: Push) -> None:
