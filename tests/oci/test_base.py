@@ -408,6 +408,15 @@ def test_c_libraries(push: Push, entries: list[Made], glibc: tuple[int, int] | N
     assert (facts.glibc, facts.musl) == (glibc, musl)
 
 
+@pytest.mark.parametrize("text", [b"/usr/lib/x\n", b"2.30", b"2.30000000", b"2." + b"9" * 5000, b"2.3.6\n", b"."])
+def test_the_loaders_configuration_is_no_release_of_glibc(push: Push, text: bytes) -> None:
+    links = [link("lib/libc.so.6", "/etc/ld.so.conf"), hard("lib64/libc.so.6", "etc/ld.so.conf")]
+    made = layer(file("etc/ld.so.conf", text), *links, program(PYTHON[1:]))
+    facts = push(made).facts()
+    assert (facts.interpreters, facts.glibc) == ({"3.11": PYTHON}, None)
+    assert push(made, layer(file("usr/lib/libc.so.6", GLIBC))).facts().glibc == (2, 36)
+
+
 @pytest.mark.parametrize(
     ("entries", "occupied"),
     [
@@ -803,7 +812,7 @@ WRONG: dict[str, list[Any]] = {
         {"3.11\n": "/x"},
         {"3.11": ""},
     ],
-    "glibc": [[], [2], [2, 3, 4], [2, "3"], [2, True], [2, -1], [2.0, 3], "2.36", {}],
+    "glibc": [[], [2], [2, 3, 4], [2, "3"], [2, True], [2, -1], [2.0, 3], [2, 1000], [1000, 2], "2.36", {}],
     "musl": [None, 0, "true"],
     "occupied": [None, 1, []],
     "java": [0, "true", []],
