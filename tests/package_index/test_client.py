@@ -7,6 +7,7 @@ import subprocess
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -468,6 +469,25 @@ def test_proxy(index, locked):
         with IndexClient(indexes, policy=QUICK) as asked, pytest.raises(ServiceUnavailable, match="502"):
             asked.find(locked)
     assert seen.is_set()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_has_to_be_trusted_even_on_the_way_to_an_index_that_need_not_be(certificate, locked, scheme):
+    authority, server = certificate
+    with running(certificate=server) as proxy:
+        indexes = Indexes(
+            default=IndexUrl(f"{scheme}://index.invalid/simple"),
+            trusted=frozenset({"index.invalid"}),
+            proxies={f"{scheme.upper()}_PROXY": proxy.url.replace("://", "://user:secret@")},
+        )
+        with IndexClient(indexes, policy=QUICK) as asked, pytest.raises(InvalidSettings, match="is not trusted"):
+            asked.find(locked)
+        assert not proxy.requests
+        # It answers HTTP 404 to a GET and 501 to a CONNECT.
+        known = replace(indexes, ca_bundle=authority.path)
+        with IndexClient(known, policy=QUICK) as asked, pytest.raises((WheelNotFound, ServiceUnavailable)) as caught:
+            asked.find(locked)
+        assert scheme == "http" or "501" in str(caught.value)
 
 
 # Which indexes.
