@@ -532,13 +532,14 @@ class _Routes(httpx2.BaseTransport):
     def _through(self, proxy: str, *, trusted: bool) -> httpx2.HTTPTransport:
         with self._lock:
             if (proxy, trusted) not in self._transports:
-                context = _unverified() if trusted else _authorities(self._ca_bundle)
+                authorities = _authorities(self._ca_bundle)
                 self._transports[proxy, trusted] = httpx2.HTTPTransport(
                     # A context of our own, so httpx2 looks for no authorities by itself.
-                    verify=context,
+                    verify=_unverified() if trusted else authorities,
                     trust_env=False,
                     limits=_LIMITS,
-                    proxy=_proxy(proxy, context) if proxy else None,
+                    # The settings trust the host behind the proxy; the proxy may be sent a password, so it is verified.
+                    proxy=_proxy(proxy, authorities) if proxy else None,
                 )
             return self._transports[proxy, trusted]
 

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from tarfile import TarInfo
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from builder.errors import InvalidVersion
 from builder.oci import OCI_LAYER, Descriptor, Malformed, from_bytes, refuse, to_bytes
@@ -219,9 +219,11 @@ def _parsed(header: bytes) -> TarInfo:
     for number, stored in ((entry.mode, header[100:108]), (entry.size, header[124:136])):
         if not 0 <= number <= _MOST_SIZE or not _NUMBER.fullmatch(stored):
             refuse("it has a header with an impossible number")
-    if header[257:263] != b"ustar\0":
-        # What `tarfile` takes for the beginning of the path are times in archives of GNU's older form.
-        entry.name = _text(header[:100])
+    # `tarfile` makes a directory of an entry without a type by its name here, before a pax header gives another path.
+    entry.type, entry.name = header[156:157], _text(header[:100])
+    # It also takes times for the beginning of the path, in archives of GNU's older form.
+    if header[257:263] == b"ustar\0" and header[345]:
+        entry.name = f"{_text(header[345:500])}/{entry.name}"
     return entry
 
 
@@ -286,12 +288,14 @@ class File:
     Attributes:
         layer: the number of the layer it comes from.
         program: whether it is a regular file that somebody may execute.
-        content: the part of its content that matters: see `_content`.
+        content: as a whole, of a file that names the folders of libraries; empty for any other.
+        glibc: major and minor version of GNU's C library, where the file is one.
     """
 
     layer: int
     program: bool = False
     content: bytes = b""
+    glibc: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -333,12 +337,13 @@ class RootFs:
         """Begin the next layer."""
         self._layer += 1
 
-    def add(self, entry: TarInfo, content: bytes = b"") -> None:
+    def add(self, entry: TarInfo, content: bytes = b"", glibc: tuple[int, int] | None = None) -> None:
         """Add an entry of the layer.
 
         Args:
             entry: as the layer's archive has it.
-            content: of a regular file, the part that matters.
+            content: see `File`.
+            glibc: see `File`.
 
         Raises:
             Malformed: nobody could unpack it, or the image has too many names for the memory.
@@ -355,7 +360,7 @@ class RootFs:
             refuse("it has a path that leads in a circle")
         existing = folder.children.get(name)
         if not entry.isdir():
-            self._put(folder, name, self._leaf(entry, content))
+            self._put(folder, name, self._leaf(entry, content, glibc))
         elif isinstance(existing, Folder):
             existing.layer = self._layer
         else:
@@ -392,7 +397,7 @@ class RootFs:
                     if each == name:
                         yield f"{path}/{each}"
 
-    def _leaf(self, entry: TarInfo, content: bytes) -> File | Link:
+    def _leaf(self, entry: TarInfo, content: bytes, glibc: tuple[int, int] | None) -> File | Link:
         if entry.issym():
             if len(entry.linkname) > _LONGEST_PATH:
                 refuse("it has a link that is too long")
@@ -402,7 +407,7 @@ class RootFs:
             other, _ = self._at(_parts(entry.linkname), last=False)
             return replace(other, layer=self._layer) if isinstance(other, File | Link) else File(self._layer)
         self._bytes += len(content)
-        return File(self._layer, entry.isreg() and bool(entry.mode & _PROGRAM), content)
+        return File(self._layer, entry.isreg() and bool(entry.mode & _PROGRAM), content, glibc)
 
     def _put(self, folder: Folder, name: str, node: Node) -> None:
         if len(name) > _LONGEST_NAME:
@@ -506,7 +511,7 @@ _FULL = re.compile(r"([0-9]{1,2}\.[0-9]{1,3})(?:\.[0-9]+)?(?:[a-z]+[0-9]+)?")
 _SAFE = r"(?:/[A-Za-z0-9._+@~-]{1,255})+"
 _OTHERS = re.compile(r"pypy|graalpy")
 _LIBC = re.compile(r"(?:.*/)?libc(?:\.so\.6|-2\.\d+\.so)")
-_RELEASE = re.compile(rb"release version ([0-9]{1,3}\.[0-9]{1,3})")
+_RELEASE = re.compile(rb"release version ([0-9]{1,3})\.([0-9]{1,3})")
 _MOST_LIBC = 16 << 20
 _LIBRARIES = ("/lib64", "/lib", "/usr/lib64", "/usr/lib")
 _LIBRARY = r"[A-Za-z0-9._+-]*\.so[A-Za-z0-9._+-]*"
@@ -521,6 +526,8 @@ _MUSL = re.compile(r"ld-musl-[A-Za-z0-9_-]+\.so\.1")
 _MODEL = "/opt/model"
 
 _Minor = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}\.[0-9]{1,3}$")]
+# As many digits as `_RELEASE` takes, in kept facts too: each minor version up to glibc's makes tags for wheels.
+_Number = Annotated[int, Field(ge=0, le=999)]
 _Path = Annotated[str, StringConstraints(pattern=f"^{_SAFE}$")]
 _Library = Annotated[str, StringConstraints(pattern=f"^{_LIBRARY}$", max_length=_LONGEST_NAME)]
 
@@ -542,7 +549,7 @@ class BaseFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     interpreters: dict[_Minor, _Path]
-    glibc: tuple[NonNegativeInt, NonNegativeInt] | None
+    glibc: tuple[_Number, _Number] | None
     musl: bool
     occupied: bool
     java: bool | None = None
@@ -607,7 +614,7 @@ def _add(rootfs: RootFs, chunks: Iterator[bytes], layer: Descriptor, left: int, 
     archive = Archive(pieces, budget)
     try:
         for entry in archive:
-            rootfs.add(entry, _content(entry, archive))
+            rootfs.add(entry, *_content(entry, archive))
     except Malformed:
         # What was damaged on the way is not the image's fault: its digest is checked at its end.
         _drain(chunks)
@@ -621,18 +628,15 @@ def _drain(chunks: Iterator[bytes]) -> None:
         pass
 
 
-def _content(entry: TarInfo, archive: Archive) -> bytes:
-    """Return the part of a file's content that matters.
-
-    Of GNU's C library it is the version; files that name the folders of libraries matter as a whole.
-    """
+def _content(entry: TarInfo, archive: Archive) -> tuple[bytes, tuple[int, int] | None]:
+    """Return the content of a file that names the folders of libraries, and the version of GNU's C library."""
     sparse = entry.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(_SPARSE) for key in entry.pax_headers)
     if not entry.isreg() or sparse:
-        return b""
+        return b"", None
     if entry.size <= _MOST_LIBC and _LIBC.fullmatch(entry.name):
         release = _RELEASE.search(archive.content())
-        return release[1] if release else b""
-    return archive.content() if entry.size <= _MOST_LOADER and _LOADER.fullmatch(entry.name) else b""
+        return b"", (int(release[1]), int(release[2])) if release else None
+    return archive.content() if entry.size <= _MOST_LOADER and _LOADER.fullmatch(entry.name) else b"", None
 
 
 def _facts(rootfs: RootFs, base: BaseImage) -> BaseFacts:
@@ -694,10 +698,7 @@ def _more_libraries(rootfs: RootFs, base: BaseImage, interpreters: Iterable[str]
 
 def _glibc(rootfs: RootFs, folder: str) -> tuple[int, int] | None:
     found = rootfs.file(f"{folder}/libc.so.6")
-    if not found or not found.content:
-        return None
-    major, minor = found.content.split(b".")
-    return int(major), int(minor)
+    return found.glibc if found else None
 
 
 def _interpreters(rootfs: RootFs, path: str) -> dict[str, str]:

@@ -347,25 +347,36 @@ class IndexClient(Client):
         return tuple(found)
 
     def page(self, index: IndexUrl, project: str) -> tuple[IndexFile, ...] | None:
-        """Return a project's files in one index, or None where the index does not have it; requested once.
+        """Return a project's files in one index, or None where the index does not have it.
+
+        It is requested once, until a download of one of its files fails.
 
         Raises:
             ServiceUnavailable, PermissionRefused, InvalidSettings: the index cannot be queried.
         """
-        links = index in self._indexes.find_links
-        key = (index.url, "" if links else project)
-        if key not in self._pages:
+        key = self._page_key(index, project)
+        with self._lock:
+            is_known, files = key in self._pages, self._pages.get(key)
+        if not is_known:
             if index.is_file:
-                files: tuple[IndexFile, ...] | None = _folder(index)
+                files = _folder(index)
             else:
-                files = self._page(index.url if links else f"{index.url}/{project}/")
+                files = self._page(index.url if index in self._indexes.find_links else f"{index.url}/{project}/")
             with self._lock:
                 self._pages[key] = files
-        files = self._pages[key]
         if files and index.of_model:
             # Its links may lead to where a credential of ours would be sent, and the content into the author's image.
             files = tuple(file for file in files if self._is_own(index, file.url))
         return files if files is None else of_project(files, project)
+
+    def _page_key(self, index: IndexUrl, project: str) -> tuple[str, str]:
+        return index.url, "" if index in self._indexes.find_links else project
+
+    def _forget(self, project: str) -> None:
+        """Drop what is known of a project's pages, so that they are requested again."""
+        with self._lock:
+            for index in self.search_order:
+                self._pages.pop(self._page_key(index, project), None)
 
     def is_of_this_machine(self, wheel: LockedWheel) -> bool:
         """Return whether a wheel is a file here that no find-links folder holds: resolvers follow a page's `file:`."""
@@ -442,10 +453,12 @@ class IndexClient(Client):
         """
         try:
             self._save(wheel, self.find(wheel), destination, progress)
-        except WheelNotFound:
-            if wheel.url is None or wheel.origin != "index":
+        except (WheelNotFound, PermissionRefused):
+            if wheel.origin != "index":
                 raise
-            # The address came with a resolution; the index may have moved the file since.
+            # The address came with a resolution, or with a page that may have been read long ago. Since then the index
+            # may have moved the file, or the link may have expired.
+            self._forget(wheel.name)
             moved = wheel.model_copy(update={"url": None})
             self._save(moved, self.find(moved), destination, progress)
 

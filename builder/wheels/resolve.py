@@ -296,9 +296,10 @@ class _Locking:
                 for name, version in chosen.versions.items():
                     self._unfit[name] = self._without_wheel(name, question) | {version}
         else:
-            raise NoWheel(
-                min(self._unfit), question.platform, f"after {_MOST_ROUNDS} resolutions there is still another"
-            )
+            if self._unfit:
+                raise NoWheel(
+                    min(self._unfit), question.platform, f"after {_MOST_ROUNDS} resolutions there is still another"
+                )
         message = "A package index gives upload times for some of the files that are needed, but not for all."
         raise BuildFailed(message, remedy="Set RESOLVE_AS_OF=now, or repair the index.")
 

@@ -480,7 +480,7 @@ _MISSING_TIME = re.compile(r"`([^`]+)` is missing an upload date")
 _URL_DEPENDENCY = re.compile(r"Package `([a-z0-9-]{1,200})` was included as a URL dependency")
 # Of one version ("x==1 has"), of all ("all versions of x have"), or of several ranges, each in a line of its own.
 _NO_WHEEL = re.compile(
-    r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:\[[^\]\s]{1,200}\])?(?:[=<>!~]=?\S+)?\s{1,40}"
+    r"(?:^|[\s(])([A-Za-z0-9][A-Za-z0-9._-]*?)(?:\[[^\]\s]{1,200}\])?(?:[=<>!~]=?[^\s(]+)?\s{1,40}"
     r"ha(?:s|ve) no (?:wheels with |usable wheels|compatible wheels)"
 )
 # In a universal resolution uv names a platform by its markers.
@@ -534,14 +534,13 @@ def _error(question: Question, code: int, said: str, indexes: Indexes) -> Except
     why = _explanation(said)
     if package := _NO_WHEEL.search(why):
         return NoWheel(canonicalize_name(package[1]), question.platform, why)
-    for name in sorted(question.unfit):
-        if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", why):
-            return NoWheel(name, question.platform, why)
+    if unfit := question.unfit.keys() & set(re.findall(r"[\w.-]+", why)):
+        return NoWheel(min(unfit), question.platform, why)
     return Unsatisfiable(question.platform, why)
 
 
 def _explanation(said: str) -> str:
-    """Return uv's explanation without its advice, which is about uv's own command line.
+    """Return uv's whole explanation without its advice, which is about uv's own command line.
 
     uv makes it of the packages, versions and tags that it has read and of words of its own; what it quotes of a file,
     such as metadata that it cannot read, is in its hints, which are left out. Words that look like a path or an address
@@ -552,7 +551,9 @@ def _explanation(said: str) -> str:
     if body.startswith(" for split "):
         _, _, body = body.partition("\n")
     body = _OF_MARKERS.sub("compatible wheels", re.sub(r"^[:\s]*(?:cause:|╰─▶)?", "", body))
-    return one_line(" ".join("…" if "/" in word or "\\" in word else word for word in body.split()), 2000)
+    line = " ".join("…" if "/" in word or "\\" in word else word for word in body.split())
+    # The package that counts may be named at the end of a long one. The errors cut what they show.
+    return one_line(line, sys.maxsize)
 
 
 def _failure(code: int, said: str, indexes: Indexes) -> BuilderError:

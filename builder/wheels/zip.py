@@ -52,6 +52,7 @@ def read_directory(file: int) -> tuple[list[ZipInfo], int]:
             member begins behind the directory's beginning, or is larger than all that is before it.
     """
     count, size, start = _end(file)
+    _check_directory(file, count, start, start + size)
     try:
         with open(file, "rb", closefd=False) as stream, ZipFile(stream) as archive:
             entries = archive.infolist()
@@ -61,22 +62,29 @@ def read_directory(file: int) -> tuple[list[ZipInfo], int]:
     except (BadZipFile, NotImplementedError) as error:
         message = f"its directory cannot be read: {error}"
         raise BadArchive(message) from error
-    position = last = start
-    lengths = 0, 0, 0
     for entry in entries:
-        lengths = len(_raw_name(entry)), len(entry.extra), len(entry.comment)
-        last, position = position, position + _CENTRAL_SIZE + sum(lengths)
         _zip64(entry.extra, repr(entry.orig_filename))
         if entry.volume:
             refuse("it is one part of an archive that has several")
         if entry.header_offset >= start or entry.compress_size > start:
             refuse(f"{entry.orig_filename[:200]!r} begins beyond the archive's members, or is larger than all of them")
-    if len(entries) != count or position != start + size:
-        refuse("its directory has another size, or other members, than its end record says")
-    # Where the directory ends within the last entry, `zipfile` cuts that one short.
-    if entries and _LENGTHS.unpack(read_at(file, last, _LENGTHS.size)) != lengths:
-        refuse("its directory is cut off")
     return entries, start
+
+
+def _check_directory(file: int, count: int, start: int, end: int) -> None:
+    """Refuse a directory that does not end behind as many entries as declared.
+
+    `zipfile` makes an object of each entry that fits in the directory, whatever their declared number, and cuts the
+    last one short where the directory ends within it.
+    """
+    position = start
+    while count and position + _CENTRAL_SIZE <= end:
+        position += _CENTRAL_SIZE + sum(_LENGTHS.unpack(read_at(file, position, _LENGTHS.size)))
+        count -= 1
+    if position > end:
+        refuse("its directory is cut off")
+    if count or position < end:
+        refuse("its directory has another size, or other members, than its end record says")
 
 
 def _end(file: int) -> tuple[int, int, int]:

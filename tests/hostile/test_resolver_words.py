@@ -2,11 +2,29 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from builder.errors import ServiceUnavailable
-from builder.wheels.uv import _FAILURES, _MISSING_TIME, _NO_WHEEL, _OF_MARKERS, _READING, _STATUS, _WHEEL, _explanation
+from builder.package_index import Indexes
+from builder.reference import Platform
+from builder.wheels.requirements import Requirements
+from builder.wheels.uv import (
+    _FAILURES,
+    _MISSING_TIME,
+    _NO_WHEEL,
+    _OF_MARKERS,
+    _READING,
+    _STATUS,
+    _WHEEL,
+    NoWheel,
+    Question,
+    Unsatisfiable,
+    _error,
+    _explanation,
+)
 
 # So much is kept of what a resolver says: 200 lines of 4,000 characters.
 MOST = 200 * 4000
@@ -20,6 +38,7 @@ MOST = 200 * 4000
         (_NO_WHEEL, "a" * MOST),
         (_NO_WHEEL, "a=" * (MOST // 2)),
         (_NO_WHEEL, "a==1 has no " * (MOST // 12)),
+        (_NO_WHEEL, ("(a==" * 1000 + " ") * 200),
         (_NO_WHEEL, ("a" * 2000 + " " * 2000) * 200),
         (_OF_MARKERS, "`" * MOST),
         (_OF_MARKERS, ("`" + "a" * 999) * 800),
@@ -36,11 +55,51 @@ def test_words_of_any_length_are_searched_in_linear_time(pattern, text):
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize("word", ["a" * 4000, "a" * 3999 + "/", "`" * 4000])
+def explained(said, *unfit):
+    """Return the error for an explanation of uv's; `unfit` are the packages of which a version has no wheel."""
+    question = Question(
+        requirements=Requirements.of("a"),
+        model=Path("/nonexistent"),
+        platform=Platform.parse("linux/amd64"),
+        python="3.11",
+        glibc=None,
+        as_of=None,
+        unfit=dict.fromkeys(unfit, frozenset({Version("1")})),
+    )
+    return _error(question, 1, f"error: No solution found when resolving dependencies:\n{said}", Indexes())
+
+
+@pytest.mark.parametrize("word", ["a" * 4000, "a" * 3999 + "/", "`" * 4000, "a. " * 1333])
 def test_an_explanation_of_any_length_is_read_in_linear_time(word):
+    said = f"{word}\n" * 200
     began = time.process_time()
-    assert len(_explanation("No solution found when resolving dependencies:\n" + f"{word}\n" * 200)) <= 2000
+    assert len(_explanation("No solution found when resolving dependencies:\n" + said)) <= MOST + 200
+    error = explained(said, *(f"package-{number}" for number in range(1000)))
+    assert isinstance(error, Unsatisfiable)
+    assert len(error.what) <= 1000
     assert time.process_time() - began < 5
+
+
+LONG = "Because only b>=2 is available and a==1 depends on b<1, we can conclude that a==1 cannot be used.\n" * 100
+
+
+def test_a_missing_wheel_counts_wherever_a_long_explanation_names_it():
+    said = (
+        f"{LONG}Because scipy==1.0 has no wheels with a matching Python ABI tag, we can conclude that it is unusable."
+    )
+    error = explained(said)
+    assert isinstance(error, NoWheel)
+    assert error.package == "scipy"
+    assert len(error.what) <= 1000
+    assert isinstance(explained(LONG), Unsatisfiable)
+
+
+def test_a_package_without_a_fitting_version_counts_wherever_a_long_explanation_names_it():
+    error = explained(f"{LONG}And because you require scipy<2, your requirements are unsatisfiable.", "scipy", "numpy")
+    assert isinstance(error, NoWheel)
+    assert error.package == "scipy"
+    for other in ("my-scipy", "scipy-x", "x.scipy", "scipy_x"):
+        assert isinstance(explained(f"And because you require {other}<2.", "scipy"), Unsatisfiable)
 
 
 MARKERS = "python_full_version == '3.11' and platform_machine == 'armv7l'"

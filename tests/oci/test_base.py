@@ -408,6 +408,15 @@ def test_c_libraries(push: Push, entries: list[Made], glibc: tuple[int, int] | N
     assert (facts.glibc, facts.musl) == (glibc, musl)
 
 
+@pytest.mark.parametrize("text", [b"/usr/lib/x\n", b"2.30", b"2.30000000", b"2." + b"9" * 5000, b"2.3.6\n", b"."])
+def test_the_loaders_configuration_is_no_release_of_glibc(push: Push, text: bytes) -> None:
+    links = [link("lib/libc.so.6", "/etc/ld.so.conf"), hard("lib64/libc.so.6", "etc/ld.so.conf")]
+    made = layer(file("etc/ld.so.conf", text), *links, program(PYTHON[1:]))
+    facts = push(made).facts()
+    assert (facts.interpreters, facts.glibc) == ({"3.11": PYTHON}, None)
+    assert push(made, layer(file("usr/lib/libc.so.6", GLIBC))).facts().glibc == (2, 36)
+
+
 @pytest.mark.parametrize(
     ("entries", "occupied"),
     [
@@ -456,9 +465,10 @@ def header(
     mode: bytes = b"0000755\0",
     size: bytes = b"00000000000\0",
     more: bytes = b"",
+    magic: bytes = b"ustar  \0",
 ) -> bytes:
     block = bytearray(name.ljust(100, b"\0") + mode + b"0000000\0" * 2 + size + b"0" * 11 + b"\0")
-    block += b" " * 8 + kind + bytes(100) + b"ustar  \0" + more
+    block += b" " * 8 + kind + bytes(100) + magic + more
     block += bytes(512 - len(block))
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -478,6 +488,24 @@ def test_forms_that_only_old_or_odd_programs_write(push: Push) -> None:
     ]
     found = {minor: f"/usr/bin/python{minor}" for minor in ("3.10", "3.11", "3.12")}
     assert push(b"".join(parts)).facts().interpreters == found, "without an end, too"
+
+
+@pytest.mark.parametrize("ustar", [True, False])
+def test_the_path_of_a_pax_header_decides_whether_an_old_entry_is_a_directory(ustar: bool) -> None:
+    within = header(b"usr/bin/python3.11")
+    form = {"magic": b"ustar\x0000", "more": bytes(80) + b"top"} if ustar else {}
+
+    def found(name: bytes, record: bytes = b"") -> list[tuple[str, bool, int]]:
+        made = header(name, kind=b"\0", size=b"%011o\0" % len(within), **form) + within
+        if record:
+            made = header(b"PaxHeader", kind=b"x", size=b"%011o\0" % len(record)) + record.ljust(512, b"\0") + made
+        return [(entry.name.rstrip("/"), entry.isdir(), entry.size) for entry in Archive(iter([made]))]
+
+    second = ("usr/bin/python3.11", False, 0)
+    assert found(b"x/", b"16 path=etc/foo\n") == [("etc/foo", False, 512)]
+    assert found(b"x", b"13 path=etc/\n") == [("etc", True, 0), second]
+    assert found(b"x/") == [("top/x" if ustar else "x", True, 0), second]
+    assert found(b"x") == [("top/x" if ustar else "x", False, 512)]
 
 
 def test_a_sparse_file_is_passed_over(push: Push) -> None:
@@ -784,7 +812,7 @@ WRONG: dict[str, list[Any]] = {
         {"3.11\n": "/x"},
         {"3.11": ""},
     ],
-    "glibc": [[], [2], [2, 3, 4], [2, "3"], [2, True], [2, -1], [2.0, 3], "2.36", {}],
+    "glibc": [[], [2], [2, 3, 4], [2, "3"], [2, True], [2, -1], [2.0, 3], [2, 1000], [1000, 2], "2.36", {}],
     "musl": [None, 0, "true"],
     "occupied": [None, 1, []],
     "java": [0, "true", []],

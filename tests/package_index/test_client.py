@@ -7,6 +7,7 @@ import subprocess
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,57 @@ def test_a_file_that_moved_is_looked_up(index, locked, tmp_path):
     assert (tmp_path / "wheel").exists()
 
 
+@pytest.mark.parametrize("has_address", [True, False])
+@pytest.mark.parametrize("status", [404, 403])
+def test_a_file_that_moved_after_its_page_was_read_is_looked_up_again(index, locked, tmp_path, status, has_address):
+    """A client lives for a whole publish; links may expire meanwhile, which many servers answer with 403."""
+    old, new = "/files/big/", "/files/new/"
+
+    def fault(handler, path):
+        if path.startswith("/simple/big"):
+            kind, body = index.page("big")
+            handler.answer(200, body.replace(old.encode(), new.encode()), kind)
+        elif path.startswith(old):
+            handler.answer(status)
+        elif path.startswith(new):
+            handler.file(content(index, locked))
+        else:
+            return False
+        return True
+
+    with client(index.simple) as asked:
+        (file,) = asked.files("big")
+        index.faults = fault
+        wanted = locked.model_copy(update={"url": file.url}) if has_address else locked
+        asked.download(wanted, tmp_path / "wheel")
+    assert (tmp_path / "wheel").read_bytes() == content(index, locked)
+
+
+@pytest.mark.parametrize("of_folder", [False, True])
+def test_a_file_that_came_after_its_page_was_read_is_looked_up_again(index, tmp_path, of_folder):
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    links = (IndexUrl(folder.as_uri()),) if of_folder else ()
+    name, sha256 = index.add("late", "1.0")
+    files = index.files.pop("late")
+    with client(index.simple, find_links=links) as asked:
+        assert asked.files("late") == ()
+        if of_folder:
+            (folder / name).write_bytes(files[name][0])
+        else:
+            index.files["late"] = files
+        asked.download(LockedWheel(name="late", version="1.0", filename=name, sha256=sha256), tmp_path / "wheel")
+    assert (tmp_path / "wheel").read_bytes() == files[name][0]
+
+
+def test_a_file_that_is_absent_is_looked_up_once_more_and_no_more(index, locked, tmp_path):
+    index.faults = answer(404)
+    with client(index.simple) as asked, pytest.raises(WheelNotFound, match="HTTP 404"):
+        asked.download(locked, tmp_path / "wheel")
+    paths = [path for _, path, _ in index.requests]
+    assert paths == ["/simple/big/", f"/files/big/{locked.filename}"] * 2
+
+
 def test_a_full_disk(index, locked):
     with client(index.simple) as asked, pytest.raises(TryAgain, match="cannot be written"):
         asked.download(locked, Path("/proc/wheel"))
@@ -468,6 +520,25 @@ def test_proxy(index, locked):
         with IndexClient(indexes, policy=QUICK) as asked, pytest.raises(ServiceUnavailable, match="502"):
             asked.find(locked)
     assert seen.is_set()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_has_to_be_trusted_even_on_the_way_to_an_index_that_need_not_be(certificate, locked, scheme):
+    authority, server = certificate
+    with running(certificate=server) as proxy:
+        indexes = Indexes(
+            default=IndexUrl(f"{scheme}://index.invalid/simple"),
+            trusted=frozenset({"index.invalid"}),
+            proxies={f"{scheme.upper()}_PROXY": proxy.url.replace("://", "://user:secret@")},
+        )
+        with IndexClient(indexes, policy=QUICK) as asked, pytest.raises(InvalidSettings, match="is not trusted"):
+            asked.find(locked)
+        assert not proxy.requests
+        # It answers HTTP 404 to a GET and 501 to a CONNECT.
+        known = replace(indexes, ca_bundle=authority.path)
+        with IndexClient(known, policy=QUICK) as asked, pytest.raises((WheelNotFound, ServiceUnavailable)) as caught:
+            asked.find(locked)
+        assert scheme == "http" or "501" in str(caught.value)
 
 
 # Which indexes.

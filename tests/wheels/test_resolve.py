@@ -416,6 +416,14 @@ def test_only_the_index_without_times_is_exempt(index, platform):
     assert found.exempt == ("inhouse",)
 
 
+def test_resolutions_that_all_lack_upload_times_end_with_the_reason(index, monkeypatch):
+    monkeypatch.setattr("builder.wheels.resolve._MOST_ROUNDS", 1)
+    index.times = False
+    with pytest.raises(BuildFailed, match="upload times") as caught:
+        locked("app", indexes=asked(index), as_of=NOON)
+    assert not isinstance(caught.value, NoWheel)
+
+
 @BOTH
 def test_an_index_without_hashes(index, platform):
     index.json, index.hashes = False, False

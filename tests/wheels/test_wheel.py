@@ -21,6 +21,7 @@ from builder.oci.layer import stored
 from builder.reference import Reference
 from builder.wheels.install import WheelLayer, layer_key
 from builder.wheels.wheel import InvalidWheel, open_wheel
+from builder.wheels.zip import BadArchive, read_directory
 from tests.wheels.made import (
     INFO,
     METADATA,
@@ -328,6 +329,21 @@ def test_too_many_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("builder.wheels.zip.MOST_MEMBERS", 3)
     with pytest.raises(InvalidWheel, match="more than 3 members"):
         open_wheel(make(tmp_path, FILES))
+
+
+@pytest.mark.parametrize("count", [1, 2, 40_001, 60_000])
+def test_a_directory_of_more_entries_than_declared_costs_no_memory(tmp_path, count):
+    directory = (b"PK\x01\x02" + bytes(42)) * 40_000
+    end = struct.pack("<4s4HIIH", b"PK\x05\x06", 0, 0, count, count, len(directory), 0, 0)
+    path = tmp_path / "a.zip"
+    path.write_bytes(directory + end)
+    with path.open("rb") as file:
+        tracemalloc.start()
+        with pytest.raises(BadArchive, match="another size, or other members"):
+            read_directory(file.fileno())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_wheel_that_changes_after_it_was_opened_is_refused(tmp_path):
