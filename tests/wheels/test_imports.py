@@ -204,7 +204,7 @@ def test_a_large_pickle_is_read_when_it_is_downloaded(
     model = logged(by_value(SCALING, "Scaling", padding=b"x" * 2000))
     settings = Settings.from_environ(environ(model))
     (note,) = preview(settings).platforms[0].notes
-    assert note.startswith("mymodel/python_model.pkl is read when it is downloaded")
+    assert note.startswith("mymodel/python_model.pkl is read once downloaded")
     published = publish(settings)
     assert "added scikit-learn 1.5.0" in caplog.text
     crane("export", "--platform", "linux/amd64", str(published.reference), str(tmp_path / "image.tar"))
