@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from builder.domino import restored
-from builder.http import Client, RetryPolicy
+from builder.http import Client, Closing, RetryPolicy
 from builder.log import stage
 from builder.models import Catalog
 from builder.models.catalog import MlflowCatalog
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from builder.wheels.recipe import WheelsMethod
 
 
-class Registries:
+class Registries(Closing):
     """The clients of registries; a context manager that closes their connections. Thread-safe.
 
     Args:
@@ -98,16 +97,6 @@ class Registries:
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close all connections."""
-        self.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,25 @@ _NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
-class Client:
+class Closing:
+    """A context manager that closes itself."""
+
+    def close(self) -> None:
+        """Give back what is open."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+class Client(Closing):
     """Pooled connections to servers of one kind; a context manager that closes them. For several threads.
 
     It follows no redirect, keeps no cookie, and reads nothing of the environment.
@@ -336,18 +354,8 @@ class Client:
         """Close all connections."""
         self._client.close()
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close all connections."""
-        self.close()
-
-
-class Response:
+class Response(Closing):
     """The answer to a request, its body not read yet; a context manager that closes it.
 
     Args:
@@ -417,16 +425,6 @@ class Response:
                         raise self._client.kind.unexpected_error(self.host, f"with more than {limit:,} bytes")
             self._content = bytes(content)
         return self._content
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def close(self) -> None:
         """Give the connection back; one that was not read to its end is closed."""

@@ -135,7 +135,7 @@ def publish_version(
         with stage("build"):
             build(services.settings, workspace)
     published = push(services, workspace, deadline=deadline)
-    _log_published(workspace.plan(), published, began)
+    _log_published(plan, published, began)
     return published
 
 

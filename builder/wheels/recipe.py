@@ -300,11 +300,6 @@ class PresentImage:
             return None
 
 
-def no_lock(_platform: Platform) -> None:
-    """Return None: there is no image whose lock could be reused."""
-    return
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environments:
     """What the wheels method can make of a version.
@@ -468,7 +463,7 @@ class WheelsMethod:
             model=source.context / source.model_folder,
             python=source.python,
             as_of=source.as_of if self._as_registered else None,
-            previous=partial(present.lock, requirements=source.digest) if present else no_lock,
+            previous=partial(present.lock, requirements=source.digest) if present else None,
             # Several may run at a time, so each has its share, but at least what an honest one needs.
             memory=min(MOST_MEMORY, max(self._memory // _RESOLVERS, _LEAST_MEMORY)),
         )

@@ -401,7 +401,7 @@ class Resolver:
         model: folder of the model, for the wheels in it.
         python: the interpreter, `3.11`.
         as_of: packages uploaded later do not exist; None for all that there are, and then no lock is kept.
-        previous: returns the lock of the tag's image, where that was made from the same files; None for none.
+        previous: returns the lock of the tag's image, made from the same files; None for no image.
         memory: bytes that each run of uv may take.
     """
 
@@ -412,7 +412,7 @@ class Resolver:
     model: Path
     python: str
     as_of: datetime | None
-    previous: Callable[[Platform], Lock | None] = lambda _: None
+    previous: Callable[[Platform], Lock | None] | None = None
     memory: int = MOST_MEMORY
 
     def lock(self, platform: Platform, glibc: tuple[int, int] | None, *, keep: bool = True) -> Lock:
@@ -491,7 +491,7 @@ class Resolver:
 
     def _of_previous_image(self, platform: Platform, glibc: tuple[int, int] | None) -> Lock | None:
         """Return the lock that the tag's image was made of, if it is one for this base image and time."""
-        found = self.previous(platform) if self.as_of is not None else None
+        found = self.previous(platform) if self.previous and self.as_of is not None else None
         if found is None or (found.platform, found.python) != (platform, self.python) or found.as_of is None:
             return None
         fits = found.glibc == glibc or (found.glibc is not None and glibc is not None and found.glibc <= glibc)
