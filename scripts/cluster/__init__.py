@@ -194,7 +194,7 @@ def obstacle() -> str:
     wanted = ("containerd", "ctr", "runc", "ip", "iptables", "/usr/lib/cni/bridge")
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
     missing = [each for each in wanted if not any(os.access(Path(p, each), os.X_OK) for p in path.split(":"))]
-    return f"a cluster needs {', '.join(missing)} (scripts/setup.sh test)" if missing else ""
+    return f"a cluster needs {', '.join(missing)} (scripts/setup.sh cluster)" if missing else ""
 
 
 @contextlib.contextmanager
@@ -209,12 +209,12 @@ def start_cluster() -> Iterator[Cluster]:
     """
     if why := obstacle():
         raise NoCluster(why)
-    with _timed(f"programs of Kubernetes {version()}"):
+    with timed(f"programs of Kubernetes {version()}"):
         folder = programs()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with free_node(folder) as node:
-            with _timed(f"Kubernetes {version()} on {node.address}, processes of this machine"):
+            with timed(f"Kubernetes {version()} on {node.address}, processes of this machine"):
                 cluster = _start(node)
             yield cluster
     finally:
@@ -269,7 +269,8 @@ def _start(node: Node) -> Cluster:
 
 
 @contextlib.contextmanager
-def _timed(what: str) -> Iterator[None]:
+def timed(what: str) -> Iterator[None]:
+    """Print what took how long."""
     started = time.monotonic()
     yield
     print(f"cluster: {what}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 
@@ -17,7 +18,8 @@ def main(words: list[str]) -> None:
         case ["run"]:
             with start_cluster() as cluster:
                 print(f"export KUBECONFIG={cluster.kubeconfig}", flush=True)
-                signal.sigwait({signal.SIGINT, signal.SIGTERM})
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.pause()
         case _:
             sys.exit("usage: python -m scripts.cluster build | run")
 

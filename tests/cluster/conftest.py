@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scripts.base_image import base_image as make_base_image
-from scripts.cluster import Cluster, obstacle, start_cluster
+from scripts.cluster import Cluster, obstacle, start_cluster, timed
 from scripts.cluster.images import builder_archive
 from scripts.launch import Processes, clean_environ
 from tests.builder_image import ca_bundle, pip_config
@@ -34,11 +35,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def progress(request: pytest.FixtureRequest) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Show what is printed while a slow thing of the whole session is made."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    return capture.global_and_fixture_disabled if capture else contextlib.nullcontext
+
+
+@pytest.fixture(scope="session")
+def cluster(progress: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[Cluster]:
     """A cluster with one node that is ready."""
     if why := obstacle():
         pytest.skip(why)
-    with start_cluster() as running:
+    with contextlib.ExitStack() as stack:
+        with progress():
+            running = stack.enter_context(start_cluster())
         yield running
 
 
@@ -86,21 +96,27 @@ def cluster_mlflow(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def node_image(cluster: Cluster) -> str:
+def node_image(cluster: Cluster, progress: Callable[[], contextlib.AbstractContextManager[None]]) -> str:
     """Name of the builder image without an engine, which is on the node: its Pods never pull it."""
-    archive, name = builder_archive()
-    cluster.load_image(archive)
-    return name
+    with progress():
+        return _load(cluster, "scratch")
 
 
 @pytest.fixture(scope="session")
-def node_kaniko_image(cluster: Cluster) -> str:
+def node_kaniko_image(cluster: Cluster, progress: Callable[[], contextlib.AbstractContextManager[None]]) -> str:
     """As `node_image`, with Kaniko, where KANIKO_IMAGE names its image or an archive of it."""
     kaniko = os.environ.get("KANIKO_IMAGE", "")
     if not kaniko:
         pytest.skip("KANIKO_IMAGE names no image of Kaniko, nor an archive of it")
-    archive, name = builder_archive(kaniko)
-    cluster.load_image(archive)
+    with progress():
+        return _load(cluster, kaniko)
+
+
+def _load(cluster: Cluster, kaniko: str) -> str:
+    with timed("builder image"):
+        archive, name = builder_archive(kaniko)
+    with timed("builder image onto the node"):
+        cluster.load_image(archive)
     return name
 
 
