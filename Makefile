@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster lint format lock settings image bench flavors clean
+.PHONY: help setup demo test test-cluster lint format lock settings manifests image bench flavors clean
 
 python := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE :=
@@ -39,6 +39,10 @@ lock: ## regenerate the lock files (UPGRADE=1 takes the newest versions)
 settings: ## write docs/settings.md from the code
 	@scripts/setup.sh python
 	@$(python) -m scripts.settings_table
+
+manifests: ## write k8s/job.yaml and k8s/cronjob.yaml from the base and the overlay with Dockerfiles
+	@scripts/setup.sh python
+	@$(python) -m scripts.manifests
 
 image: ## build the builder image, and report its size (KANIKO_IMAGE=scratch leaves out the engine)
 	@scripts/image.sh
