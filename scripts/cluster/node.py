@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,15 +33,19 @@ _KUBERNETES = frozenset({"etcd", "kube-apiserver", "kube-controller-manager", "k
 
 
 @contextlib.contextmanager
-def free_node(programs: Path) -> Iterator[Node]:
+def free_node(programs: Path, numbers: Sequence[int] = range(_NODES)) -> Iterator[Node]:
     """Give a node that nobody else on this machine has, and whose network leads nowhere else; clear it afterwards.
+
+    Args:
+        programs: the folder of Kubernetes' programs.
+        numbers: which it may be.
 
     Raises:
         ServerDied: there is none.
     """
     folder = cache_folder("kubernetes") / "nodes"
     folder.mkdir(exist_ok=True)
-    for number in range(_NODES):
+    for number in numbers:
         node = Node(number=number, programs=programs, folder=folder / str(number))
         with (folder / f"{number}.lock").open("w") as lock:
             try:
@@ -58,7 +62,7 @@ def free_node(programs: Path) -> Iterator[Node]:
                 finally:
                     node.clear()
             return
-    message = f"{_NODES} nodes run, or their networks are taken"
+    message = f"{len(numbers)} nodes run, or their networks are taken"
     raise ServerDied(message)
 
 
@@ -244,6 +248,7 @@ def _write_image(archive: Path, program: Path, name: str) -> None:
         "os": "linux",
         "architecture": native_platform().partition("/")[2],
         "config": {"Entrypoint": [f"/{program.name}"]},
+        "history": [{"created_by": program.name}],
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer.read_bytes()).hexdigest()}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
