@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,10 @@ def version(cluster_mlflow, tmp_path):
 def shell(cluster, tmp_path):
     """Run a script in a folder with k8s/, with kubectl and an administrator's kubeconfig; return what it prints."""
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
-    environ = clean_environ(
-        PATH=f"{cluster.programs}:{os.environ['PATH']}", KUBECONFIG=str(cluster.kubeconfig), **cluster.environ
-    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kubectl").symlink_to(cluster.kubectl_path)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environ = clean_environ(PATH=path, KUBECONFIG=str(cluster.kubeconfig), **cluster.environ)
 
     def run(script):
         done = subprocess.run(
@@ -126,7 +128,8 @@ def test_the_page_s_commands_install_and_publish(
     shell(write)
     shell("kubectl create namespace builder")
     with (tmp_path / "install" / "kustomization.yaml").open("a") as file:
-        file.write(yaml.safe_dump(site(cluster_registries, machine_network("builder"))))
+        patches = yaml.safe_dump(site(cluster_registries, machine_network("builder")))
+        file.write(textwrap.indent(patches, "  "))
     shell(f"kubectl apply{apply}")
     printed = [shell(each) for each in others]
     outcome = version.outcome()
