@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from scripts.cluster import Cluster, NoCluster, start_cluster, timed
 from scripts.cluster.images import builder_archive
 from scripts.launch import Processes, clean_environ
 from tests.builder_image import ca_bundle, pip_config
+from tests.cluster.site import Site, pump_files, register_pump, registry_secret, secret, write_overlay
 from tests.servers.images import PLATFORMS
 from tests.servers.mlflow import MlflowServer, run_mlflow
 from tests.servers.registries import PASSWORD, USER, RegistryServer, htpasswd, run_registry
+from tests.versions import Registered
 
 _HERE = Path(__file__).parent
 _number = itertools.count(1)
@@ -167,3 +170,83 @@ def machine_network(cluster: Cluster) -> Callable[[str], dict[str, str]]:
         return {variables[name]: f"/kaniko/network/{name}" for name in data}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pump(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the pump alarm, whose image is small."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pump_files(tmp_path_factory.mktemp("pump"))
+
+
+@pytest.fixture
+def new_pump(cluster_mlflow: MlflowServer, pump: Mapping[str, bytes]) -> Callable[..., Registered]:
+    """Register a version of a model with a name of its own; files and tags may be added."""
+
+    def make(files: Mapping[str, str | bytes] | None = None, *, name: str = "", **tags: str) -> Registered:
+        return register_pump(
+            cluster_mlflow.uri, {**pump, **(files or {})}, name or f"pump-{uuid.uuid4().hex[:8]}", **tags
+        )
+
+    return make
+
+
+@pytest.fixture
+def new_site(
+    cluster: Cluster,
+    node_image: str,
+    cluster_mlflow: MlflowServer,
+    cluster_registries: ClusterRegistries,
+    new_namespace: Callable[..., str],
+    machine_network: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+) -> Callable[..., Site]:
+    """Install an overlay of k8s/ in a namespace of its own, for a target of its own, with Secrets that work."""
+
+    def make(resource: str = "base", image: str = "", **settings: str) -> Site:
+        namespace = new_namespace("restricted" if resource == "base" else "baseline")
+        host, target = cluster_registries.models.host, f"EXTERNAL_TARGET_{uuid.uuid4().hex[:8].upper()}"
+        insecure = f"{host},{cluster_registries.images.host}"
+        network = {"INSECURE_REGISTRIES": insecure, **machine_network(namespace)}
+        values = {
+            "MLFLOW_TRACKING_URI": cluster_mlflow.uri,
+            "REGISTRY_URL": f"{host}/models",
+            "TARGET_TAG": target,
+            "BASE_IMAGE": cluster_registries.base_image,
+            **settings,
+        }
+        folder = write_overlay(tmp_path / namespace, namespace, resource, image or node_image, values, network)
+        for made in (
+            secret("builder-mlflow", {"DOMINO_USER_API_KEY": "a-key-of-the-tests"}),
+            registry_secret("builder-registry-push", host),
+            registry_secret("builder-registry-pull", host),
+        ):
+            cluster.create(made, namespace=namespace)
+        cluster.kubectl("apply", "-k", str(folder))
+        environ = {
+            **values,
+            "INSECURE_REGISTRIES": insecure,
+            "KUBECONFIG": str(cluster.kubeconfig),
+            "LOG_FORMAT": "text",
+            "NO_COLOR": "1",
+            "NO_PROXY": f"{cluster.address},127.0.0.1",
+        }
+        site = Site(
+            cluster=cluster,
+            namespace=namespace,
+            mlflow=cluster_mlflow.uri,
+            registry=host,
+            overlay=folder,
+            environ=environ,
+        )
+        site.environ["BUILD_METHOD"] = "wheels" if resource == "base" else "auto"
+        return site
+
+    return make
+
+
+@pytest.fixture
+def site(new_site: Callable[..., Site]) -> Site:
+    """The base, installed."""
+    return new_site()
