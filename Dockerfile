@@ -30,18 +30,16 @@ COPY requirements/builder.txt requirements/
 RUN if [ -f docker/ca-bundle.pem ]; then export PIP_CERT=/build/docker/ca-bundle.pem; fi \
  && python3 -m pip --python /kaniko/venv/bin/python3 install -q --require-hashes --only-binary :all: --no-compile \
       -r requirements/builder.txt \
- && rm -f /kaniko/venv/bin/uvx /kaniko/venv/bin/uvw \
+ && python3 docker/lean.py prune /kaniko \
  && PATH="/build/tools/bin:$PATH" python3 docker/relocate.py libraries /kaniko \
- && /kaniko/venv/bin/python3 -I docker/relocate.py check /kaniko \
- && find /kaniko/venv -type d \( -name tests -o -name test -o -name __pycache__ \) -prune -exec rm -rf {} + \
- && /kaniko/venv/bin/python3 -I -m compileall -q -j 0 --invalidation-mode unchecked-hash /kaniko/python/lib /kaniko/venv
+ && /kaniko/venv/bin/python3 -I -B docker/relocate.py check /kaniko
 COPY pyproject.toml LICENSE README.md ./
 COPY builder/ builder/
 COPY templates/ templates/
 RUN PYTHONPATH=/build/tools python3 -m pip --python /kaniko/venv/bin/python3 install -q --no-deps --no-build-isolation \
       --no-compile . \
- && /kaniko/venv/bin/python3 -I -m compileall -q --invalidation-mode unchecked-hash \
-      /kaniko/venv/lib/python3*/site-packages/builder \
+ && /kaniko/venv/bin/python3 -I -B docker/lean.py imported > imported.txt \
+ && PYTHONHASHSEED=0 /kaniko/venv/bin/python3 -s -B -m compileall -q --invalidation-mode unchecked-hash -i imported.txt \
  && printf '#!/kaniko/venv/bin/python3 -I\nfrom builder.__main__ import main\nmain()\n' > /kaniko/bin/builder \
  && chmod 755 /kaniko/bin/builder \
  && du -sk /kaniko/python /kaniko/lib /kaniko/venv

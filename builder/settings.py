@@ -527,6 +527,42 @@ class Settings(CatalogSettings, BuildSettings):
         3,
         form="a positive number",
     )
+    sweep_parallel: Annotated[int, Field(gt=0)] = _setting(
+        "SWEEP_PARALLEL",
+        "In a cluster: how many Jobs of versions a sweep has at once.",
+        4,
+        form="a positive number",
+    )
+    sweep_backoff: Annotated[int, Field(ge=0)] = _setting(
+        "SWEEP_BACKOFF",
+        "In a cluster: seconds between the first attempt at a version and the second; each further pause is twice as "
+        "long, up to a day.",
+        300,
+        form="a number of seconds",
+    )
+    sweep_wait: Annotated[int, Field(ge=0)] = _setting(
+        "SWEEP_WAIT",
+        "In a cluster: seconds for which a sweep goes on to make Jobs as others end, if there are more versions than "
+        "SWEEP_PARALLEL. The next sweep does what is left.",
+        600,
+        form="a number of seconds",
+    )
+    job_start_timeout: Annotated[int, Field(gt=0)] = _setting(
+        "JOB_START_TIMEOUT",
+        "In a cluster: seconds after which a sweep ends a Job whose Pod does not start, such as one whose image cannot "
+        "be pulled; the reason is recorded on the version.",
+        900,
+        form="a positive number of seconds",
+    )
+    attempt_id: str = _setting(
+        "ATTEMPT_ID",
+        "What the processes of one attempt share, such as the UID of their Job: the attempt is counted once, however "
+        "many Pods it takes.",
+        "",
+        shown="each process is an attempt",
+    )
+    publish_force: bool = _setting("PUBLISH_FORCE", "As `--force`.", default=False, form="true or false")
+    publish_rebuild: bool = _setting("PUBLISH_REBUILD", "As `--rebuild`.", default=False, form="true or false")
     smoke_test: Literal["auto", "required", "off"] = _setting(
         "SMOKE_TEST",
         "Whether an image is run and queried before its tag moves: `auto` if podman or Docker can run it here, "

@@ -101,7 +101,7 @@ def pip_configuration() -> dict[str, str]:
     return {"PIP_CONFIG_FILE": found} if found else {}
 
 
-def mlflow(folder: Path, port: int, *options: str) -> Program:
+def mlflow(folder: Path, port: int, *options: str, address: str = "127.0.0.1") -> Program:
     """Return an MLflow server; without `options` it has a database, and hands on artifacts itself, in `folder`."""
     defaults = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
     defaults += ("--artifacts-destination", str(folder / "artifacts"))
@@ -111,8 +111,9 @@ def mlflow(folder: Path, port: int, *options: str) -> Program:
         kind="python",
         argv=(*command, "--host", "{listen}", "--port", str(port), *(options or defaults)),
         port=port,
-        ready=f"http://127.0.0.1:{port}/health",
+        ready=f"http://{address}:{port}/health",
         folder=folder,
+        address=address,
         environ=MLFLOW_ENVIRON,
     )
 

@@ -56,13 +56,14 @@ _OWN_FAULTS = frozenset({ExitCode.DATA, ExitCode.NO_INPUT, ExitCode.CANNOT_CREAT
 
 
 # sweep: `published` was made now; `current` was there; `foreign` is an image of another publisher's; `waiting`
-# has failed too often, and waits for a change.
+# has failed, and waits for a change or for its next attempt. In a cluster: `submitted`, a Job was made now; `running`,
+# it has one; `queued` waits for others to end.
 # download: `new`, `changed`, `unchanged`.
 # warm: `warm`, all is there now; `verified`, all that is there is what it should be; `different`, something is not;
 # `unproven`, a layer cannot be rebuilt for comparison; `passed over`, it is not made of wheel layers.
 # All: `failed`; `gone` was deleted, or lost its target tag, before or while this ran, which is no failure.
 State = Literal[
-    "published", "current", "foreign", "waiting", "new", "changed", "unchanged",
+    "published", "current", "foreign", "waiting", "submitted", "running", "queued", "new", "changed", "unchanged",
     "warm", "verified", "different", "unproven", "passed over", "failed", "gone",
 ]  # fmt: skip
 

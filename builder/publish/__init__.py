@@ -35,7 +35,15 @@ from builder.models import TAG_PLATFORMS, ModelVersion
 from builder.models.context import Progress, content_digest, sketch_context, write_context
 from builder.plan import Build, Plan
 from builder.process import remove_leftovers
-from builder.publish.inspect import Prepared, artifacts_changed, changes, find, same_version, survey
+from builder.publish.inspect import (
+    Prepared,
+    artifacts_changed,
+    changes,
+    find,
+    reference_of,
+    same_version,
+    survey,
+)
 from builder.publish.record import Record
 from builder.reference import Platform, Reference
 from builder.settings import BuildSettings, CommonSettings, Settings, network
@@ -207,6 +215,30 @@ def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[
             workspace.remove()
 
 
+def record_of(services: Services, version: ModelVersion) -> Record:
+    """Return the record of a version, for the target and the attempt of the settings."""
+    settings = services.settings
+    return Record(
+        services.catalog, version, settings.target, version.source_id(), attempt=settings.attempt_id
+    )  # fmt: skip
+
+
+# ---- preflight: MLflow read and write, registry push
+
+
+def preflight(services: Services, version: ModelVersion) -> None:
+    """Open an upload where the version's image will go, and cancel it: before an hour is spent on a build.
+
+    Raises:
+        PermissionRefused: the credential may not push there; it is recorded on the version as well.
+        ServiceUnavailable: the registry is unavailable.
+    """
+    with _lines_of(version, "preflight"), record_of(services, version).failures():
+        repository = reference_of(services.settings, version).repository
+        services.registries.for_host(repository.host).check_push(repository)
+        log.info("the credential may push", repository=str(repository))
+
+
 # ---- fetch: MLflow read and write, registry pull
 
 
@@ -295,7 +327,7 @@ def fetch(
     Raises:
         BuilderError: what failed; it is recorded on the version as well.
     """
-    record = Record(services.catalog, version, services.settings.target, version.source_id())
+    record = record_of(services, version)
     deadline = deadline or Deadline(Budget.of(services.settings), version)
     with _lines_of(version, "fetch"), record.failures(), deadline.running():
         with planned(services, workspace, version, force=force, rebuild=rebuild, record=record) as prepared:
@@ -475,10 +507,11 @@ def _plan(services: Services, workspace: Workspace) -> Plan:
 
 def _begun(services: Services, plan: Plan, deadline: Deadline) -> tuple[ModelVersion, Record]:
     """Return the plan's version with the tags that it has now, and its record."""
-    record = Record.of_plan(services.catalog, plan.version, plan)
+    attempt = services.settings.attempt_id
+    record = Record.of_plan(services.catalog, plan.version, plan, attempt=attempt)
     with record.failures(), deadline.running():
         now = same_version(services, plan)
-    return now, Record.of_plan(services.catalog, now, plan)
+    return now, Record.of_plan(services.catalog, now, plan, attempt=attempt)
 
 
 def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadline) -> Published:
@@ -507,6 +540,12 @@ def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadli
 
 
 # ---- the phases, each for a container of its own
+
+
+def run_preflight(settings: Settings) -> None:
+    """Run the preflight of MODEL_NAME's MODEL_VERSION."""
+    with connected(settings) as services:
+        preflight(services, find(services))
 
 
 def run_fetch(
