@@ -1,3 +1,9 @@
+# The first process of a candidate: it runs the image's command as its child, and tells how that goes on.
+#
+# It listens on the port at INFO + 24 while the child runs, and afterwards on the one at INFO + 26 plus the child's exit
+# code (128 and the signal's number, where a signal ended it), both at the address at INFO + 28. SIGTERM ends it, and so
+# the container. INFO has: the set of SIGTERM and SIGCHLD, the addresses of the child's arguments and of the places of
+# its program, both with a null pointer at their end, the ports and the address. sidecar.py has this in machine code.
         .intel_syntax noprefix
         .set    INFO, 0x400200
 _start: mov     rax, [rsp]
@@ -71,7 +77,8 @@ open:   mov     edi, 2
         mov     dword ptr [rsp + 8], 2
         rol     bx, 8
         mov     [rsp + 10], bx
-        mov     dword ptr [rsp + 12], 0x0100007f
+        mov     eax, [INFO + 28]
+        mov     [rsp + 12], eax
         xor     eax, eax
         mov     [rsp + 16], rax
         mov     edi, r13d

@@ -1,3 +1,9 @@
+// The first process of a candidate: it runs the image's command as its child, and tells how that goes on.
+//
+// It listens on the port at INFO + 24 while the child runs, and afterwards on the one at INFO + 26 plus the child's exit
+// code (128 and the signal's number, where a signal ended it), both at the address at INFO + 28. SIGTERM ends it, and so
+// the container. INFO has: the set of SIGTERM and SIGCHLD, the addresses of the child's arguments and of the places of
+// its program, both with a null pointer at their end, the ports and the address. sidecar.py has this in machine code.
         .set    INFO, 0x200
 _start: ldr     x0, [sp]
         add     x19, sp, x0, lsl #3
@@ -75,8 +81,7 @@ open:   mov     x0, #2
         mov     w1, #2
         strh    w1, [sp]
         strh    w20, [sp, #2]
-        mov     w1, #0x7f
-        movk    w1, #0x100, lsl #16
+        ldr     w1, [x28, #28]
         str     w1, [sp, #4]
         str     xzr, [sp, #8]
         mov     w0, w21

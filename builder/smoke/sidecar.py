@@ -12,6 +12,7 @@ container that pushes; and the container ends at once when it is told to, whatev
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import struct
@@ -32,20 +33,21 @@ from builder.process import Output, Runner, run
 from builder.reference import Platform, Reference, Repository
 from builder.smoke.runtime import CannotRun, ContainerRuntime, Content, Ended, Limits, listening, without_volumes
 
-# On loopback, and above the ports from which Linux takes those of outgoing connections.
-RUNNING, ENDED = 61951, 61952
-_LARGEST_CODE = 255
+# Ports of the first process: while the command runs, and that to which its exit code (at most 255) is added. They are
+# above those from which Linux takes the ports of outgoing connections.
+RUNNING, ENDED = 0xF1FF, 0xF200
+_KILLED = 137
 # In the root of the candidate: no image needs a file of that name.
 _FIRST_PROCESS = ".model-image-first-process"
 _ATTEMPT = f"{PREFIX}candidate-of"
 _EXAMPLES = ("serving_input_example.json", "input_example.json")
 _USER = re.compile(r"0*[1-9][0-9]{0,9}(?::.*)?")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Before a program that asks: it ends with the command that it asks (ENDED is F200 in hexadecimal, RUNNING F1FF).
+# Before a program that asks: it ends with the command that it asks.
 _WHILE_IT_RUNS = r"""
 import os as _os, re as _re, threading as _threading, time as _time
 def _watch():
-    while not _re.search(r" 0100007F:F2[0-9A-F]{2} 00000000:0000 0A ", open("/proc/net/tcp").read()):
+    while not _re.search(r" {address}:F2[0-9A-F]{{2}} 00000000:0000 0A ", open("/proc/net/tcp").read()):
         _time.sleep(0.2)
     _os._exit(0)
 _threading.Thread(target=_watch, daemon=True).start()
@@ -64,43 +66,45 @@ _PROGRAMS = {
     "amd64": (
         62,
         bytes.fromhex(
-            "488b04244c8d64c4104883ec200fb71c2518024000e8c70000004589ee31ffe817010000b8390000000f054189c785c0"
-            "7537bf01000000e8ff0000008b1c2510024000488b3b4885ff74178b3425080240004c89e2b83b0000000f054883c308"
+            "488b04244c8d64c4104883ec200fb71c2518024000e8c70000004589ee31ffe81a010000b8390000000f054189c785c0"
+            "7537bf01000000e8020100008b1c2510024000488b3b4885ff74178b3425080240004c89e2b83b0000000f054883c308"
             "ebe1bf7f000000eb71bf0002400031f631d241ba08000000b8800000000f0583f80f7454bfffffffff4889e6ba010000"
             "004531d2b83d0000000f0585c07eca4439f875e08b1c2489d9c1eb0881e3ff00000083e17f74068d99800000000fb70c"
             "251a02400001cbe8150000004489f7b8030000000f05ebac31ffb83c0000000f05bf02000000be0100080031d2b82900"
-            "00000f054189c5c74424080200000066c1c30866895c240ac744240c7f00000131c048894424104489ef488d742408ba"
-            "10000000b8310000000f054489efbe01000000b8320000000f05c3be0002400031d241ba08000000b80e0000000f05c3"
+            "00000f054189c5c74424080200000066c1c30866895c240a8b04251c0240008944240c31c048894424104489ef488d74"
+            "2408ba10000000b8310000000f054489efbe01000000b8320000000f05c3be0002400031d241ba08000000b80e000000"
+            "0f05c3"
         ),
     ),
     "arm64": (
         183,
         bytes.fromhex(
-            "e00340f9f36f208b73420091ff8300d11c4080d21c08a0f2943340793a000094f603152a000080d250000094200280d2"
-            "010080d2020080d2030080d2040080d2881b80d2010000d4f703002aa0010035200080d245000094940b40f9808640f8"
+            "e00340f9f36f208b73420091ff8300d11c4080d21c08a0f2943340793a000094f603152a000080d24f000094200280d2"
+            "010080d2020080d2030080d2040080d2881b80d2010000d4f703002aa0010035200080d244000094940b40f9808640f8"
             "c00000b4810740f9e20313aaa81b80d2010000d4faffff17e00f80d220000014e0031caa010080d2020080d2030180d2"
             "281180d2010000d41f3c0071e002005400008092e1030091220080d2030080d2882080d2010000d41f0000712dfeff54"
             "1f00176be1feff54e10340b9343c0853211800724000005434000211813740799402010b08000094e003162a280780d2"
             "010000d4ebffff17000080d2a80b80d2010000d4400080d2210080d20101a0f2020080d2c81880d2010000d4f503002a"
-            "9406c05a41008052e1030079f4070079e10f80520120a072e10700b9ff0700f9e003152ae1030091020280d2081980d2"
-            "010000d4e003152a210080d2281980d2010000d4c0035fd6e1031caa020080d2030180d2e81080d2010000d4c0035fd6"
+            "9406c05a41008052e1030079f4070079811f40b9e10700b9ff0700f9e003152ae1030091020280d2081980d2010000d4"
+            "e003152a210080d2281980d2010000d4c0035fd6e1031caa020080d2030180d2e81080d2010000d4c0035fd6"
         ),
     ),
 }
 
 
-def first_process(architecture: str, paths: Sequence[str], command: Sequence[str]) -> bytes:
+def first_process(architecture: str, address: bytes, paths: Sequence[str], command: Sequence[str]) -> bytes:
     """Return the program that a candidate begins with, an ELF file.
 
     Args:
         architecture: as OCI calls it; one of `amd64` and `arm64`.
+        address: where it listens: the four bytes of an IPv4 address.
         paths: where the command's program may be: the first that can be executed is. None ends at once with 127.
         command: the whole command.
     """
     machine, code = _PROGRAMS[architecture]
     strings = bytearray()
     addresses: list[int] = []
-    # Behind the signals, two addresses and the two ports: the tables, and then what they point to.
+    # Behind the signals, two pointers, two ports and the address: the tables, and then what they point to.
     tables = 3 * 8 + 8
     at = _LOADED_AT + _DATA + tables + 8 * (len(command) + len(paths) + 2)
     for text in (*command, *paths):
@@ -108,7 +112,7 @@ def first_process(architecture: str, paths: Sequence[str], command: Sequence[str
         strings += text.encode() + b"\0"
     arguments, places = addresses[: len(command)], addresses[len(command) :]
     begin = _LOADED_AT + _DATA + tables
-    data = struct.pack("<QQQHHI", _SIGNALS, begin, begin + 8 * (len(command) + 1), RUNNING, ENDED, 0)
+    data = struct.pack("<QQQHH4s", _SIGNALS, begin, begin + 8 * (len(command) + 1), RUNNING, ENDED, address)
     data += struct.pack(f"<{len(addresses) + 2}Q", *arguments, 0, *places, 0) + strings
     ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
     header = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, machine, 1, _LOADED_AT + _HEADERS, 64, 0, 0, 64, 56, 1, 0, 0, 0)
@@ -123,13 +127,14 @@ def candidate_of(content: Content | None, platform: Platform, attempt: str) -> t
     Args:
         content: the other image; None for one that runs nothing.
         platform: its platform, which has to be one of `unfit`'s.
-        attempt: what the candidate is made for; two have different digests.
+        attempt: what the candidate is made for; those of two have different digests, and listen at different addresses.
     """
     config = from_bytes(content.config) if content else {}
     runtime = config.get("config")
     runtime = dict(runtime) if isinstance(runtime, Mapping) else {"User": "10001:0"}
     command = [word for name in ("Entrypoint", "Cmd") for word in _words(runtime.get(name))]
-    program = first_process(platform.architecture, _places(command, runtime) if command else [], command)
+    places = _places(command, runtime) if command else []
+    program = first_process(platform.architecture, address_of(attempt), places, command)
     layer = BytesBlob(_archive(program))
     rootfs = config.get("rootfs")
     diff_ids = list(rootfs["diff_ids"]) if isinstance(rootfs, Mapping) else []
@@ -147,6 +152,11 @@ def candidate_of(content: Content | None, platform: Platform, attempt: str) -> t
     }
     layers = tuple(descriptor for descriptor, _ in content.layers) if content else ()
     return image_of(platform, changed, (*layers, Descriptor.of(layer.content, OCI_LAYER)), {}), layer
+
+
+def address_of(attempt: str) -> bytes:
+    """Return the loopback address at which the candidate of an attempt listens."""
+    return b"\x7f" + hashlib.sha256(attempt.encode()).digest()[:2] + b"\x02"
 
 
 def unfit(platform: Platform, config: Mapping[str, Any] | None = None) -> str:
@@ -210,6 +220,8 @@ class Sidecar(ContainerRuntime):
         self._context = Path("/nonexistent")
         self._expected: Image | None = None
         self._started = False
+        # As /proc/net/tcp writes it.
+        self._address = address_of(pod)[::-1].hex().upper()
         self.log_is_at = f"kubectl logs {pod} -c smoke"
 
     def offer(self, content: Content | None, sources: Sequence[Repository]) -> None:
@@ -266,10 +278,12 @@ class Sidecar(ContainerRuntime):
             InvalidSettings: this Pod has none.
         """
         until = time.monotonic() + _STARTING
-        while not (ports := listening()) & {RUNNING} and _code(ports) is None:
+        while self._state() is None:
             if time.monotonic() > until:
-                message = "SMOKE_TEST_CANDIDATE is set, and no container of that image runs beside this one."
-                remedy = "Use the component k8s/smoke-test, whose Pods have it, or unset SMOKE_TEST_CANDIDATE."
+                message = f"SMOKE_TEST_CANDIDATE is {self._reference}, and no container of that image runs in this Pod."
+                remedy = (
+                    "Use the component k8s/smoke-test, with the same reference as the image of its container smoke."
+                )
                 raise InvalidSettings(message, remedy=remedy)
             time.sleep(_PAUSE)
         self._started = True
@@ -291,7 +305,7 @@ class Sidecar(ContainerRuntime):
     def run_python(self, name: str, program: str, *arguments: str, output: Output, timeout: float) -> None:  # noqa: ARG002
         """Run a program of ours on this process's Python, in a process without our environment."""
         # Without site-packages: it looks for MLflow's release there, and the image has another.
-        argv = [sys.executable, "-I", "-S", "-c", _WHILE_IT_RUNS + program, *arguments]
+        argv = [sys.executable, "-I", "-S", "-c", _WHILE_IT_RUNS.format(address=self._address) + program, *arguments]
         with tempfile.TemporaryDirectory(prefix="builder-runtime-") as own:
             try:
                 self._runner(argv, env={"PATH": _PATH}, cwd=Path(own), timeout=timeout, output=output, name="python")
@@ -321,16 +335,24 @@ class Sidecar(ContainerRuntime):
         """Return how the sidecar's command ended, None while it runs; wait for its end so many seconds."""
         until = time.monotonic() + within
         while True:
-            ports = listening()
-            code = _code(ports)
-            if code is not None:
-                return Ended(code=code, of_memory=False)
-            if self._started and RUNNING not in ports:
+            state = self._state()
+            if state is not None and state >= ENDED:
+                return Ended(code=state - ENDED, of_memory=False)
+            if self._started and state is None:
                 # The first process is gone, too: as when memory runs out, which kills the whole container.
-                return Ended(code=137, of_memory=False)
+                return Ended(code=_KILLED, of_memory=False)
             if time.monotonic() >= until:
                 return None
             time.sleep(min(_PAUSE, max(until - time.monotonic(), 0)))
+
+    def _state(self) -> int | None:
+        """Return the port at which the first process listens: RUNNING, or ENDED and an exit code; None where none is.
+
+        It is this Pod's candidate: another one listens at another address.
+        """
+        lines = Path("/proc/net/tcp").read_text(encoding="ascii")
+        found = re.findall(rf" {self._address}:(F1FF|F2[0-9A-F]{{2}}) 00000000:0000 0A ", lines)
+        return max((int(port, 16) for port in found), default=None)
 
     def log(self, name: str) -> list[str]:  # noqa: ARG002 - there is one
         """Return nothing: only the API server has it."""
@@ -341,8 +363,3 @@ class Sidecar(ContainerRuntime):
 
     def sweep(self, now: float) -> None:
         """Do nothing: the kubelet keeps no container."""
-
-
-def _code(ports: frozenset[int]) -> int | None:
-    """Return the exit code that the first process tells; None where the command has not ended."""
-    return next((port - ENDED for port in ports if ENDED <= port <= ENDED + _LARGEST_CODE), None)

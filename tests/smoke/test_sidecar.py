@@ -248,9 +248,7 @@ def test_a_pod_without_the_sidecar_is_misconfigured(small, pod, small_settings, 
     pod = pod(small(files={"client/app.py": LISTEN}))
     pod.prepare()
     monkeypatch.setattr(sidecar, "_STARTING", 0)
-    if {sidecar.RUNNING} & listening():
-        pytest.skip("a port of this test is in use")
-    with pytest.raises(InvalidSettings, match="no container of that image runs beside this one"):
+    with pytest.raises(InvalidSettings, match="no container of that image runs in this Pod"):
         run_push(Settings.from_environ(pod.environ))
     assert pod.digest(pod.tag) is None
 
@@ -296,7 +294,7 @@ def test_the_first_process_tells_how_its_child_ended_and_ends_when_told_to(
     if None in emulator:
         pytest.skip(f"no emulator for {architecture}")
     program = tmp_path / "program"
-    program.write_bytes(sidecar.first_process(architecture, paths, command))
+    program.write_bytes(sidecar.first_process(architecture, bytes([127, 1, 2, 3]), paths, command))
     program.chmod(0o755)
     line = " ".join(map(str, [*emulator, program]))
     look = (
@@ -308,6 +306,7 @@ def test_the_first_process_tells_how_its_child_ended_and_ends_when_told_to(
     )
     lines = done.stdout.splitlines()
     assert listening(lines) == {open_port}
+    assert any(line.split()[1:2] == [f"0302017F:{open_port:04X}"] for line in lines)
     assert lines[-1] == "ended 0"
     assert ("heard" in lines) == (open_port == sidecar.RUNNING)
 
