@@ -117,8 +117,14 @@ class Process:
     """A server as a process of its own group, so that its workers end with it."""
 
     def __init__(self, program: Program) -> None:
+        self._program = program
         self._log = program.folder / f"{program.name}.log"
-        with self._log.open("wb") as log:
+        self._log.unlink(missing_ok=True)
+        self._start()
+
+    def _start(self) -> None:
+        program = self._program
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [word.replace("{listen}", program.address) for word in program.argv],
                 stdin=subprocess.DEVNULL,
@@ -136,6 +142,16 @@ class Process:
     def alive(self) -> bool:
         """Return whether it still runs."""
         return self._process.poll() is None
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Stop it for a while: connections are refused. At the end it runs as before, and answers."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self._start()
+            _wait(self, self._program)
 
     def stop(self) -> None:
         """End it and its workers, and wait for that."""

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 
-from scripts.cluster import start_cluster
+from scripts.cluster import obstacle, start_cluster
 from scripts.cluster.build import programs
 
 
@@ -14,7 +14,8 @@ def main(words: list[str]) -> None:
     """Do what the command line says."""
     match words:
         case ["build"]:
-            print(programs())
+            why = obstacle()
+            print(why or programs())
         case ["run"]:
             with start_cluster() as cluster:
                 print(f"export KUBECONFIG={cluster.kubeconfig}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from scripts.cache import cache_folder, locked
@@ -68,5 +69,9 @@ def _fingerprint(kaniko: str) -> str:
 
 
 def _run(*command: str, **environ: str) -> None:
-    # What they print is for people who build images, and stdout is not theirs.
-    subprocess.run(command, check=True, cwd=_CHECKOUT, env=clean_environ(**environ), stdout=2)
+    done = subprocess.run(
+        command, check=False, cwd=_CHECKOUT, env=clean_environ(**environ), capture_output=True, text=True
+    )
+    if done.returncode:
+        print(done.stdout[-10_000:], done.stderr[-10_000:], sep="\n", file=sys.stderr)
+        done.check_returncode()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scripts.base_image import base_image as make_base_image
-from scripts.cluster import Cluster, obstacle, start_cluster, timed
+from scripts.cluster import Cluster, NoCluster, start_cluster, timed
 from scripts.cluster.images import builder_archive
 from scripts.launch import Processes, clean_environ
 from tests.builder_image import ca_bundle, pip_config
@@ -44,11 +44,12 @@ def progress(request: pytest.FixtureRequest) -> Callable[[], contextlib.Abstract
 @pytest.fixture(scope="session")
 def cluster(progress: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[Cluster]:
     """A cluster with one node that is ready."""
-    if why := obstacle():
-        pytest.skip(why)
     with contextlib.ExitStack() as stack:
-        with progress():
-            running = stack.enter_context(start_cluster())
+        try:
+            with progress():
+                running = stack.enter_context(start_cluster())
+        except NoCluster as error:
+            pytest.skip(str(error))
         yield running
 
 

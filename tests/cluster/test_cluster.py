@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import subprocess
+import sys
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from examples.models import HERE, save_pump_model
 from scripts.cluster import KubectlFailed
+from scripts.cluster.node import Node, free_node
 from scripts.machine import native_platform
 from tests.servers.registries import PASSWORD, USER
 from tests.versions import register
@@ -72,6 +77,43 @@ def test_an_account_may_do_what_its_role_says_and_nothing_else(cluster, namespac
     cluster.kubectl("get", "pods", kubeconfig=kubeconfig)
     with pytest.raises(KubectlFailed, match=r"cannot list resource .secrets."):
         cluster.kubectl("get", "secrets", kubeconfig=kubeconfig)
+    user = f"system:serviceaccount:{namespace}:reader"
+    requests = [each for each in cluster.requests() if each["user"]["username"] == user]
+    seen = {(each["verb"], each["objectRef"]["resource"], each["responseStatus"]["code"]) for each in requests}
+    assert seen >= {("list", "pods", 200), ("list", "secrets", 403)}
+
+
+def test_a_server_that_was_away_is_back(cluster, cluster_mlflow):
+    def health():
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{cluster_mlflow.uri}/health"
+        ) as answer:
+            return answer.status
+
+    with cluster_mlflow.server.away(), pytest.raises(urllib.error.URLError, match="refused"):
+        health()
+    assert health() == 200
+
+
+def test_a_cluster_that_was_killed_is_cleared_away_by_the_next_one(cluster):
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.cluster", "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        printed = process.stdout.readline()
+        process.kill()
+        assert printed.startswith("export KUBECONFIG="), process.stderr.read()
+    folder = Path(printed.strip().partition("=")[2]).parent
+    assert folder != cluster.folder
+    left = Node(number=int(folder.name), programs=cluster.kubectl_path.parent, folder=folder)
+    assert "kubelet" in left.processes().values()
+    with free_node(cluster.kubectl_path.parent) as node:
+        assert node.folder == folder
+        assert node.processes() == {}
+        assert not list(folder.iterdir())
+    assert not folder.exists()
+    devices = subprocess.run(["ip", "-brief", "link"], check=True, capture_output=True, text=True).stdout
+    assert cluster.node in devices
+    assert node.name not in devices
 
 
 LOOK = """
