@@ -26,7 +26,7 @@ from scripts.machine import native_platform
 from tests.package_index.server import running
 from tests.servers.relay import relayed
 from tests.smoke.test_smoke import LISTEN, NO_CLIENT, SERVER, UVICORN
-from tests.versions import MLMODEL, register
+from tests.versions import MLMODEL, register, seed_layout
 
 ROOT = Path(__file__).parents[2]
 NATIVE = Platform.parse(native_platform())
@@ -201,13 +201,10 @@ def test_with_nothing_to_do_the_sidecar_rests(small, pod, podman):
     again = pod.push()
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
+    assert pod.model.tags() == tags
     # The same image again: it has passed.
     pod.prepare("--rebuild")
     assert size(pod.candidate) < 20_000
-    assert pod.push().stdout == first.stdout
-    assert {name: pod.model.tags()[name] for name in tags if "finished" not in name} == {
-        name: value for name, value in tags.items() if "finished" not in name
-    }
 
 
 def size(reference):
@@ -219,7 +216,6 @@ def size(reference):
 
 def test_a_failed_build_ends_the_pod_at_the_candidate(mlflow_server, base_image, pod):
     from builder.workspace import BuildResult, Workspace
-    from tests.versions import seed_layout
 
     model = register(mlflow_server.uri, seed_layout(base_image, "FROM {base}\nCOPY $model_folder /app\nUSER 10001\n"))
     pod = pod(model)
@@ -230,6 +226,37 @@ def test_a_failed_build_ends_the_pod_at_the_candidate(mlflow_server, base_image,
     assert done.returncode == 73, done.stderr
     assert model.outcome()["error"] == "BuildFailed: pip found no wheel. Name one."
     assert pod.digest(pod.candidate) is None
+
+
+SERVES = """\
+FROM {base}
+COPY $model_folder /app/$model_folder
+EXPOSE 8080
+USER %s
+CMD ["python", "-m", "http.server", "8080"]
+"""
+ROOT_USER = "its user is not a number other than 0, and the sidecar may not run as root"
+
+
+@pytest.mark.parametrize(
+    ("user", "mode", "code", "said"),
+    [
+        ("10001", "required", 0, f"passed: {NATIVE} sha256:"),
+        ("root", "auto", 0, f"not possible: {ROOT_USER}"),
+        ("root", "required", 65, f"not possible: {ROOT_USER}"),
+    ],
+)
+def test_an_author_s_image_is_run_as_its_own_user(mlflow_server, base_image, pod, user, mode, code, said):
+    model = register(mlflow_server.uri, seed_layout(base_image, SERVES % user))
+    # Foundry takes no image of root's at all.
+    pod = pod(model, SMOKE_TEST=mode, TARGET_TAG="EXTERNAL_TARGET_OTHER")
+    for command in ("fetch", "build", "candidate"):
+        done = pod.run(command)
+        assert done.returncode == 0, done.stderr
+    done = pod.push()
+    assert done.returncode == code, done.stderr
+    assert model.outcome("other")["smoke_test"].startswith(said)
+    assert bool(pod.digest(pod.tag)) == (not code)
 
 
 def test_an_image_for_other_machines_is_published_untested(small, pod):
