@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from builder.clients import Registries
-from builder.errors import InvalidSettings
+from builder.errors import InvalidSettings, TryAgain
 from builder.oci import from_bytes
-from builder.reference import Platform, Reference
+from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
-from builder.smoke import sidecar
-from builder.smoke.runtime import Content, listening
+from builder.smoke import Candidate, SmokeTests, sidecar
+from builder.smoke.runtime import ContainerRuntime, Content, Ended, listening
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
 from tests.package_index.server import running
@@ -30,6 +30,7 @@ from tests.versions import MLMODEL, register, seed_layout
 
 ROOT = Path(__file__).parents[2]
 NATIVE = Platform.parse(native_platform())
+ENVIRON = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com", "REGISTRY_URL": "registry.example.com/models"}
 ASSEMBLERS = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
 
@@ -188,6 +189,60 @@ def test_another_candidate_s_answer_decides_nothing(small, pod, client):
     assert outcome["state"] == "failed"
     assert outcome["error"].startswith("TryAgain: Another candidate took the place of this one at ")
     assert outcome["attempts"] == "0"
+
+
+class Replaced(ContainerRuntime):
+    """A sidecar whose command runs on or ends, and whose candidate is replaced after it was asked."""
+
+    name = "the Pod"
+
+    def __init__(self, ended):
+        super().__init__({}, NATIVE)
+        self._ended = ended
+
+    def available(self):
+        return True
+
+    def check(self):
+        return True
+
+    def load(self, content, name, folder):
+        pass
+
+    def start(self, name, limits):
+        pass
+
+    def sweep(self, now):
+        pass
+
+    def remove(self, name):
+        pass
+
+    def log(self, name):
+        return []
+
+    def open_ports(self, name):
+        return frozenset({8080})
+
+    def ended(self, name, *, within=0):
+        return self._ended
+
+    def confirm(self):
+        message = "Another candidate took its place."
+        raise TryAgain(message)
+
+
+@pytest.mark.parametrize("ended", [None, Ended(code=3, of_memory=False)])
+def test_no_answer_counts_if_the_candidate_was_replaced_while_it_was_asked(ended, tmp_path):
+    config = {"os": "linux", "architecture": NATIVE.architecture, "config": {"ExposedPorts": {"8080/tcp": {}}}}
+    content = Content(config=json.dumps(config).encode(), layers=[])
+    recorded = []
+    tests = SmokeTests(Settings.from_environ(ENVIRON), runtimes=[Replaced(ended)])
+    with pytest.raises(TryAgain):
+        tests.run(
+            [Candidate(NATIVE, Digest.of(b""), lambda: content)], before="", folder=tmp_path, record=recorded.append
+        )
+    assert recorded == []
 
 
 def test_with_nothing_to_do_the_sidecar_rests(small, pod, podman):
@@ -400,15 +455,13 @@ def test_an_author_can_have_no_file_but_the_example_sent(tmp_path):
     ],
 )
 def test_a_candidate_is_in_a_repository_of_its_own(candidate, problem):
-    environ = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com", "REGISTRY_URL": "registry.example.com/models"}
     with pytest.raises(InvalidSettings, match=problem):
-        Settings.from_environ({**environ, "SMOKE_TEST_CANDIDATE": candidate})
+        Settings.from_environ({**ENVIRON, "SMOKE_TEST_CANDIDATE": candidate})
 
 
 def test_no_model_has_the_repository_of_candidates():
-    environ = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com", "REGISTRY_URL": "registry.example.com/models"}
-    assert Settings.from_environ(environ).component_of("candidates") == "candidates"
+    assert Settings.from_environ(ENVIRON).component_of("candidates") == "candidates"
     settings = Settings.from_environ(
-        {**environ, "SMOKE_TEST_CANDIDATE": "registry.example.com/models/candidates:wheels"}
+        {**ENVIRON, "SMOKE_TEST_CANDIDATE": "registry.example.com/models/candidates:wheels"}
     )
     assert settings.component_of("candidates").startswith("candidates--x")
