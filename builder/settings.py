@@ -496,10 +496,17 @@ class Settings(CatalogSettings, BuildSettings):
     )
     wheel_bytecode: bool = _setting(
         "WHEEL_BYTECODE",
-        "Whether wheel layers contain bytecode, so that containers start faster. It is made only if the builder runs "
-        "on the model's minor version of Python.",
+        "Whether wheel layers contain bytecode, so that containers start faster. It is made if the builder runs on the "
+        "model's minor version of Python, or WHEEL_COMPILERS has an interpreter of it.",
         default=True,
         form="true or false",
+    )
+    wheel_compilers: Path | None = _setting(
+        "WHEEL_COMPILERS",
+        "A folder of interpreters that compile for other minor versions of Python than the builder's own, each as "
+        "`3.9/bin/python3.9`.",
+        None,
+        shown="in the builder image `/kaniko/compilers`",
     )
     full_mlflow: bool = _setting(
         "FULL_MLFLOW",
@@ -635,6 +642,7 @@ class Settings(CatalogSettings, BuildSettings):
             *super()._problems(values),
             *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN"),
             *_unreadable("NETRC", values, "file"),
+            *_unreadable("WHEEL_COMPILERS", values, "folder"),
             *_no_docker_config(values.get("DOCKER_CONFIG")),
         ]
 

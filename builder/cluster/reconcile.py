@@ -155,6 +155,8 @@ class _Sweep:
         version = self.jobs.catalog.find(version.name, version.version)
         if not version.selected_by(settings.target_tag):
             return Result(name=str(version), state="gone", detail="no longer carries the target tag")
+        if found := settled(settings, version, retry=self.retry_failed):
+            return found
         with self.jobs.record(version).failures():
             method = self.jobs.method_of(version)
             if method not in self._templates:

@@ -7,7 +7,8 @@ import itertools
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,19 @@ import pytest
 from scripts.base_image import base_image as make_base_image
 from scripts.cluster import Cluster, NoCluster, start_cluster, timed
 from scripts.cluster.images import builder_archive
+from scripts.cluster.install import Site as Values
+from scripts.cluster.install import install as install_site
 from scripts.launch import Processes, clean_environ
-from tests.builder_image import ca_bundle, pip_config
+from scripts.machine import ca_bundle, pip_config
+from tests.cluster.site import Site, pump_files, register_pump, small_requests
 from tests.servers.images import PLATFORMS
 from tests.servers.mlflow import MlflowServer, run_mlflow
 from tests.servers.registries import PASSWORD, USER, RegistryServer, htpasswd, run_registry
+from tests.versions import Registered
 
 _HERE = Path(__file__).parent
 _number = itertools.count(1)
+_ASLEEP = '[{"op": "add", "path": "/spec/suspend", "value": true}]'
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -136,17 +142,69 @@ def new_namespace(cluster: Cluster) -> Iterator[Callable[..., str]]:
         return name
 
     yield make
-    for name in made:
-        # At once: what a Pod of this test still asks of the node is not there for the next one.
+    _delete(cluster, made)
+
+
+def _delete(cluster: Cluster, namespaces: Sequence[str]) -> None:
+    """Delete namespaces, and what runs in them at once: the next test wants the node for itself."""
+    for name in namespaces:
         now = ("--all", "--grace-period=1", "--wait=false")
         cluster.kubectl(f"--namespace={name}", "delete", "cronjobs,jobs,pods", *now)
-        cluster.kubectl("delete", "namespace", name, "--wait=false")
+        cluster.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture
 def namespace(new_namespace: Callable[..., str]) -> str:
     """A namespace of the test's own that admits *restricted* Pods only."""
     return new_namespace()
+
+
+@pytest.fixture
+def install(
+    cluster: Cluster,
+    node_image: str,
+    cluster_mlflow: MlflowServer,
+    cluster_registries: ClusterRegistries,
+    tmp_path: Path,
+) -> Iterator[Callable[..., str]]:
+    """Install an overlay of k8s/ (`base`) in a namespace of its own, and return that; all it makes there is deleted.
+
+    It knows the cluster's MLflow and registries. Its sweep does not start by itself. TARGET_TAG and the repository of
+    its images are its own, unless `settings` say otherwise: what other tests registered is not published.
+    """
+    made: list[str] = []
+
+    def run(
+        overlay: str = "base",
+        *,
+        settings: Mapping[str, str] | None = None,
+        network: Mapping[str, str] | None = None,
+        image: str = node_image,
+        patches: Sequence[Mapping[str, object]] = (),
+    ) -> str:
+        name = f"test-{next(_number)}-{uuid.uuid4().hex[:6]}"
+        models, images = cluster_registries.models, cluster_registries.images
+        site = Values(
+            image=image,
+            settings={
+                "MLFLOW_TRACKING_URI": cluster_mlflow.uri,
+                "REGISTRY_URL": f"{models.host}/{name}",
+                "TARGET_TAG": f"EXTERNAL_TARGET_{name.upper().replace('-', '_')}",
+                "BASE_IMAGE": cluster_registries.base_image,
+                "SMOKE_TEST": "off",
+                **(settings or {}),
+            },
+            network={"INSECURE_REGISTRIES": f"{models.host},{images.host}", **(network or {})},
+            user=models.user,
+            password=models.password,
+        )
+        asleep = {"target": {"kind": "CronJob", "name": "builder-sweep"}, "patch": _ASLEEP}
+        made.append(name)
+        install_site(cluster, tmp_path / name, site, namespace=name, overlay=overlay, patches=[asleep, *patches])
+        return name
+
+    yield run
+    _delete(cluster, made)
 
 
 @pytest.fixture
@@ -167,3 +225,63 @@ def machine_network(cluster: Cluster) -> Callable[[str], dict[str, str]]:
         return {variables[name]: f"/kaniko/network/{name}" for name in data}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pump(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the pump alarm, whose image is small."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pump_files(tmp_path_factory.mktemp("pump"))
+
+
+@pytest.fixture
+def new_pump(cluster_mlflow: MlflowServer, pump: Mapping[str, bytes]) -> Callable[..., Registered]:
+    """Register a version of a model with a name of its own; files and tags may be added."""
+
+    def make(files: Mapping[str, str | bytes] | None = None, *, name: str = "", **tags: str) -> Registered:
+        return register_pump(
+            cluster_mlflow.uri, {**pump, **(files or {})}, name or f"pump-{uuid.uuid4().hex[:8]}", **tags
+        )
+
+    return make
+
+
+@pytest.fixture
+def new_site(
+    cluster: Cluster,
+    install: Callable[..., str],
+    cluster_mlflow: MlflowServer,
+    cluster_registries: ClusterRegistries,
+    tmp_path: Path,
+) -> Callable[..., Site]:
+    """Install an overlay as `install` does, and give a `builder` outside the cluster the same settings."""
+
+    def make(overlay: str = "base", **options: object) -> Site:
+        namespace = install(overlay, patches=small_requests(overlay), **options)
+        folder = tmp_path / namespace
+        maps = cluster.get(f"--namespace={namespace}", "configmaps", "-l", "app.kubernetes.io/name=builder")
+        data = {each["metadata"]["name"]: each["data"] for each in maps}
+        outside = {
+            "INSECURE_REGISTRIES": data["builder-network"]["INSECURE_REGISTRIES"],
+            "KUBECONFIG": str(cluster.kubeconfig),
+            "LOG_FORMAT": "text",
+            "NO_COLOR": "1",
+            "NO_PROXY": f"{cluster.address},127.0.0.1",
+        }
+        return Site(
+            cluster=cluster,
+            namespace=namespace,
+            mlflow=cluster_mlflow.uri,
+            registry=cluster_registries.models.host,
+            overlay=folder,
+            environ={**data["builder-settings"], **outside},
+        )
+
+    return make
+
+
+@pytest.fixture
+def site(new_site: Callable[..., Site]) -> Site:
+    """The base, installed."""
+    return new_site()
