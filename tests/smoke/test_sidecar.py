@@ -237,7 +237,7 @@ def test_no_answer_counts_if_the_candidate_was_replaced_while_it_was_asked(ended
     config = {"os": "linux", "architecture": NATIVE.architecture, "config": {"ExposedPorts": {"8080/tcp": {}}}}
     content = Content(config=json.dumps(config).encode(), layers=[])
     recorded = []
-    tests = SmokeTests(Settings.from_environ(ENVIRON), runtimes=[Replaced(ended)])
+    tests = SmokeTests(Settings.from_environ({**ENVIRON, "SMOKE_TEST": "auto"}), runtimes=[Replaced(ended)])
     with pytest.raises(TryAgain):
         tests.run(
             [Candidate(NATIVE, Digest.of(b""), lambda: content)], before="", folder=tmp_path, record=recorded.append
