@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from builder.clients import Registries
-from builder.errors import InvalidSettings, TryAgain
+from builder.errors import InvalidSettings, PermissionRefused, TryAgain
 from builder.oci import from_bytes
+from builder.publish import run_preflight, run_push
 from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
 from builder.smoke import Candidate, SmokeTests, sidecar
@@ -24,6 +25,7 @@ from builder.smoke.runtime import ContainerRuntime, Content, Ended, listening
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
 from tests.package_index.server import running
+from tests.servers.forwarding import forwarding
 from tests.servers.relay import relayed
 from tests.smoke.test_smoke import LISTEN, NO_CLIENT, SERVER, UVICORN
 from tests.versions import MLMODEL, register, seed_layout
@@ -325,14 +327,26 @@ def test_an_image_for_other_machines_is_published_untested(small, pod):
 
 
 def test_a_pod_without_the_sidecar_is_misconfigured(small, pod, small_settings, monkeypatch):
-    from builder.publish import run_push
-
     pod = pod(small(files={"client/app.py": LISTEN}))
     pod.prepare()
     monkeypatch.setattr(sidecar, "_STARTING", 0)
     with pytest.raises(InvalidSettings, match="no container of that image runs in this Pod"):
         run_push(Settings.from_environ(pod.environ))
     assert pod.digest(pod.tag) is None
+
+
+def test_a_credential_that_may_not_push_candidates_is_refused_before_the_build(small, small_environ, registry):
+    def refuses_candidates(asked):
+        denied = json.dumps({"errors": [{"code": "DENIED"}]}).encode()
+        return (403, {"Content-Type": "application/json"}, denied) if "/candidates/blobs/" in asked.path else None
+
+    with forwarding(registry.host, refuses_candidates) as proxy:
+        model = small()
+        url = f"{proxy.host}/{model.name}"
+        variables = {"REGISTRY_URL": url, "SMOKE_TEST_CANDIDATE": f"{url}/candidates:x"}
+        with pytest.raises(PermissionRefused, match="candidates"):
+            run_preflight(Settings.from_environ(small_environ(model, **variables)))
+    assert model.outcome()["error"].startswith("PermissionRefused: ")
 
 
 def test_what_the_plan_says(small, pod):
