@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster lint format lock settings manifests image bench flavors clean
+.PHONY: help setup demo demo-cluster test test-cluster lint format lock settings manifests image bench flavors clean
 
 python := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE :=
@@ -16,6 +16,11 @@ setup: ## install what the other targets need: Debian packages (as root) and .ve
 demo: ## register, publish and run two real models, with real servers, from nothing
 	@scripts/setup.sh demo
 	@$(python) -m examples.demo
+
+demo-cluster: ## the same in a Kubernetes that is started for it: from a tag to a prediction (as root)
+	@scripts/setup.sh cluster
+	@$(python) -m scripts.cluster build >/dev/null
+	@$(python) -m examples.demo_cluster
 
 test: ## run all other tests, with coverage before the summary (PYTEST_ADDOPTS is respected)
 	@scripts/setup.sh test

@@ -390,6 +390,28 @@ def build(invocation: Invocation) -> None:
 
 @builder.command(
     epilog=_epilog(
+        "BUILDER_WORKSPACE=/workspace builder candidate",
+        codes="73 the build had failed; see builder --help for the others.",
+    )
+)
+@_pass
+def candidate(invocation: Invocation) -> None:
+    """Between phases 2 and 3, in a Pod: make the image that its sidecar runs.
+
+    The images are pushed, and the one for this machine is put under SMOKE_TEST_CANDIDATE, from where the kubelet
+    starts the sidecar. The push phase asks that, and moves the tag if it answers. See docs/how-it-works.md.
+    """
+    from builder import publish as story
+    from builder.report import progress
+    from builder.settings import Settings
+
+    settings = invocation.settings(Settings)
+    with progress():
+        story.run_candidate(settings)
+
+
+@builder.command(
+    epilog=_epilog(
         "BUILDER_WORKSPACE=/workspace builder push",
         codes="73 the build had failed; see builder --help for the others.",
     )

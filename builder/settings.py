@@ -36,7 +36,7 @@ from builder.masking import (
     url_credentials,
 )
 from builder.process import PREFIX
-from builder.reference import BasePattern, Platform, Repository, parse_platforms, repository_component
+from builder.reference import BasePattern, Platform, Reference, Repository, parse_platforms, repository_component
 from builder.urls import ArtifactUri, parse_roots
 
 
@@ -134,6 +134,7 @@ _PLATFORMS = _parsed(parse_platforms)
 _PATTERNS = _parsed(_patterns)
 _LIST = _parsed(_list)
 _REPOSITORY = _parsed(Repository.parse_prefix)
+_REFERENCE = _parsed(Reference.parse)
 _ARTIFACT_ROOTS = _parsed(parse_roots)
 
 
@@ -495,10 +496,17 @@ class Settings(CatalogSettings, BuildSettings):
     )
     wheel_bytecode: bool = _setting(
         "WHEEL_BYTECODE",
-        "Whether wheel layers contain bytecode, so that containers start faster. It is made only if the builder runs "
-        "on the model's minor version of Python.",
+        "Whether wheel layers contain bytecode, so that containers start faster. It is made if the builder runs on the "
+        "model's minor version of Python, or WHEEL_COMPILERS has an interpreter of it.",
         default=True,
         form="true or false",
+    )
+    wheel_compilers: Path | None = _setting(
+        "WHEEL_COMPILERS",
+        "A folder of interpreters that compile for other minor versions of Python than the builder's own, each as "
+        "`3.9/bin/python3.9`.",
+        None,
+        shown="in the builder image `/kaniko/compilers`",
     )
     full_mlflow: bool = _setting(
         "FULL_MLFLOW",
@@ -583,6 +591,14 @@ class Settings(CatalogSettings, BuildSettings):
         shown="three quarters of what is free",
         form="a positive number of MiB",
     )
+    smoke_test_candidate: Annotated[Reference, _REFERENCE] | None = _setting(
+        "SMOKE_TEST_CANDIDATE",
+        "Tag at REGISTRY_URL's host, in a repository of its own, under which a Pod's sidecar pulls the image to be "
+        "tested; the component k8s/smoke-test sets it. Used by `fetch`, `candidate` and `push` alone.",
+        None,
+        shown="none: a Pod tests nothing",
+        form="a reference with a tag, such as quay.io/domino/candidates:wheels",
+    )
     container_variables: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("registry_url")
@@ -604,12 +620,29 @@ class Settings(CatalogSettings, BuildSettings):
             _check_apart("WHEEL_LAYERS", value, images)
         return value
 
+    @field_validator("smoke_test_candidate")
+    @classmethod
+    def _candidates_are_beside_images(cls, value: Reference | None, info: ValidationInfo) -> Reference | None:
+        images = info.data.get("registry_url")
+        if value and (not value.tag or value.digest):
+            raise ValueError
+        if value and images and value.repository.host != images.host:
+            message = f"layers can be mounted only within one registry, and images go to {images.host}"
+            raise ValueError(message)
+        if value and images:
+            _check_apart("SMOKE_TEST_CANDIDATE", value.repository, images)
+            if value.repository == (info.data.get("wheel_layers") or images.child("wheel-layers")):
+                message = "it is in the repository of the wheel layers"
+                raise ValueError(message)
+        return value
+
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:
         return [
             *super()._problems(values),
             *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN"),
             *_unreadable("NETRC", values, "file"),
+            *_unreadable("WHEEL_COMPILERS", values, "folder"),
             *_no_docker_config(values.get("DOCKER_CONFIG")),
         ]
 
@@ -619,8 +652,12 @@ class Settings(CatalogSettings, BuildSettings):
         return self.wheel_layers or self.registry_url.child("wheel-layers")
 
     def component_of(self, model_name: str) -> str:
-        """Return the last component of a model's repository, never the one of WHEEL_LAYERS or BUILD_CACHE."""
-        ours = [repository for repository in (self.wheel_layers, self.build_cache) if repository]
+        """Return the last component of a model's repository, never one of a repository of ours.
+
+        Those are WHEEL_LAYERS, BUILD_CACHE and SMOKE_TEST_CANDIDATE.
+        """
+        candidates = self.smoke_test_candidate.repository if self.smoke_test_candidate else None
+        ours = [repository for repository in (self.wheel_layers, self.build_cache, candidates) if repository]
         names = {repository.path.rpartition("/")[2] for repository in ours}
         reserved = {name for name in names if any(each.holds(self.registry_url.child(name)) for each in ours)}
         return repository_component(model_name, reserved)

@@ -9,6 +9,8 @@ header is changed (patchelf) to name that loader and that folder. No wrapper: a 
     python relocate.py python ROOT      copies the interpreter to ROOT/python and its libraries to ROOT/lib
     python relocate.py libraries ROOT   copies the libraries that ROOT/venv's compiled modules and programs need, and
                                         makes the programs use the loader below ROOT
+    python relocate.py compilers ROOT   makes the interpreters that compiler.py left in ROOT/compilers run there, and
+                                        shares with ROOT/lib what they can share
     python relocate.py certificates ROOT  copies the system's CA certificates to ROOT/ssl/certs
     ROOT/venv/bin/python relocate.py check ROOT   imports every compiled module; fails if a file outside ROOT is mapped
 
@@ -18,6 +20,7 @@ Used by the Dockerfile, in its build stage; it needs nothing but the standard li
 from __future__ import annotations
 
 import ctypes
+import filecmp
 import importlib
 import os
 import re
@@ -57,6 +60,9 @@ LEFT_OUT = shutil.ignore_patterns(
     "sitecustomize.py",
     "EXTERNALLY-MANAGED",
 )
+
+# The parts of the GNU C library; all in use have to be of one version.
+C_LIBRARY = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libutil.so.1")
 
 
 def output(*argv: str | Path, **environ: str) -> str:
@@ -142,6 +148,46 @@ def relocate_programs(root: Path) -> None:
             )
 
 
+def relocate_compilers(root: Path) -> None:
+    """Make the interpreters in ROOT/compilers run where they are; the one of this version is not needed there.
+
+    A library that is in ROOT/lib is not kept twice. Nor is a C library that is not newer than the one there, which
+    serves programs that were made for an older one.
+    """
+    system = needed(system_loader(), Path(sys.executable).resolve())["libc.so.6"].parent
+    (own_loader,) = (root / "lib").glob("ld-*")
+    for home in sorted((root / "compilers").iterdir()):
+        if f"python{home.name}" == VERSION:
+            shutil.rmtree(home)
+            continue
+        libraries, program, loader = home / "lib", home / "bin" / f"python{home.name}", home / "lib" / "ld.so"
+        if c_library(libraries) <= c_library(root / "lib"):
+            for library in sorted(path for path in libraries.iterdir() if path.name in C_LIBRARY):
+                if not (root / "lib" / library.name).exists():
+                    shutil.copy2((system / library.name).resolve(), root / "lib" / library.name)
+                library.unlink()
+            loader.unlink()
+            loader = own_loader
+        for library in sorted(path for path in libraries.iterdir() if path.is_file()):
+            shared = root / "lib" / library.name
+            if shared.is_file() and filecmp.cmp(shared, library, shallow=False):
+                library.unlink()
+        paths = f"{libraries}:{root / 'lib'}"
+        subprocess.run(
+            ["patchelf", "--set-interpreter", loader, "--force-rpath", "--set-rpath", paths, program], check=True
+        )
+        statement = "import json, resource, signal, zlib; print(open('/proc/self/maps').read())"
+        mapped = output(program, "-S", "-s", "-B", "-c", statement)
+        outside = [line for line in mapped.splitlines() if ".so" in line and f" {root}/" not in line]
+        if outside:
+            sys.exit(f"{program} uses libraries from outside {root}: {outside}")
+
+
+def c_library(folder: Path) -> int:
+    """Return the minor version of the GNU C library in a folder: 36 for 2.36."""
+    return max(map(int, re.findall(rb"GLIBC_2\.([0-9]+)\0", (folder / "libc.so.6").read_bytes())))
+
+
 def needed_by_name(loader: str, name: str) -> dict[str, Path]:
     """Return where the system's loader finds a library, and nothing where it does not."""
     try:
@@ -203,12 +249,14 @@ def main() -> None:
     elif what == "libraries":
         copy_libraries(system_loader(), compiled(root / "venv", root / "python"), root)
         relocate_programs(root)
+    elif what == "compilers":
+        relocate_compilers(root)
     elif what == "certificates":
         copy_certificates(root)
     elif what == "check":
         check(root)
     else:
-        sys.exit(f"{what!r} is not python, libraries, certificates or check")
+        sys.exit(f"{what!r} is not python, libraries, compilers, certificates or check")
 
 
 if __name__ == "__main__":

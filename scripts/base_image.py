@@ -3,7 +3,8 @@
 For machines that reach no image registry. The image is what `docker.io/library/python:3.11-slim` would be for the
 program: Python 3.11, pip, venv, apt-get; for any of Debian's architectures, without emulation, in some seconds each.
 Packages come from the mirror that this machine's apt is configured with. It is printed as the path of an OCI image
-layout that holds one index.
+layout that holds one index. `python -m scripts.base_image --interpreter 3.9 [PLATFORM]` makes a smaller one, of another
+Debian release's Python.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _PACKAGES = (
     "hostname,init-system-helpers,libc-bin,login,mawk,ncurses-base,passwd,perl-base,python3,python3-pip,python3-venv,"
     "sed,sysvinit-utils,tar,util-linux"
 )
+# Other versions of Python: the Debian release that has it.
+INTERPRETERS = {"3.9": "bullseye", "3.13": "trixie"}
 _HOOK = Path(__file__).with_name("debian_rootfs.py")
 # 1980-01-02, the oldest day that both tar and zip can write: every file's time, so that the layer is always the same.
 _EPOCH = 315619200
@@ -81,6 +84,30 @@ def base_image(platforms: Sequence[str]) -> Path:
     return layout
 
 
+def interpreter_image(python: str, platform: str) -> Path:
+    """Return an OCI image layout with a Python of another version, for the builder image's compilers; cached.
+
+    It has nothing but that Python and what it needs.
+
+    Args:
+        python: a version in `INTERPRETERS`.
+        platform: such as `linux/amd64`.
+
+    Raises:
+        NoMirror: no Debian mirror is known.
+        subprocess.CalledProcessError: mmdebstrap failed; its own message is on stderr.
+    """
+    folder, architecture = _folder(), _ARCHITECTURES[platform]
+    name = f"python{python}-{architecture}"
+    with locked(folder / "index"):
+        layer = folder / f"{name}.tar.gz"
+        if not layer.exists():
+            _extract(layer, architecture, INTERPRETERS[python], "python3")
+        if not (folder / name).exists():
+            _write_layout(folder / name, {platform: layer})
+    return folder / name
+
+
 def _folder() -> Path:
     """Return the folder of what this version of this file makes."""
     recipe = hashlib.sha256(Path(__file__).read_bytes() + _HOOK.read_bytes()).hexdigest()[:16]
@@ -105,22 +132,27 @@ def _mirror() -> str:
 def _layer(folder: Path, architecture: str) -> Path:
     """Return the compressed layer of one architecture; the file beside it holds the digest of its content."""
     path = folder / f"{architecture}.tar.gz"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        tar = Path(scratch) / "rootfs.tar"
+    if not path.exists():
         hook = shlex.join([sys.executable, "-I", str(_HOOK)])
-        bytecode = cache_folder("base-image/bytecode")
+        bytecode = shlex.quote(str(cache_folder("base-image/bytecode")))
+        _extract(path, architecture, SUITE, _PACKAGES, f'--extract-hook={hook} "$1" {bytecode}')
+    return path
+
+
+def _extract(path: Path, architecture: str, suite: str, packages: str, *options: str) -> None:
+    """Write a layer of a Debian release's packages to `path`, and its diff id to the file beside it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        tar = Path(scratch) / "rootfs.tar"
         command = [
             "mmdebstrap",
             "--quiet",
             "--variant=extract",
             f"--architectures={architecture}",
-            f"--include={_PACKAGES}",
+            f"--include={packages}",
             "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
-            f'--extract-hook={hook} "$1" {shlex.quote(str(bytecode))}',
+            *options,
             *_proxy_options(),
-            SUITE,
+            suite,
             str(tar),
             _mirror(),
         ]
@@ -138,7 +170,6 @@ def _layer(folder: Path, architecture: str) -> Path:
                 packed.write(chunk)
         path.with_suffix(".diffid").write_text(f"sha256:{digest.hexdigest()}")
         part.rename(path)
-    return path
 
 
 def _proxy_options() -> list[str]:
@@ -203,6 +234,9 @@ def _blob(blobs: Path, content: dict[str, Any], media_type: str) -> dict[str, An
 
 if __name__ == "__main__":
     try:
-        print(base_image(sys.argv[1:] or ["linux/amd64", "linux/arm64", "linux/arm/v7"]))
+        if sys.argv[1:2] == ["--interpreter"]:
+            print(interpreter_image(sys.argv[2], *sys.argv[3:4] or ["linux/amd64"]))
+        else:
+            print(base_image(sys.argv[1:] or ["linux/amd64", "linux/arm64", "linux/arm/v7"]))
     except NoMirror as error:
         sys.exit(str(error))

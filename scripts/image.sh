@@ -4,6 +4,8 @@
 # IMAGE          name of the image; model-image-builder where it is not set
 # KANIKO_IMAGE   the engine's image; `scratch` for a builder without one. The Dockerfile's own where it is not set.
 # PYTHON_IMAGE   where the interpreter comes from; made from Debian packages where no image can be pulled
+# PYTHON_3_9_IMAGE to PYTHON_3_14_IMAGE   where the interpreters that only compile come from; likewise
+# MOST_MEGABYTES bound of the compressed size; none where it is not set
 # CONTAINER_TOOL docker or buildah; docker where its daemon answers
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,21 +43,53 @@ load() {
   fi
 }
 
-default=$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile)
-if [ -z "${PYTHON_IMAGE:-}" ] && ! "$tool" pull --quiet "$default" >/dev/null 2>&1; then
-  say "$default cannot be pulled: Python comes from Debian packages"
+default_of() { sed -n "s/^ARG $1=//p" Dockerfile; }
+
+pulled() { "$tool" pull --quiet "$1" >/dev/null 2>&1; }
+
+machine=
+if [ -z "${PYTHON_IMAGE:-}" ] && ! pulled "$(default_of PYTHON_IMAGE)"; then
+  say "$(default_of PYTHON_IMAGE) cannot be pulled: Python comes from Debian packages"
   scripts/setup.sh demo
   PYTHON_IMAGE=localhost/python-base:debian
   machine=$(.venv/bin/python -c 'from scripts.machine import native_platform; print(native_platform())')
   load "$(.venv/bin/python -m scripts.base_image "$machine")" "$PYTHON_IMAGE"
 fi
 
-arguments=(--tag "$IMAGE" ${PYTHON_IMAGE:+--build-arg "PYTHON_IMAGE=$PYTHON_IMAGE"})
+interpreters=()
+for minor in 9 10 11 12 13 14; do
+  name=PYTHON_3_${minor}_IMAGE image=localhost/python-base:3.$minor
+  if [ -n "${!name:-}" ]; then
+    interpreters+=(--build-arg "$name=${!name}")
+  elif [ -z "$machine" ] && pulled "$(default_of "$name")"; then
+    :
+  elif [ -n "$machine" ] && layout=$(.venv/bin/python -m scripts.base_image --interpreter "3.$minor" "$machine"); then
+    load "$layout" "$image"
+    interpreters+=(--build-arg "$name=$image")
+  else
+    say "no image of Python 3.$minor: models of it get no bytecode, unless the builder itself runs on it"
+    interpreters+=(--build-arg "$name=${PYTHON_IMAGE:-$(default_of PYTHON_IMAGE)}")
+  fi
+done
+
+# The same commit gives the same image: its time is the commit's.
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315619200)}
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' builder/__init__.py)
+
+arguments=(--tag "$IMAGE" ${PYTHON_IMAGE:+--build-arg "PYTHON_IMAGE=$PYTHON_IMAGE"} "${interpreters[@]}")
+arguments+=(--build-arg "REVISION=$revision" --build-arg "VERSION=$version")
+arguments+=(--build-arg "CREATED=$(date --utc --date "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)")
 [ -z "${KANIKO_IMAGE:-}" ] || arguments+=(--build-arg "KANIKO_IMAGE=$KANIKO_IMAGE")
 [ "${KANIKO_IMAGE:-}" != scratch ] || arguments+=(--build-arg BUILDER_USER=65532)
+archive=$context/image.tar
 if [ "$tool" = docker ]; then
   docker build --network=host "${arguments[@]}" "$context"
+  docker save --output "$archive" "$IMAGE"
 else
-  buildah build --isolation chroot --layers "${arguments[@]}" "$context"
+  # One layer of our own, whose times are the commit's, so that the same commit gives the same digest.
+  buildah build --isolation chroot --layers --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" "$context"
+  buildah push --quiet "$IMAGE" "docker-archive:$archive:$IMAGE" >/dev/null
 fi
-printf '%s %s\n' "$IMAGE" "$("$tool" images --format '{{.Size}}' "$IMAGE")"
+"$(find_python)" scripts/image_size.py "$archive" ${MOST_MEGABYTES:+"$MOST_MEGABYTES"}
+"$tool" images --no-trunc --format '{{.ID}}' "$IMAGE"

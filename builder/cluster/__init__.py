@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Seconds until a Job that is being deleted is looked at again, if nothing is heard of it.
 _LOOK = 2
 _MOST_RACES = 5
+# The kind of the error for a package without a wheel; its class takes a while to import.
+_NO_WHEEL = "NoWheel"
 _log = get_logger("cluster")
 
 
@@ -126,6 +128,8 @@ class Jobs:
     def method_of(self, version: ModelVersion) -> Method:
         """Return how a version is made, by the listing of its artifacts; none is needed where BUILD_METHOD tells.
 
+        Where a package was found to have no wheel, the template with an engine is tried next.
+
         Raises:
             InvalidVersion: a file may have been meant as the Dockerfile, but has another name or place.
         """
@@ -133,6 +137,9 @@ class Jobs:
             return self.settings.build_method
         from builder.wheels.inputs import chosen_method
 
+        outcome = Outcome.of(version, self.settings.target)
+        if outcome.source_id == version.source_id() and outcome.error.startswith(f"{_NO_WHEEL}:"):
+            return "dockerfile"
         return chosen_method("auto", version, [artifact.path for artifact in self.catalog.artifacts(version)])
 
     def template_of(self, method: Method) -> Object:

@@ -77,7 +77,7 @@ def follow(jobs: Jobs, version: ModelVersion, job: Object) -> Ended:
     while True:
         # The Job first: what it tells of Pods is then there to be listed.
         now = cluster.job(name)
-        if now is None or uid(now) != uid(job):
+        if now is None or uid(now) != uid(job) or state_of(now) == "deleted":
             message = f"The Job {name} was deleted while it ran."
             raise TryAgain(message, remedy="Submit the version again.")
         pods = [pod for pod in cluster.pods(labels) if is_of_job(pod, job)]

@@ -134,7 +134,7 @@ def stuck(pod: Object) -> OverBudget | None:
     """
     if pod["status"].get("phase") != "Pending":
         return None
-    for name, status in _statuses(pod, init_only=True):
+    for name, status in _phases(pod):
         ended = status.get("state", {}).get("terminated", {})
         if ended.get("reason") == "OOMKilled" and not ended.get("exitCode"):
             message = (
@@ -173,7 +173,7 @@ def _ending_of(pod: Object) -> BuilderError | None:
             remedy = "Raise the limits of ephemeral storage and the volumes' sizeLimit in the template."
             return OverBudget(message, remedy=remedy)
         return PodLost(message, remedy="The node ran short; the next sweep tries again.")
-    for container, state in _statuses(pod):
+    for container, state in _phases(pod):
         ended = state.get("state", {}).get("terminated")
         if not ended:
             continue
@@ -203,7 +203,7 @@ def exit_code(pod: Object) -> int | None:
         return 0
     if phase != "Failed":
         return None
-    codes = (state.get("state", {}).get("terminated", {}).get("exitCode") for _, state in _statuses(pod))
+    codes = (state.get("state", {}).get("terminated", {}).get("exitCode") for _, state in _phases(pod))
     return next((int(code) for code in codes if code in _CODES), None)
 
 
@@ -233,12 +233,19 @@ def _told(container: str, ended: Object) -> Object:
     return found if isinstance(found, dict) else {}
 
 
-def _statuses(pod: Object, *, init_only: bool = False) -> Iterator[tuple[str, Object]]:
+def _phases(pod: Object) -> Iterator[tuple[str, Object]]:
+    """Yield the containers of ours as `_statuses` does: not a sidecar, which ends as an image of an author's likes."""
+    sidecars = {
+        each["name"] for each in pod["spec"].get("initContainers") or () if each.get("restartPolicy") == "Always"
+    }
+    return ((name, status) for name, status in _statuses(pod) if name not in sidecars)
+
+
+def _statuses(pod: Object) -> Iterator[tuple[str, Object]]:
     """Yield the name and the status of each container of a Pod, in the order they run."""
     status = pod.get("status", {})
-    keys = ("initContainerStatuses",) if init_only else ("initContainerStatuses", "containerStatuses")
     order = {each["name"]: place for place, each in enumerate(pod["spec"].get("initContainers") or ())}
-    for key in keys:
+    for key in ("initContainerStatuses", "containerStatuses"):
         found = status.get(key) or []
         for each in sorted(found, key=lambda one: order.get(one["name"], len(order))):
             yield each["name"], each

@@ -445,6 +445,35 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
     lines.info("built", seconds=round(time.monotonic() - began, 1))
 
 
+# ---- candidate, in a Pod that tests the image: registry push
+
+
+def candidate(services: Services, workspace: Workspace, *, deadline: Deadline | None = None) -> None:
+    """Push the images, and put one where the kubelet takes the Pod's sidecar from, so that push can ask it.
+
+    If there is nothing to test, that is an image that runs nothing: the sidecar has to start in any case.
+
+    Args:
+        services: the clients to work through, in a Pod.
+        workspace: with the output of fetch and build.
+        deadline: bounds the work; None for the settings' budget.
+
+    Raises:
+        BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
+    """
+    plan = _plan(services, workspace)
+    with _lines_of(plan.version, "candidate"):
+        deadline = deadline or Deadline(Budget.of(services.settings), plan.version)
+        _, record = _begun(services, plan, deadline)
+        with record.failures(), deadline.running():
+            if plan.builds:
+                with stage("imports"):
+                    from builder.publish.assemble import push_candidate
+                push_candidate(services, workspace, plan, record)
+            elif services.sidecar is not None:
+                services.sidecar.offer(None, [])
+
+
 # ---- push: registry push, MLflow write
 
 
@@ -461,21 +490,32 @@ def push(services: Services, workspace: Workspace, *, deadline: Deadline | None 
     Raises:
         BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
     """
+    plan = _plan(services, workspace)
+    with _lines_of(plan.version, "push"):
+        return _push(services, workspace, plan, deadline or Deadline(Budget.of(services.settings), plan.version))
+
+
+def _plan(services: Services, workspace: Workspace) -> Plan:
+    """Return the workspace's plan, which has to be that of MODEL_NAME, if this is set."""
     plan = workspace.plan()
     name = services.settings.model_name
     if name not in {"", plan.version.name}:
         message = f"The workspace holds a plan for {plan.version}, but MODEL_NAME is {name!r}."
         raise UsageError(message, remedy="Run fetch for that model, in a workspace of its own.")
-    with _lines_of(plan.version, "push"):
-        return _push(services, workspace, plan, deadline or Deadline(Budget.of(services.settings), plan.version))
+    return plan
 
 
-def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadline) -> Published:
+def _begun(services: Services, plan: Plan, deadline: Deadline) -> tuple[ModelVersion, Record]:
+    """Return the plan's version with the tags that it has now, and its record."""
     attempt = services.settings.attempt_id
     record = Record.of_plan(services.catalog, plan.version, plan, attempt=attempt)
     with record.failures(), deadline.running():
         now = same_version(services, plan)
-    record = Record.of_plan(services.catalog, now, plan, attempt=attempt)
+    return now, Record.of_plan(services.catalog, now, plan, attempt=attempt)
+
+
+def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadline) -> Published:
+    now, record = _begun(services, plan, deadline)
     tag = plan.reference
     if plan.action == "foreign":
         log.warning("left alone", reference=str(tag), reason=plan.reason)
@@ -512,7 +552,7 @@ def run_fetch(
     settings: Settings, *, force: bool = False, rebuild: bool = False, progress: Progress | None = None
 ) -> Plan:
     """Run the fetch phase on the workspace that the settings name."""
-    with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
+    with workspace_of(settings, shared=True) as workspace, connected(settings, in_pod=True) as services:
         began = time.monotonic()
         workspace.clear_plan()
         version = find(services)
@@ -536,9 +576,22 @@ def run_build(settings: BuildSettings) -> BuildResult:
     return result
 
 
+def run_candidate(settings: Settings) -> None:
+    """Run the candidate phase on the workspace that the settings name.
+
+    Raises:
+        InvalidSettings: SMOKE_TEST_CANDIDATE is missing.
+    """
+    if settings.smoke_test_candidate is None:
+        message = "SMOKE_TEST_CANDIDATE is missing: the sidecar's image has that name."
+        raise InvalidSettings(message, remedy="Set it, as the component k8s/smoke-test does.")
+    with workspace_of(settings, shared=True) as workspace, connected(settings, in_pod=True) as services:
+        candidate(services, workspace)
+
+
 def run_push(settings: Settings) -> Published:
     """Run the push phase on the workspace that the settings name."""
-    with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
+    with workspace_of(settings, shared=True) as workspace, connected(settings, in_pod=True) as services:
         began = time.monotonic()
         published = push(services, workspace)
         _log_published(workspace.plan(), published, began)

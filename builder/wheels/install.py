@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from posixpath import dirname
 from typing import IO
 
@@ -26,7 +27,7 @@ from installer.records import Hash, RecordEntry
 from installer.utils import Scheme as InstallerScheme
 from installer.utils import construct_record_file, fix_shebang
 
-from builder.errors import BuilderError, TryAgain
+from builder.errors import BuilderError, InvalidSettings, TryAgain
 from builder.oci import BytesBlob
 from builder.oci.layer import Corrupt, Deflated, Layer, LayerWriter, Plain, zlib_identity
 from builder.wheels import bytecode as program
@@ -75,8 +76,26 @@ LARGEST_SOURCE = 8 << 20
 # Processor time of one version's wheels. 200 MB of sources, more than most environments have, take 22 s.
 _MOST_SECONDS = 600.0
 # No environment, so no variable of Python's but the seed, which -I would ignore; no site-packages, no bytecode written.
-_FLAGS = ("-S", "-P", "-s", "-B", "-Wignore")
+_FLAGS = ("-S", "-s", "-B", "-Wignore")
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+# Keeps a program's folder out of the import path; Python 3.9 and 3.10 need the second one for it.
+_SAFE_PATH = "-P"
+_LOADED = "import sys; del sys.path[0], sys.argv[0]; exec(compile(open(sys.argv[0]).read(), sys.argv[0], 'exec'))"
+_SAFE_PATH_SINCE = (3, 11)
+# Tells what an interpreter is, and what its zlib makes of the text on its stdin.
+_TELL = """
+import sys
+del sys.path[0]
+import json
+from importlib.util import MAGIC_NUMBER, module_from_spec, spec_from_file_location
+spec = spec_from_file_location("program", sys.argv[1])
+program = module_from_spec(spec)
+spec.loader.exec_module(program)
+tag, version = sys.implementation.cache_tag, sys.version_info
+stream = MAGIC_NUMBER + program.deflated(sys.stdin.buffer.read())
+print(json.dumps({"name": sys.implementation.name, "tag": tag, "version": list(version), "stream": stream.hex()}))
+"""
+_TELL_SECONDS = 60
 
 
 class Budget:
@@ -113,6 +132,7 @@ class Compiler:
     Attributes:
         identity: a word for all that decides the bytecode: letters, digits, '.', '_' and '-'.
         cache_tag: the tag in a compiled file's name: `cpython-311`.
+        command: the interpreter, and the options that come before the program's name.
         seconds: processor time that one source may take, and as much again for each MiB of it; a wheel may take three
             times that, and as much again for each MiB of its sources.
         budget: processor time that all wheels share.
@@ -120,20 +140,47 @@ class Compiler:
 
     identity: str
     cache_tag: str
+    command: tuple[str, ...] = (sys.executable, *_FLAGS, _SAFE_PATH)
     seconds: int = 10
     budget: Budget = field(default_factory=Budget, compare=False, repr=False)
 
     @classmethod
-    def find(cls, python: str) -> Compiler | None:
-        """Return a compiler for a model's Python; None where this interpreter has another minor version.
+    def find(cls, python: str, folder: Path | None = None) -> Compiler | None:
+        """Return a compiler for a model's Python: this interpreter, or one that only compiles; None without either.
+
+        Bytecode is the same for all releases of a minor version of Python, so the release does not matter.
 
         Args:
             python: the model's Python: `3.11`.
+            folder: has interpreters that only compile, such as `3.9/bin/python3.9`; None for none.
+
+        Raises:
+            InvalidSettings: the interpreter in the folder does not work, or is of another version.
         """
-        identity = _identity()
-        if not identity.startswith(f"cpython-{python}."):
+        major, _, minor = python.partition(".")
+        if not (major.isdecimal() and minor.isdecimal()):
             return None
-        return cls(identity=identity, cache_tag=str(sys.implementation.cache_tag))
+        if (int(major), int(minor)) == sys.version_info[:2]:
+            return cls(identity=_identity(), cache_tag=str(sys.implementation.cache_tag))
+        program = folder / python / "bin" / f"python{python}" if folder else None
+        return cls._of(program, python) if program and program.exists() else None
+
+    @classmethod
+    def _of(cls, interpreter: Path, python: str) -> Compiler:
+        argv = [str(interpreter), *_FLAGS, "-c", _TELL, program.__file__]
+        try:
+            done = subprocess.run(
+                argv, input=_text(), capture_output=True, check=True, env=_ENVIRONMENT, timeout=_TELL_SECONDS
+            )
+            told = json.loads(done.stdout)
+            version, stream = told["version"], bytes.fromhex(told["stream"])
+            identity = _named(told["name"], version, stream)
+        except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+            raise _not_working(interpreter, python) from error
+        if not identity.startswith(f"cpython-{python}."):
+            raise _not_working(interpreter, python)
+        options = (_SAFE_PATH,) if tuple(version[:2]) >= _SAFE_PATH_SINCE else ("-c", _LOADED)
+        return cls(identity=identity, cache_tag=told["tag"], command=(str(interpreter), *_FLAGS, *options))
 
     def compiled_path(self, path: str) -> str:
         """Return the path of a source's bytecode: `a/__pycache__/b.cpython-311.pyc` for `a/b.py`."""
@@ -158,7 +205,7 @@ class Compiler:
             given.write(json.dumps(jobs).encode())
             given.seek(0)
             process = subprocess.Popen(
-                [sys.executable, *_FLAGS, program.__file__, *map(str, (file, os.getpid(), self.seconds, seconds))],
+                [*self.command, program.__file__, *map(str, (file, os.getpid(), self.seconds, seconds))],
                 stdin=given,
                 stdout=output,
                 stderr=subprocess.DEVNULL,
@@ -180,19 +227,35 @@ class Compiler:
                 process.wait()
 
 
+def _not_working(interpreter: Path, python: str) -> InvalidSettings:
+    message = f"WHEEL_COMPILERS has {str(interpreter)!r}, which does not work as an interpreter of {python}."
+    return InvalidSettings(message, remedy="Replace or remove it.")
+
+
 def _identity() -> str:
-    """Return the interpreter's version, and a digest of its magic number and of its zlib's output for a given text.
+    """Return the identity of this interpreter."""
+    stream = importlib.util.MAGIC_NUMBER + program.deflated(_text())
+    return _named(sys.implementation.name, sys.version_info, stream)
+
+
+def _named(name: str, version: Sequence[int | str], stream: bytes) -> str:
+    """Return an interpreter's version, and a digest of its magic number and of its zlib's output for a given text.
 
     Builds of zlib differ in their output.
+
+    Args:
+        name: the implementation's.
+        version: as in `sys.version_info`.
+        stream: the magic number, then the output.
     """
+    major, minor, micro, level, serial = version
+    text = f"{major}.{minor}.{micro}" + (f"-{level}{serial}" if level != "final" else "")
+    return f"{name}-{text}-{hashlib.sha256(stream).hexdigest()[:12]}"
+
+
+def _text() -> bytes:
     lines = (hashlib.sha256(b"%d" % number).hexdigest()[: 7 + number % 50] for number in range(2000))
-    state = hashlib.sha256(importlib.util.MAGIC_NUMBER)
-    state.update(program.deflated(" ".join(lines).encode() * 2))
-    info = sys.version_info
-    version = f"{info.major}.{info.minor}.{info.micro}"
-    if info.releaselevel != "final":
-        version += f"-{info.releaselevel}{info.serial}"
-    return f"{sys.implementation.name}-{version}-{state.hexdigest()[:12]}"
+    return " ".join(lines).encode() * 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -356,12 +356,20 @@ class WheelLayers:
             self.transfers.made += made
 
 
-def compiler_for(python: str) -> Compiler | None:
-    """Return a compiler for a model's Python; None, and a line in the log, where this Python is another."""
-    found = Compiler.find(python)
+def compiler_for(python: str, folder: Path | None = None) -> Compiler | None:
+    """Return a compiler for a model's Python; None, and a line in the log, where there is none.
+
+    Args:
+        python: the model's Python: `3.11`.
+        folder: WHEEL_COMPILERS.
+
+    Raises:
+        InvalidSettings: the folder's interpreter does not work.
+    """
+    found = Compiler.find(python, folder)
     if found is None:
         runs_on = platform.python_version()
-        _log.info("no bytecode: this program and the model have different Pythons", python=python, runs_on=runs_on)
+        _log.info("no bytecode: there is no interpreter of the model's Python", python=python, runs_on=runs_on)
     return found
 
 

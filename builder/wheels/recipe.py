@@ -326,6 +326,7 @@ class WheelsMethod:
         inputs: gives the settings for requirements, indexes and base images, when they are first used.
         as_registered: whether packages uploaded after the model was logged are ignored.
         bytecode: whether layers have bytecode.
+        compilers: folder of interpreters that only compile; None for none.
         memory: bytes that all runs of the resolver may take together.
     """
 
@@ -337,6 +338,7 @@ class WheelsMethod:
         *,
         as_registered: bool = True,
         bytecode: bool = True,
+        compilers: Path | None = None,
         memory: int = MOST_MEMORY,
     ) -> None:
         self.store = store
@@ -344,6 +346,7 @@ class WheelsMethod:
         self._registries = registries
         self._as_registered = as_registered
         self._bytecode = bytecode
+        self._compilers = compilers
         self._memory = memory
         self._lock = threading.Lock()
         self._clients: dict[str, IndexClient] = {}
@@ -359,6 +362,7 @@ class WheelsMethod:
             partial(InputSettings.of, settings),
             as_registered=settings.resolve_as_of == "registered",
             bytecode=settings.wheel_bytecode,
+            compilers=settings.wheel_compilers,
             memory=Budget.of(settings).memory,
         )
 
@@ -550,7 +554,7 @@ class WheelsMethod:
     @contextmanager
     def layers(self, recipe: Recipe) -> Iterator[WheelLayers]:
         """Yield the cache that finds and makes the layers of a recipe's wheels."""
-        compiler = compiler_for(recipe.python) if self._bytecode else None
+        compiler = compiler_for(recipe.python, self._compilers) if self._bytecode else None
         client = self.client(self.inputs.indexes.joined(recipe.indexes))
         with WheelLayers(self.store, client, python=recipe.python, compiler=compiler) as layers:
             yield layers

@@ -8,7 +8,7 @@ import os
 import subprocess
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import pytest
 from scripts.base_image import base_image as make_base_image
 from scripts.cluster import Cluster, NoCluster, start_cluster, timed
 from scripts.cluster.images import builder_archive
+from scripts.cluster.install import Site as Values
+from scripts.cluster.install import install as install_site
 from scripts.launch import Processes, clean_environ
-from tests.builder_image import ca_bundle, pip_config
-from tests.cluster.site import Site, pump_files, register_pump, registry_secret, secret, write_overlay
+from scripts.machine import ca_bundle, pip_config
+from tests.cluster.site import Site, pump_files, register_pump, small_requests
 from tests.servers.images import PLATFORMS
 from tests.servers.mlflow import MlflowServer, run_mlflow
 from tests.servers.registries import PASSWORD, USER, RegistryServer, htpasswd, run_registry
@@ -27,6 +29,7 @@ from tests.versions import Registered
 
 _HERE = Path(__file__).parent
 _number = itertools.count(1)
+_ASLEEP = '[{"op": "add", "path": "/spec/suspend", "value": true}]'
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -139,17 +142,69 @@ def new_namespace(cluster: Cluster) -> Iterator[Callable[..., str]]:
         return name
 
     yield make
-    for name in made:
-        # At once: what a Pod of this test still asks of the node is not there for the next one.
+    _delete(cluster, made)
+
+
+def _delete(cluster: Cluster, namespaces: Sequence[str]) -> None:
+    """Delete namespaces, and what runs in them at once: the next test wants the node for itself."""
+    for name in namespaces:
         now = ("--all", "--grace-period=1", "--wait=false")
         cluster.kubectl(f"--namespace={name}", "delete", "cronjobs,jobs,pods", *now)
-        cluster.kubectl("delete", "namespace", name, "--wait=false")
+        cluster.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture
 def namespace(new_namespace: Callable[..., str]) -> str:
     """A namespace of the test's own that admits *restricted* Pods only."""
     return new_namespace()
+
+
+@pytest.fixture
+def install(
+    cluster: Cluster,
+    node_image: str,
+    cluster_mlflow: MlflowServer,
+    cluster_registries: ClusterRegistries,
+    tmp_path: Path,
+) -> Iterator[Callable[..., str]]:
+    """Install an overlay of k8s/ (`base`) in a namespace of its own, and return that; all it makes there is deleted.
+
+    It knows the cluster's MLflow and registries. Its sweep does not start by itself. TARGET_TAG and the repository of
+    its images are its own, unless `settings` say otherwise: what other tests registered is not published.
+    """
+    made: list[str] = []
+
+    def run(
+        overlay: str = "base",
+        *,
+        settings: Mapping[str, str] | None = None,
+        network: Mapping[str, str] | None = None,
+        image: str = node_image,
+        patches: Sequence[Mapping[str, object]] = (),
+    ) -> str:
+        name = f"test-{next(_number)}-{uuid.uuid4().hex[:6]}"
+        models, images = cluster_registries.models, cluster_registries.images
+        site = Values(
+            image=image,
+            settings={
+                "MLFLOW_TRACKING_URI": cluster_mlflow.uri,
+                "REGISTRY_URL": f"{models.host}/{name}",
+                "TARGET_TAG": f"EXTERNAL_TARGET_{name.upper().replace('-', '_')}",
+                "BASE_IMAGE": cluster_registries.base_image,
+                "SMOKE_TEST": "off",
+                **(settings or {}),
+            },
+            network={"INSECURE_REGISTRIES": f"{models.host},{images.host}", **(network or {})},
+            user=models.user,
+            password=models.password,
+        )
+        asleep = {"target": {"kind": "CronJob", "name": "builder-sweep"}, "patch": _ASLEEP}
+        made.append(name)
+        install_site(cluster, tmp_path / name, site, namespace=name, overlay=overlay, patches=[asleep, *patches])
+        return name
+
+    yield run
+    _delete(cluster, made)
 
 
 @pytest.fixture
@@ -195,53 +250,33 @@ def new_pump(cluster_mlflow: MlflowServer, pump: Mapping[str, bytes]) -> Callabl
 @pytest.fixture
 def new_site(
     cluster: Cluster,
-    node_image: str,
+    install: Callable[..., str],
     cluster_mlflow: MlflowServer,
     cluster_registries: ClusterRegistries,
-    new_namespace: Callable[..., str],
-    machine_network: Callable[[str], dict[str, str]],
     tmp_path: Path,
 ) -> Callable[..., Site]:
-    """Install an overlay of k8s/ in a namespace of its own, for a target of its own, with Secrets that work."""
+    """Install an overlay as `install` does, and give a `builder` outside the cluster the same settings."""
 
-    def make(resource: str = "base", image: str = "", **settings: str) -> Site:
-        namespace = new_namespace("restricted" if resource == "base" else "baseline")
-        host, target = cluster_registries.models.host, f"EXTERNAL_TARGET_{uuid.uuid4().hex[:8].upper()}"
-        insecure = f"{host},{cluster_registries.images.host}"
-        network = {"INSECURE_REGISTRIES": insecure, **machine_network(namespace)}
-        values = {
-            "MLFLOW_TRACKING_URI": cluster_mlflow.uri,
-            "REGISTRY_URL": f"{host}/models",
-            "TARGET_TAG": target,
-            "BASE_IMAGE": cluster_registries.base_image,
-            **settings,
-        }
-        folder = write_overlay(tmp_path / namespace, namespace, resource, image or node_image, values, network)
-        for made in (
-            secret("builder-mlflow", {"DOMINO_USER_API_KEY": "a-key-of-the-tests"}),
-            registry_secret("builder-registry-push", host),
-            registry_secret("builder-registry-pull", host),
-        ):
-            cluster.create(made, namespace=namespace)
-        cluster.kubectl("apply", "-k", str(folder))
-        environ = {
-            **values,
-            "INSECURE_REGISTRIES": insecure,
+    def make(overlay: str = "base", **options: object) -> Site:
+        namespace = install(overlay, patches=small_requests(overlay), **options)
+        folder = tmp_path / namespace
+        maps = cluster.get(f"--namespace={namespace}", "configmaps", "-l", "app.kubernetes.io/name=builder")
+        data = {each["metadata"]["name"]: each["data"] for each in maps}
+        outside = {
+            "INSECURE_REGISTRIES": data["builder-network"]["INSECURE_REGISTRIES"],
             "KUBECONFIG": str(cluster.kubeconfig),
             "LOG_FORMAT": "text",
             "NO_COLOR": "1",
             "NO_PROXY": f"{cluster.address},127.0.0.1",
         }
-        site = Site(
+        return Site(
             cluster=cluster,
             namespace=namespace,
             mlflow=cluster_mlflow.uri,
-            registry=host,
+            registry=cluster_registries.models.host,
             overlay=folder,
-            environ=environ,
+            environ={**data["builder-settings"], **outside},
         )
-        site.environ["BUILD_METHOD"] = "wheels" if resource == "base" else "auto"
-        return site
 
     return make
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,30 +17,11 @@ from examples.models import HERE, save_pump_model
 from scripts.cluster import Cluster
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
-from tests.servers.registries import PASSWORD, USER
 from tests.versions import Registered, register
 from tests.waiting import HANG
 
-K8S = Path(__file__).parents[2] / "k8s"
 TEMPLATE_POD = "/spec/jobTemplate/spec/template/spec"
 JOB_ENDED = ("Complete", "Failed")
-
-
-def credential(host: str, user: str = USER, password: str = PASSWORD) -> str:
-    """Return a Docker config.json for a registry."""
-    auth = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return json.dumps({"auths": {host: {"auth": auth}}})
-
-
-def secret(name: str, data: Mapping[str, str], kind: str = "Opaque") -> dict[str, Any]:
-    """Return a Secret."""
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": kind, "stringData": dict(data)}
-
-
-def registry_secret(name: str, host: str, password: str = PASSWORD) -> dict[str, Any]:
-    """Return a Secret with a registry's credential."""
-    data = {".dockerconfigjson": credential(host, password=password)}
-    return secret(name, data, "kubernetes.io/dockerconfigjson")
 
 
 def patch(name: str, path: str, value: object, *, op: str = "replace") -> dict[str, Any]:
@@ -146,44 +125,16 @@ class Site:
         self.kubectl("patch", "configmap", "builder-settings", "--type=merge", "-p", json.dumps({"data": values}))
 
 
-def write_overlay(
-    folder: Path, namespace: str, resource: str, image: str, settings: Mapping[str, str], network: Mapping[str, str]
-) -> Path:
-    """Write the kustomization of a site: one of k8s/, with its own image, settings, and files at /kaniko/network."""
-    name, _, tag = image.rpartition(":")
-    volume = {"name": "network", "configMap": {"name": "machine-network"}}
-    mount = {"name": "network", "mountPath": "/kaniko/network", "readOnly": True}
+def small_requests(overlay: str) -> list[dict[str, Any]]:
+    """Return patches with which many Pods fit onto the node of the tests."""
     small = {"cpu": "50m", "memory": "64Mi", "ephemeral-storage": "16Mi"}
-    patches: list[Mapping[str, Any]] = [
-        {"target": {"kind": "ConfigMap", "name": "builder-settings"}, "patch": _merge("builder-settings", settings)},
-        {"target": {"kind": "ConfigMap", "name": "builder-network"}, "patch": _merge("builder-network", network)},
-        patch(".*", f"{TEMPLATE_POD}/volumes/-", volume, op="add"),
-        patch(".*", f"{TEMPLATE_POD}/containers/0/volumeMounts/-", mount, op="add"),
-        patch(".*", f"{TEMPLATE_POD}/containers/0/resources/requests", small),
-        # A sweep is started by hand here.
-        {
-            "target": {"kind": "CronJob", "name": "builder-sweep"},
-            "patch": '[{"op": "add", "path": "/spec/suspend", "value": true}]',
-        },
-    ]
-    if resource != "base":
-        for number in range(3):
-            init = f"{TEMPLATE_POD}/initContainers/{number}"
-            patches.append(patch("builder-publish-dockerfile", f"{init}/volumeMounts/-", mount, op="add"))
-            patches.append(patch("builder-publish-dockerfile", f"{init}/resources/requests", small))
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "namespace": namespace,
-        "resources": [os.path.relpath(K8S / resource, folder.resolve())],
-        "images": [{"name": "registry.example.com/builder", "newName": name, "newTag": tag}],
-        "patches": patches,
-    }
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(document))
-    return folder
-
-
-def _merge(name: str, data: Mapping[str, str]) -> str:
-    return yaml.safe_dump({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": dict(data)})
+    patches = [patch(".*", f"{TEMPLATE_POD}/containers/0/resources/requests", small)]
+    if overlay == "dockerfile":
+        patches += [
+            patch("builder-publish-dockerfile", f"{TEMPLATE_POD}/initContainers/{number}/resources/requests", small)
+            for number in range(3)
+        ]
+    return patches
 
 
 def pump_files(folder: Path) -> dict[str, bytes]:
@@ -197,8 +148,3 @@ def register_pump(uri: str, files: Mapping[str, str | bytes], name: str, **tags:
     """Register a version of the pump alarm."""
     tags = {"MODEL_ENTRY_POINT": "serve.py", "MODEL_PLATFORMS": native_platform(), **tags}
     return register(uri, files, tags, name=name)
-
-
-def events(found: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the lines of a log."""
-    return [json.loads(line) for line in found if line.startswith("{")]

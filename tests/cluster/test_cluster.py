@@ -160,6 +160,22 @@ def pump_version(cluster_mlflow, tmp_path):
     return register(cluster_mlflow.uri, files, tags, name=f"pump-{tmp_path.name}")
 
 
+@pytest.mark.filterwarnings("ignore:.*type hint:UserWarning")
+def test_an_installed_sweep_makes_the_job_that_publishes(cluster, install, pump_version):
+    namespace = install()
+    here = f"--namespace={namespace}"
+    pump_version.set_tag(f"EXTERNAL_TARGET_{namespace.upper().replace('-', '_')}", "true")
+    cluster.kubectl(here, "create", "job", "--from=cronjob/builder-sweep", "now")
+    conditions, ended = "{.status.conditions[-1:].type}", ("Complete", "Failed")
+    assert cluster.watch("job/now", conditions, ended, namespace=namespace) == "Complete"
+    (job,) = cluster.get(here, "jobs", "--selector=builder/method=wheels")
+    name = f"job/{job['metadata']['name']}"
+    assert cluster.watch(name, conditions, ended, namespace=namespace) == "Complete"
+    outcome = pump_version.outcome(namespace.replace("-", "_"))
+    assert outcome["state"] == "published"
+    assert outcome["image"] in cluster.kubectl(here, "logs", name)
+
+
 # MLflow's, about the example's own annotations.
 @pytest.mark.filterwarnings("ignore:.*type hint:UserWarning")
 def test_a_job_publishes_and_the_image_predicts_in_a_pod(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from builder.api import Catalog, Settings
 from tests.cluster.site import TEMPLATE_POD, Done
+
+ROOT = Path(__file__).parents[2]
 
 
 def submit(site, version, *options, **environ):
@@ -112,6 +117,33 @@ def test_many_at_one_instant_make_one_job(site, new_pump):
     made = site.get("events", "--field-selector=reason=SuccessfulCreate,involvedObject.kind=Job")
     pods = {event["message"] for event in made if event["involvedObject"]["name"].startswith("publish-")}
     assert len(pods) == 1, pods
+
+
+def test_a_package_without_a_wheel_leads_to_the_template_with_an_engine(new_site, new_pump):
+    site = new_site("dockerfile")
+    version = tagged(new_pump, site)
+    target = site.environ["TARGET_TAG"].lower().removeprefix("external_target_")
+    settings = Settings.from_environ({**site.environ, "MODEL_NAME": version.name, "MODEL_VERSION": version.version})
+    source = Catalog.from_settings(settings).find(version.name, version.version).source_id()
+    for name, value in {"state": "failed", "source": source, "error": "NoWheel: none of it"}.items():
+        version.set_tag(f"publish.{target}.{name}", value)
+    assert '"submitted": 1' in site.sweep()
+    (job,) = site.jobs()
+    assert job["metadata"]["labels"]["builder/method"] == "dockerfile"
+
+
+def test_the_example_of_the_page_for_python_publishes(site, new_pump, monkeypatch, capsys):
+    version = new_pump()
+    environ = {**site.environ, "MODEL_NAME": version.name, "MODEL_VERSION": version.version}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.from_environ(environ)
+    (block,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    block = block.replace("pump_alarm", version.name).replace("Cluster()", f"Cluster({site.namespace!r})")
+    names = {"settings": settings, "catalog": Catalog.from_settings(settings)}
+    exec(compile(block, "docs/api.md", "exec"), names)
+    printed = capsys.readouterr().out.split()
+    assert printed[1:] == ["0", outcome(site, version)["image"]]
 
 
 @pytest.mark.parametrize("method", ["wheels", "dockerfile"])

@@ -464,7 +464,7 @@ def test_the_api_server_takes_an_overlay_without_a_warning(cluster, new_namespac
     level = "restricted" if name == "base" else "baseline"
     namespace = new_namespace(level, {"pod-security.kubernetes.io/warn": level})
     folder = overlay(tmp_path / "overlay", namespace, name)
-    cluster.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "--server-side", "-k", str(folder))
+    cluster.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "-k", str(folder))
 
 
 @pytest.mark.parametrize("overlaid", ["base", "dockerfile"])
@@ -473,7 +473,7 @@ def test_the_api_server_takes_a_component_on_top(cluster, new_namespace, tmp_pat
     level = "restricted" if overlaid == "base" else "baseline"
     namespace = new_namespace(level, {"pod-security.kubernetes.io/warn": level})
     folder = overlay(tmp_path / "overlay", namespace, overlaid, components=[component])
-    cluster.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "--server-side", "-k", str(folder))
+    cluster.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "-k", str(folder))
 
 
 def test_two_targets_side_by_side(cluster):
@@ -497,11 +497,15 @@ def test_an_install_twice_changes_nothing(install, tmp_path):
 
 
 def test_cronjob_yaml_and_job_yaml_are_taken_as_they_are(cluster):
-    """In the namespace that they name."""
+    """In the namespace that both name; a Job with a Dockerfile needs the overlay that admits one."""
     try:
-        cluster.kubectl("apply", "-f", str(K8S / "cronjob.yaml"))
-        cluster.kubectl("create", "--dry-run=server", "-f", str(K8S / "job.yaml"))
-        with pytest.raises(KubectlFailed, match="violates PodSecurity"):
+        cluster.kubectl("apply", "--warnings-as-errors", "-f", str(K8S / "cronjob.yaml"))
+        with pytest.raises(KubectlFailed, match="would violate PodSecurity"):
             cluster.kubectl("create", "--warnings-as-errors", "--dry-run=server", "-f", str(K8S / "job.yaml"))
+        cluster.kubectl("apply", "--warnings-as-errors", "-k", str(K8S / "dockerfile"))
+        cluster.kubectl("create", "--warnings-as-errors", "-f", str(K8S / "job.yaml"))
+        (job,) = cluster.get("--namespace=builder", "jobs", "-l", "builder/method=dockerfile")
+        annotations = job["spec"]["template"]["metadata"]["annotations"]
+        assert annotations["builder/model-name"] == "pltr_foundry_model"
     finally:
         cluster.kubectl("delete", "namespace", "builder", "--ignore-not-found")
