@@ -263,8 +263,12 @@ class Record:
         """
         if self._before.state in {"published", "running"} and self._same_source:
             return
-        facts = {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
-        self._write(fresh=fresh, **facts, state="pending", source_id=self._source_id, error="")
+        facts: dict[str, object] = (
+            {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
+        )
+        facts |= {"state": "pending", "source_id": self._source_id, "error": ""}
+        self._before = self._before.model_copy(update=facts)
+        record(self._catalog, self._version, self._before, fresh=fresh)
 
     def reset(self) -> None:
         """Record that somebody wants the version to be tried again: earlier attempts no longer count."""
@@ -338,9 +342,9 @@ class Record:
         """Whether the record is of earlier work on the same source."""
         return self._before.source_id == self._source_id
 
-    def _write(self, *, fresh: bool = False, **facts: object) -> None:
+    def _write(self, **facts: object) -> None:
         self._before = self._before.model_copy(update=facts)
-        record(self._catalog, self._version, self._before, fresh=fresh)
+        record(self._catalog, self._version, self._before)
 
 
 def _now() -> str:
