@@ -106,13 +106,13 @@ class Jobs:
         Args:
             there: the Job of that name, as far as it is known; it has ended.
             body: the new one.
-            version: the version.
+            version: the version, as it was found just now.
         """
         name = body["metadata"]["name"]
-        for _ in range(_MOST_RACES):
+        for race in range(_MOST_RACES):
             if there is not None:
                 self.cluster.delete_job(there)
-            self.record(version).submitted()
+            self.record(version).submitted(fresh=not race)
             made = self.cluster.create_job(body)
             if made is not None:
                 _log.info("submitted", job=name, method=body["metadata"]["labels"].get(METHOD, ""))

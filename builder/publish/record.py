@@ -123,15 +123,20 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
+def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: bool = False) -> None:
     """Set the version's tags to an outcome, but only those that differ from MLflow's.
 
     It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
+
+    Args:
+        catalog: where to write.
+        version: the version.
+        outcome: what is recorded.
+        fresh: whether `version` was found just now; else it may be from before an earlier record of the same run.
     """
     report = _log.bind(version=str(version), state=outcome.state)
     try:
-        # `version` may be from before an earlier record of the same run.
-        now = catalog.find(version.name, version.version)
+        now = version if fresh else catalog.find(version.name, version.version)
         if now.created_ms != version.created_ms:
             report.error("the outcome is not recorded: the version was deleted, and another has its number")
             return
@@ -256,12 +261,20 @@ class Record:
             finished=_now(),
         )
 
-    def submitted(self) -> None:
-        """Record that a Job is made for the version, unless its image of this source is there, or it runs already."""
+    def submitted(self, *, fresh: bool = False) -> None:
+        """Record that a Job is made for the version, unless its image of this source is there, or it runs already.
+
+        Args:
+            fresh: whether the version was found just now, so that its tags need not be read again.
+        """
         if self._before.state in {"published", "running"} and self._same_source:
             return
-        facts = {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
-        self._write(**facts, state="pending", source_id=self._source_id, error="")
+        facts: dict[str, object] = (
+            {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
+        )
+        facts |= {"state": "pending", "source_id": self._source_id, "error": ""}
+        self._before = self._before.model_copy(update=facts)
+        record(self._catalog, self._version, self._before, fresh=fresh)
 
     def reset(self) -> None:
         """Record that somebody wants the version to be tried again: earlier attempts no longer count."""
