@@ -25,13 +25,17 @@ def evicted(message):
         ('Container publish exceeded its local ephemeral storage limit "32Mi". ', OverBudget),
         ('Usage of EmptyDir volume "scratch" exceeds the limit "32Mi". ', OverBudget),
         (
-            "The node was low on resource: ephemeral-storage. Threshold quantity: 1Gi, available: 900Mi. Container "
-            "publish was using 100Mi, request is 16Mi, has larger consumption of ephemeral-storage. ",
+            (
+                "The node was low on resource: ephemeral-storage. Threshold quantity: 1Gi, available: 900Mi. Container "
+                "publish was using 100Mi, request is 16Mi, has larger consumption of ephemeral-storage. "
+            ),
             PodLost,
         ),
         (
-            "The node was low on resource: ephemeral-storage. Container publish was using 100Mi, which exceeds its "
-            "request of 0. ",
+            (
+                "The node was low on resource: ephemeral-storage. Container publish was using 100Mi, which exceeds its "
+                "request of 0. "
+            ),
             PodLost,
         ),
         ("The node was low on resource: memory. ", PodLost),
