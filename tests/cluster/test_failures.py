@@ -68,6 +68,13 @@ def put(path, value, op="add"):
     return {"op": op, "path": path, "value": value}
 
 
+def volume(site, name):
+    """Return the path of a volume in the template of the wheels method."""
+    template = site.get("cronjob", "builder-publish-wheels")["spec"]["jobTemplate"]["spec"]["template"]
+    names = [each["name"] for each in template["spec"]["volumes"]]
+    return f"{TEMPLATE_POD}/volumes/{names.index(name)}"
+
+
 ONE_POD = put(f"{JOB}/backoffLimit", 0)
 
 
@@ -319,9 +326,7 @@ def test_a_pod_evicted_for_disk(failing, gate, new_pump, limit):
     if limit == "ephemeral storage":
         change = put(f"{TEMPLATE_POD}/containers/0/resources/limits/ephemeral-storage", "32Mi")
     else:
-        volumes = site.get("cronjob", "builder-publish-wheels")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-        (number,) = [at for at, each in enumerate(volumes["volumes"]) if each["name"] == "scratch"]
-        change = put(f"{TEMPLATE_POD}/volumes/{number}/emptyDir/sizeLimit", "32Mi")
+        change = put(f"{volume(site, 'scratch')}/emptyDir/sizeLimit", "32Mi")
     site.patch_template("wheels", *run(FILLS.format(url=gate.held_url("full"))), change, ONE_POD)
     with gate.hold("^GET /held/full"):
         code, _, said = ended(begin(site, version))
@@ -362,7 +367,8 @@ def no_image(site):
 
 
 def no_secret(site):
-    site.kubectl("delete", "secret", "builder-registry-push")
+    path = f"{volume(site, 'registry-push')}/secret/secretName"
+    site.patch_template("wheels", put(path, "not-there"))
 
 
 def no_root(site):
@@ -382,7 +388,7 @@ def no_config(site):
     [
         (no_quota, ("no Pod can be created", "exceeded quota")),
         (no_image, ("container publish", "absent:1")),
-        (no_secret, ("FailedMount", "builder-registry-push")),
+        (no_secret, ("FailedMount", "not-there")),
         (no_root, ("no Pod can be created", "restricted")),
         (no_config, ("CreateContainerConfigError", "not-there")),
     ],
