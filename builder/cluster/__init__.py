@@ -163,7 +163,10 @@ class Jobs:
         outcome = Outcome.of(version, self.settings.target)
         if outcome.state in {"", "pending", "running"}:
             return True
-        return not outcome.is_of(uid(job)) and outcome.finished < created(job)
+        if outcome.is_of(uid(job)):
+            # Of a Pod that was evicted, or ended with its Job, the last word is that it was asked to end.
+            return outcome.interrupted
+        return outcome.finished < created(job)
 
     def record_end(self, version: ModelVersion, job: Object, error: BuilderError) -> None:
         """Record how a Job ended, in place of its Pods; not if the version is another by now."""

@@ -227,16 +227,18 @@ def record_of(services: Services, version: ModelVersion) -> Record:
 
 
 def preflight(services: Services, version: ModelVersion) -> None:
-    """Open an upload where the version's image will go, and cancel it: before an hour is spent on a build.
+    """Open an upload where the version's image and its candidate will go, and cancel it: before an hour's build.
 
     Raises:
         PermissionRefused: the credential may not push there; it is recorded on the version as well.
         ServiceUnavailable: the registry is unavailable.
     """
     with _lines_of(version, "preflight"), record_of(services, version).failures():
-        repository = reference_of(services.settings, version).repository
-        services.registries.for_host(repository.host).check_push(repository)
-        log.info("the credential may push", repository=str(repository))
+        candidate = services.settings.smoke_test_candidate
+        for reference in (reference_of(services.settings, version), *([candidate] if candidate else [])):
+            repository = reference.repository
+            services.registries.for_host(repository.host).check_push(repository)
+            log.info("the credential may push", repository=str(repository))
 
 
 # ---- fetch: MLflow read and write, registry pull
@@ -380,8 +382,8 @@ def refuse_untrusted(settings: BuildSettings) -> None:
     if engine.name == "kaniko":
         message = "This container holds a credential, and a Dockerfile that Kaniko runs in it could read it."
         remedy = (
-            "Run fetch, build and push as three containers (k8s/job.yaml), or set TRUST_DOCKERFILE_AUTHORS=true if "
-            "everybody who can register a model may have the credential."
+            "Run fetch, build and push as containers of their own (k8s/dockerfile), or set "
+            "TRUST_DOCKERFILE_AUTHORS=true if everybody who can register a model may have the credential."
         )
         raise InvalidSettings(message, remedy=remedy)
 

@@ -22,6 +22,7 @@ State = Literal["", "pending", "running", "published", "failed", "foreign"]
 
 _LONGEST_ERROR = 1000
 _NOT_COUNTED = "(not counted)"
+_INTERRUPTED = "Terminated"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _log = get_logger("outcome")
 
@@ -108,6 +109,11 @@ class Outcome(BaseModel):
         """Return whether this is the outcome of an attempt, by its ATTEMPT_ID."""
         return bool(attempt) and self.attempt.partition(" ")[0] == attempt
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last process was asked to end by a signal: it could not tell why."""
+        return self.error.startswith(f"{_INTERRUPTED}:")
+
     def tags(self) -> dict[str, str]:
         """Return the outcome as tags, `publish.<target>.state` last, so that a reader of the state sees all others."""
         return {f"publish.{self.target}.{name}": value for name, value in self.values().items()}
@@ -183,7 +189,7 @@ class Record:
         """
         self._plan = plan
         wanted = tuple(str(platform) for platform in plan.wanted)
-        again = self._same_source and self._before.wanted == wanted
+        again = self._same_source and self._before.wanted in {wanted, ()}
         counted = again and self._begun
         self._write(
             state="running",
@@ -307,7 +313,8 @@ class Record:
             self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
-            self._failed("Terminated: the process was ended by a signal. Publish the version again.", own_fault=False)
+            said = f"{_INTERRUPTED}: the process was ended by a signal. Publish the version again."
+            self._failed(said, own_fault=False)
             raise
         except MemoryError as error:
             exceeded = out_of_memory(self._version)

@@ -30,6 +30,7 @@ from builder.smoke.runtime import (
     Limits,
     NoContainers,
     Podman,
+    Unfit,
     native_platform,
     new_name,
     without_volumes,
@@ -422,6 +423,7 @@ class SmokeTests:
         Raises:
             SmokeTestFailed: it does not serve.
             ServiceUnavailable: it cannot be run, and SMOKE_TEST is required.
+            InvalidVersion: as that, and the image is the reason.
             BuilderError: what reading the image from the registry raises.
         """
         if self._mode == "off":
@@ -484,7 +486,7 @@ class SmokeTests:
                 runtime.sweep(time.time())
                 runtime.load(content, name, folder)
                 passed = self._judged(runtime, name, question)
-            except OutOfMemory:
+            except (OutOfMemory, Unfit):
                 raise
             except CannotRun as error:
                 why = str(error)
@@ -522,6 +524,8 @@ class SmokeTests:
         record(f"not possible: {why}")
         if self._mode == "required":
             message = f"SMOKE_TEST is required, and the image cannot be run here: {why}."
+            if isinstance(error, Unfit):
+                raise InvalidVersion(message, remedy="Make the line `USER 10001` the last USER of the Dockerfile.")
             raise ServiceUnavailable(message, remedy=_REMEDY) from error
         if why not in self._logged:
             self._logged.add(why)

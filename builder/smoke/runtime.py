@@ -174,6 +174,10 @@ class NoContainers(CannotRun):
     """The runtime runs nothing on this machine, whatever the image."""
 
 
+class Unfit(CannotRun):
+    """This image can never be run in such a way: that is for its author to change."""
+
+
 class CannotStart(Exception):
     """This image's container does not start where others do; the message is the runtime's, on one line."""
 

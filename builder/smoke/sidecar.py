@@ -31,7 +31,7 @@ from builder.oci.manifest import PREFIX, Image, image_of
 from builder.oci.registry import Registry
 from builder.process import Output, Runner, run
 from builder.reference import Platform, Reference, Repository
-from builder.smoke.runtime import CannotRun, ContainerRuntime, Content, Ended, Limits, listening, without_volumes
+from builder.smoke.runtime import ContainerRuntime, Content, Ended, Limits, Unfit, listening, without_volumes
 
 # Ports of the first process: while the command runs, and that to which its exit code (at most 255) is added. They are
 # above those from which Linux takes the ports of outgoing connections.
@@ -262,11 +262,11 @@ class Sidecar(ContainerRuntime):
         """See that the candidate is this image.
 
         Raises:
-            CannotRun: it cannot be run in a Pod.
+            Unfit: it cannot be run in a Pod.
             TryAgain: the candidate is another one by now.
         """
         if why := unfit(self._platform, from_bytes(content.config)):
-            raise CannotRun(why)
+            raise Unfit(why)
         self._context = folder / "context"
         self._expected, _ = candidate_of(content, self._platform, self._pod)
         self.confirm()

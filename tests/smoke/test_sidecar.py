@@ -15,21 +15,24 @@ from urllib.parse import urlsplit
 import pytest
 
 from builder.clients import Registries
-from builder.errors import InvalidSettings
+from builder.errors import InvalidSettings, PermissionRefused, TryAgain
 from builder.oci import from_bytes
-from builder.reference import Platform, Reference
+from builder.publish import run_preflight, run_push
+from builder.reference import Digest, Platform, Reference
 from builder.settings import Settings
-from builder.smoke import sidecar
-from builder.smoke.runtime import Content, listening
+from builder.smoke import Candidate, SmokeTests, sidecar
+from builder.smoke.runtime import ContainerRuntime, Content, Ended, listening
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
 from tests.package_index.server import running
+from tests.servers.forwarding import forwarding
 from tests.servers.relay import relayed
 from tests.smoke.test_smoke import LISTEN, NO_CLIENT, SERVER, UVICORN
-from tests.versions import MLMODEL, register
+from tests.versions import MLMODEL, register, seed_layout
 
 ROOT = Path(__file__).parents[2]
 NATIVE = Platform.parse(native_platform())
+ENVIRON = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com", "REGISTRY_URL": "registry.example.com/models"}
 ASSEMBLERS = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
 
@@ -190,6 +193,60 @@ def test_another_candidate_s_answer_decides_nothing(small, pod, client):
     assert outcome["attempts"] == "0"
 
 
+class Replaced(ContainerRuntime):
+    """A sidecar whose command runs on or ends, and whose candidate is replaced after it was asked."""
+
+    name = "the Pod"
+
+    def __init__(self, ended):
+        super().__init__({}, NATIVE)
+        self._ended = ended
+
+    def available(self):
+        return True
+
+    def check(self):
+        return True
+
+    def load(self, content, name, folder):
+        pass
+
+    def start(self, name, limits):
+        pass
+
+    def sweep(self, now):
+        pass
+
+    def remove(self, name):
+        pass
+
+    def log(self, name):
+        return []
+
+    def open_ports(self, name):
+        return frozenset({8080})
+
+    def ended(self, name, *, within=0):
+        return self._ended
+
+    def confirm(self):
+        message = "Another candidate took its place."
+        raise TryAgain(message)
+
+
+@pytest.mark.parametrize("ended", [None, Ended(code=3, of_memory=False)])
+def test_no_answer_counts_if_the_candidate_was_replaced_while_it_was_asked(ended, tmp_path):
+    config = {"os": "linux", "architecture": NATIVE.architecture, "config": {"ExposedPorts": {"8080/tcp": {}}}}
+    content = Content(config=json.dumps(config).encode(), layers=[])
+    recorded = []
+    tests = SmokeTests(Settings.from_environ({**ENVIRON, "SMOKE_TEST": "auto"}), runtimes=[Replaced(ended)])
+    with pytest.raises(TryAgain):
+        tests.run(
+            [Candidate(NATIVE, Digest.of(b""), lambda: content)], before="", folder=tmp_path, record=recorded.append
+        )
+    assert recorded == []
+
+
 def test_with_nothing_to_do_the_sidecar_rests(small, pod, podman):
     pod = pod(small(files={"client/app.py": LISTEN}))
     pod.prepare()
@@ -201,13 +258,10 @@ def test_with_nothing_to_do_the_sidecar_rests(small, pod, podman):
     again = pod.push()
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
+    assert pod.model.tags() == tags
     # The same image again: it has passed.
     pod.prepare("--rebuild")
     assert size(pod.candidate) < 20_000
-    assert pod.push().stdout == first.stdout
-    assert {name: pod.model.tags()[name] for name in tags if "finished" not in name} == {
-        name: value for name, value in tags.items() if "finished" not in name
-    }
 
 
 def size(reference):
@@ -219,7 +273,6 @@ def size(reference):
 
 def test_a_failed_build_ends_the_pod_at_the_candidate(mlflow_server, base_image, pod):
     from builder.workspace import BuildResult, Workspace
-    from tests.versions import seed_layout
 
     model = register(mlflow_server.uri, seed_layout(base_image, "FROM {base}\nCOPY $model_folder /app\nUSER 10001\n"))
     pod = pod(model)
@@ -230,6 +283,37 @@ def test_a_failed_build_ends_the_pod_at_the_candidate(mlflow_server, base_image,
     assert done.returncode == 73, done.stderr
     assert model.outcome()["error"] == "BuildFailed: pip found no wheel. Name one."
     assert pod.digest(pod.candidate) is None
+
+
+SERVES = """\
+FROM {base}
+COPY $model_folder /app/$model_folder
+EXPOSE 8080
+USER %s
+CMD ["python", "-m", "http.server", "8080"]
+"""
+ROOT_USER = "its user is not a number other than 0, and the sidecar may not run as root"
+
+
+@pytest.mark.parametrize(
+    ("user", "mode", "code", "said"),
+    [
+        ("10001", "required", 0, f"passed: {NATIVE} sha256:"),
+        ("root", "auto", 0, f"not possible: {ROOT_USER}"),
+        ("root", "required", 65, f"not possible: {ROOT_USER}"),
+    ],
+)
+def test_an_author_s_image_is_run_as_its_own_user(mlflow_server, base_image, pod, user, mode, code, said):
+    model = register(mlflow_server.uri, seed_layout(base_image, SERVES % user))
+    # Foundry takes no image of root's at all.
+    pod = pod(model, SMOKE_TEST=mode, TARGET_TAG="EXTERNAL_TARGET_OTHER")
+    for command in ("fetch", "build", "candidate"):
+        done = pod.run(command)
+        assert done.returncode == 0, done.stderr
+    done = pod.push()
+    assert done.returncode == code, done.stderr
+    assert model.outcome("other")["smoke_test"].startswith(said)
+    assert bool(pod.digest(pod.tag)) == (not code)
 
 
 def test_an_image_for_other_machines_is_published_untested(small, pod):
@@ -243,14 +327,26 @@ def test_an_image_for_other_machines_is_published_untested(small, pod):
 
 
 def test_a_pod_without_the_sidecar_is_misconfigured(small, pod, small_settings, monkeypatch):
-    from builder.publish import run_push
-
     pod = pod(small(files={"client/app.py": LISTEN}))
     pod.prepare()
     monkeypatch.setattr(sidecar, "_STARTING", 0)
     with pytest.raises(InvalidSettings, match="no container of that image runs in this Pod"):
         run_push(Settings.from_environ(pod.environ))
     assert pod.digest(pod.tag) is None
+
+
+def test_a_credential_that_may_not_push_candidates_is_refused_before_the_build(small, small_environ, registry):
+    def refuses_candidates(asked):
+        denied = json.dumps({"errors": [{"code": "DENIED"}]}).encode()
+        return (403, {"Content-Type": "application/json"}, denied) if "/candidates/blobs/" in asked.path else None
+
+    with forwarding(registry.host, refuses_candidates) as proxy:
+        model = small()
+        url = f"{proxy.host}/{model.name}"
+        variables = {"REGISTRY_URL": url, "SMOKE_TEST_CANDIDATE": f"{url}/candidates:x"}
+        with pytest.raises(PermissionRefused, match="candidates"):
+            run_preflight(Settings.from_environ(small_environ(model, **variables)))
+    assert model.outcome()["error"].startswith("PermissionRefused: ")
 
 
 def test_what_the_plan_says(small, pod):
@@ -373,15 +469,13 @@ def test_an_author_can_have_no_file_but_the_example_sent(tmp_path):
     ],
 )
 def test_a_candidate_is_in_a_repository_of_its_own(candidate, problem):
-    environ = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com", "REGISTRY_URL": "registry.example.com/models"}
     with pytest.raises(InvalidSettings, match=problem):
-        Settings.from_environ({**environ, "SMOKE_TEST_CANDIDATE": candidate})
+        Settings.from_environ({**ENVIRON, "SMOKE_TEST_CANDIDATE": candidate})
 
 
 def test_no_model_has_the_repository_of_candidates():
-    environ = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com", "REGISTRY_URL": "registry.example.com/models"}
-    assert Settings.from_environ(environ).component_of("candidates") == "candidates"
+    assert Settings.from_environ(ENVIRON).component_of("candidates") == "candidates"
     settings = Settings.from_environ(
-        {**environ, "SMOKE_TEST_CANDIDATE": "registry.example.com/models/candidates:wheels"}
+        {**ENVIRON, "SMOKE_TEST_CANDIDATE": "registry.example.com/models/candidates:wheels"}
     )
     assert settings.component_of("candidates").startswith("candidates--x")
