@@ -308,9 +308,13 @@ REFUSED = {
         lambda job: job["metadata"].update(
             ownerReferences=[{"apiVersion": "v1", "kind": "ConfigMap", "name": "builder-network", "uid": "1"}]
         ),
-        "must not have owner references",
+        "may have owner references",
     ),
     "a finalizer": (lambda job: job["metadata"].update(finalizers=["example.com/more"]), "or finalizers"),
+    "a finalizer of the Pod": (
+        lambda job: job["spec"]["template"]["metadata"].update(finalizers=["example.com/more"]),
+        "or finalizers",
+    ),
     "another method": (labels(builder__method="more"), "copies of the templates"),
     "no method": (lambda job: job["metadata"]["labels"].pop("builder/method"), "copies of the templates"),
 }
