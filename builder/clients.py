@@ -17,6 +17,7 @@ from builder.log import stage
 from builder.models import Catalog
 from builder.models.catalog import MlflowCatalog
 from builder.oci.authn import Credential, Credentials
+from builder.oci.clouds import CloudIdentity
 from builder.oci.registry import Registry
 from builder.oci.transport import REGISTRY, Transport
 from builder.settings import CommonSettings, Settings
@@ -68,14 +69,22 @@ class Registries(Closing):
             docker_config: folder of a Docker config.json, in place of DOCKER_CONFIG.
             policy: how often and how long a request is tried.
         """
-        explicit, credential = "", None
+        explicit, credential, identity = "", None, None
         if isinstance(settings, Settings):
             docker_config = docker_config or settings.docker_config
             if settings.registry_user and settings.registry_token:
                 explicit = settings.registry_url.host
                 credential = Credential(settings.registry_user, settings.registry_token.get_secret_value())
+            identity = CloudIdentity(
+                variables={
+                    "GCE_METADATA_HOST": settings.gce_metadata_host,
+                    **{name: value.get_secret_value() for name, value in settings.mlflow_variables.items()},
+                },
+                ca_bundle=settings.ssl_cert_file,
+                proxies=settings.proxies,
+            ).for_host
         return cls(
-            Credentials(explicit=explicit, credential=credential, docker_config=docker_config),
+            Credentials(explicit=explicit, credential=credential, docker_config=docker_config, identity=identity),
             ca_bundle=settings.ssl_cert_file,
             proxies=settings.proxies,
             insecure=settings.insecure_registries,

@@ -67,7 +67,7 @@ _MLFLOW_VARIABLE = re.compile(
 )
 _CREDENTIAL_VARIABLE = re.compile(
     r"[A-Z0-9_]*(?:TOKEN|PASSWORD|SECRET|API_KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|CLIENT_CERT|CONNECTION_STRING)[A-Z0-9_]*"
-    r"|(?:AWS|AZURE|DATABRICKS)_[A-Z0-9_]+"
+    r"|(?:AWS|AZURE|DATABRICKS)_[A-Z0-9_]+|GCE_METADATA_HOST"
 )
 # The variables of clouds that hold no secret.
 _PLAIN_VARIABLE = re.compile(
@@ -464,6 +464,14 @@ class Settings(CatalogSettings, BuildSettings):
         "Folder of a Docker config.json with registry credentials; credential helpers work.",
         None,
         shown="~/.docker if it exists",
+    )
+    gce_metadata_host: str = _setting(
+        "GCE_METADATA_HOST",
+        "The metadata server (on GKE `metadata.google.internal`) to ask for a credential of Google's registries, where "
+        "nothing else names one. Likewise AWS_WEB_IDENTITY_TOKEN_FILE or AWS_CONTAINER_CREDENTIALS_FULL_URI for "
+        "Amazon's, and AZURE_FEDERATED_TOKEN_FILE for Azure's, which these clouds set themselves.",
+        "",
+        shown="not asked",
     )
     target_platforms: Annotated[tuple[Platform, ...], _PLATFORMS] = _setting(
         "TARGET_PLATFORMS",

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.kaniko
 
 FOLDER = Path(__file__).parents[1] / "k8s"
 TOKEN = "mlflow-token-of-nobody"
-PHASES = ("fetch", "build", "push")
+PHASES = ("preflight", "fetch", "build", "push")
 COPIES = "FROM {base}\nCOPY $model_folder /app/$model_folder\nUSER 10001\n"
 
 # What a stranger may try from a RUN step, which is root in the build phase's container.
@@ -250,7 +250,7 @@ def copied(token_registry, registry, tmp_path):
 def test_two_platforms_of_the_seed_s_layout(pod, token_registry, crane, marks, copied):
     job = pod(COPIES, tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
     ended = job.publish()
-    assert [done.returncode for done in ended.values()] == [0, 0, 0], output(ended)
+    assert [done.returncode for done in ended.values()] == [0] * 4, output(ended)
     reference = ended["push"].stdout.strip()
     assert reference.startswith(f"{token_registry.host}/job/{job.model.name}@sha256:")
     copy = copied(reference)
@@ -259,7 +259,7 @@ def test_two_platforms_of_the_seed_s_layout(pod, token_registry, crane, marks, c
     assert [manifest["platform"]["architecture"] for manifest in manifests] == ["amd64", "arm64"]
     assert job.model.outcome()["state"] == "published"
     assert job.messages["push"]["image"] == reference
-    assert [ended[name].stdout for name in ("fetch", "build")] == ["", ""]
+    assert [ended[name].stdout for name in PHASES[:-1]] == [""] * 3
     assert not [mark for mark in marks if mark in output(ended)]
 
 
@@ -269,7 +269,7 @@ def test_an_unchanged_version_is_left_alone(pod, token_registry):
     before = job.model.tags()
     job.start()
     again = job.publish()
-    assert [done.returncode for done in again.values()] == [0, 0, 0], output(again)
+    assert [done.returncode for done in again.values()] == [0] * 4, output(again)
     assert again["push"].stdout == first["push"].stdout
     assert job.model.tags() == before
 
@@ -314,7 +314,7 @@ def test_a_link_in_a_layout_leads_nowhere(pod, token_registry, marks):
 def test_a_build_that_failed_is_recorded_by_push(pod):
     job = pod(DOCKERFILE + "RUN echo broken; exit 3\n")
     ended = job.publish()
-    assert [done.returncode for done in ended.values()] == [0, 0, ExitCode.CANNOT_CREATE], output(ended)
+    assert [done.returncode for done in ended.values()] == [0, 0, 0, ExitCode.CANNOT_CREATE], output(ended)
     assert "broken" in (job.volumes["workspace"] / "result.json").read_text()
     outcome = job.model.outcome()
     assert outcome["state"] == "failed"
@@ -326,4 +326,4 @@ def test_a_version_that_is_not_there_ends_the_job(pod, mlflow_server):
     job = pod(COPIES)
     job.model = type(job.model)(job.model.client, job.model.name, "99", "")
     ended = job.publish()
-    assert {name: done.returncode for name, done in ended.items()} == {"fetch": ExitCode.NO_INPUT}
+    assert {name: done.returncode for name, done in ended.items()} == {"preflight": ExitCode.NO_INPUT}

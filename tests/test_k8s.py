@@ -27,9 +27,6 @@ IMAGE = {
     "DOCKER_CREDENTIAL_GCR_CONFIG": "/kaniko/.config/gcloud/docker_credential_gcr_config.json",
     "SSL_CERT_DIR": "/kaniko/ssl/certs",
 }
-# Given by the manifests, and read by a program that is newer than this one.
-NEW_SETTINGS = {"ATTEMPT_ID", "PUBLISH_FORCE", "PUBLISH_REBUILD"}
-NEW_COMMANDS = {"preflight"}
 KANIKO_OWNS = {"Dockerfile", "stages", "bases", "buildcontext", "deps", "layers", "secrets", "swap", "caches"}
 # What the Downward API gives: from the annotations that `submit` and `sweep` write, and from the Job's identity.
 ANNOTATIONS = {
@@ -197,8 +194,6 @@ def test_commands_exist(name):
     for container in containers(job_spec(name)):
         command, *options = container["args"]
         assert "command" not in container  # the image's entry point
-        if command in NEW_COMMANDS:
-            continue
         assert command in cli.builder.commands
         known = {option for each in cli.builder.commands[command].params for option in each.opts}
         assert set(options) <= known
@@ -219,7 +214,7 @@ def test_wheels_need_one_container():
 @every_job
 def test_every_variable_is_a_setting(name):
     for container in containers(job_spec(name)):
-        known = variables(settings_of(container)) | NEW_SETTINGS
+        known = variables(settings_of(container))
         assert set(environment(name, container)) <= known, container["name"]
 
 

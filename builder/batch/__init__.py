@@ -75,7 +75,7 @@ class Result:
     Attributes:
         name: the version as logs name it, or the requirements file.
         state: what became of it.
-        version: the version; None for a requirements file.
+        version: the version, without its tags: thousands of them are kept to the end; None for a requirements file.
         reference: the digest reference that was published now; None elsewhere.
         folder: where a downloaded version is, or would be; None elsewhere.
         detail: the reason, or the error, on one line.
@@ -141,12 +141,12 @@ class Batch(Generic[AnyResult]):
         name = str(version)
         try:
             with self.defects(name):
-                return replace(work(), name=name, version=version)
+                return replace(work(), name=name, version=version.untagged())
         except VersionNotFound as error:
             if not self.gone:
                 return self._failure(version, error)
             self._lines(name).info(self.gone, detail=error.what)
-            return self.kind(name=name, version=version, state="gone", detail=error.one_line())
+            return self.kind(name=name, version=version.untagged(), state="gone", detail=error.one_line())
         except BuilderError as error:
             return self._failure(version, error)
         except MemoryError:
@@ -172,7 +172,7 @@ class Batch(Generic[AnyResult]):
         self._lines(str(version)).error(self.failed, error=error.one_line())
         return self.kind(
             name=str(version),
-            version=version,
+            version=version.untagged(),
             state="failed",
             detail=error.one_line(),
             exit_code=int(error.exit_code),

@@ -106,13 +106,13 @@ class Jobs:
         Args:
             there: the Job of that name, as far as it is known; it has ended.
             body: the new one.
-            version: the version.
+            version: the version, as it was found just now.
         """
         name = body["metadata"]["name"]
-        for _ in range(_MOST_RACES):
+        for race in range(_MOST_RACES):
             if there is not None:
                 self.cluster.delete_job(there)
-            self.record(version).submitted()
+            self.record(version).submitted(fresh=not race)
             made = self.cluster.create_job(body)
             if made is not None:
                 _log.info("submitted", job=name, method=body["metadata"]["labels"].get(METHOD, ""))
@@ -163,7 +163,10 @@ class Jobs:
         outcome = Outcome.of(version, self.settings.target)
         if outcome.state in {"", "pending", "running"}:
             return True
-        return not outcome.is_of(uid(job)) and outcome.finished < created(job)
+        if outcome.is_of(uid(job)):
+            # Of a Pod that was evicted, or ended with its Job, the last word is that it was asked to end.
+            return outcome.interrupted
+        return outcome.finished < created(job)
 
     def record_end(self, version: ModelVersion, job: Object, error: BuilderError) -> None:
         """Record how a Job ended, in place of its Pods; not if the version is another by now."""

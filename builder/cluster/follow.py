@@ -109,7 +109,7 @@ def _ended(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object
     error = ending(job, pods)
     if jobs.unrecorded(jobs.catalog.find(version.name, version.version), job):
         jobs.record_end(version, job, error)
-    return Ended(code=(exit_code(last) if last else None) or int(error.exit_code), error=error)
+    return Ended(code=int(error.exit_code), error=error)
 
 
 class Logs:

@@ -169,7 +169,8 @@ def _ending_of(pod: Object) -> BuilderError | None:
     name, said = pod["metadata"]["name"], one_line(status.get("message", ""), _LONGEST)
     if status.get("reason") == "Evicted":
         message = f"The Pod {name} was evicted: {said.rstrip('.')}."
-        if any(words in said for words in ("ephemeral", "emptyDir", "EmptyDir", "exceeds")):
+        # A node that runs short names what each container uses, too.
+        if "exceed" in said and "low on resource" not in said:
             remedy = "Raise the limits of ephemeral storage and the volumes' sizeLimit in the template."
             return OverBudget(message, remedy=remedy)
         return PodLost(message, remedy="The node ran short; the next sweep tries again.")

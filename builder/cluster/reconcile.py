@@ -62,22 +62,23 @@ class _Sweep:
     """One sweep: what it has found so far.
 
     Attributes:
-        by_name: the target's Jobs, as of the beginning.
-        queue: the versions that need a Job.
+        by_name: the target's Jobs, as of the beginning, less what is large and not looked at.
+        queue: the versions that need a Job, without their tags, each with what decides its turn.
         active: the names of Jobs that run.
     """
 
     jobs: Jobs
     retry_failed: bool
     by_name: dict[str, Object] = field(init=False)
-    queue: list[ModelVersion] = field(default_factory=list)
+    queue: list[tuple[tuple[int, bool, int], ModelVersion]] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     _templates: dict[Method, Object] = field(default_factory=dict)
     _pods: list[Object] | None = None
 
     def __post_init__(self) -> None:
         self.settings, self.cluster = self.jobs.settings, self.jobs.cluster
-        self.by_name = {job["metadata"]["name"]: job for job in self.cluster.jobs(selector(self.settings.target))}
+        jobs = self.cluster.jobs(selector(self.settings.target))
+        self.by_name = {job["metadata"]["name"]: _slim(job) for job in jobs}
         self.active = {name for name, job in self.by_name.items() if state_of(job) == "active"}
 
     def look(self, version: ModelVersion) -> Result:
@@ -95,7 +96,7 @@ class _Sweep:
             found = self._foreign(version, outcome) or self._paused(version, outcome)
         if found:
             return found
-        self.queue.append(version)
+        self.queue.append(((*in_vain(self.settings, version), version.created_ms), version.untagged()))
         return Result(name=str(version), state="queued")
 
     def _look_at(self, version: ModelVersion, job: Object) -> Result:
@@ -131,8 +132,8 @@ class _Sweep:
 
     def submit_all(self) -> Iterator[Result]:
         """Make the Jobs of the queue as there is room, for SWEEP_WAIT at most; yield what was done of each version."""
-        self.queue.sort(key=lambda version: (*in_vain(self.settings, version), version.created_ms))
-        left = deque(self.queue)
+        self.queue.sort(key=lambda entry: entry[0])
+        left = deque(version for _, version in self.queue)
         deadline = time.monotonic() + self.settings.sweep_wait
         while left:
             while left and len(self.active) < self.settings.sweep_parallel:
@@ -169,6 +170,13 @@ class _Sweep:
 
 # Seconds until Jobs are looked at again, if nothing is heard of them.
 _LOOK = 10
+
+
+def _slim(job: Object) -> Object:
+    """Return a Job without its Pod and without the record of who set which field: nine tenths of it."""
+    metadata = {name: value for name, value in job["metadata"].items() if name != "managedFields"}
+    spec = {name: value for name, value in job["spec"].items() if name != "template"}
+    return {**job, "metadata": metadata, "spec": spec}
 
 
 def next_try(settings: Settings, outcome: Outcome) -> str:

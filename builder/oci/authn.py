@@ -6,11 +6,12 @@ import base64
 import binascii
 import contextlib
 import json
+import math
 import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,11 +28,19 @@ _TOKEN_USER = "<token>"  # noqa: S105 -- a marker of the protocol, no secret
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Credential:
-    """A user and a password, or an identity token that stands for both. Its repr shows nothing of them."""
+    """A user and a password, or an identity token that stands for both. Its repr shows nothing of them.
+
+    Attributes:
+        user: the user.
+        password: the password.
+        identity_token: stands for both.
+        ends: when another one is needed, as of `time.monotonic`.
+    """
 
     user: str = ""
     password: str = ""
     identity_token: str = ""
+    ends: float = math.inf
 
     def __repr__(self) -> str:
         """Return what kind of credential this is."""
@@ -56,6 +65,7 @@ class Credentials:
         credential: from the settings.
         docker_config: folder of a Docker config.json; a folder without one holds no credentials.
         helper_timeout: seconds that a credential helper may take.
+        identity: gives the credential of a cloud's registry where nothing else names one; None for none.
     """
 
     def __init__(
@@ -65,11 +75,13 @@ class Credentials:
         credential: Credential | None = None,
         docker_config: Path | None = None,
         helper_timeout: float = 30,
+        identity: Callable[[str], Credential | None] | None = None,
     ) -> None:
         self._explicit = canonical(explicit) if credential else ""
         self._credential = credential.masked() if credential else None
         self._docker_config = docker_config
         self._helper_timeout = helper_timeout
+        self._identity = identity or (lambda _: None)
 
     def for_host(self, host: str) -> Credential | None:
         """Return the credential for a registry host, or None where there is none for it.
@@ -78,11 +90,16 @@ class Credentials:
 
         Raises:
             InvalidSettings: config.json is not Docker's, or the helper that it names is not installed.
-            PermissionRefused: the helper failed.
+            PermissionRefused: the helper failed, or the cloud refuses the identity.
+            ServiceUnavailable: the cloud does not answer.
         """
         host = canonical(host)
         if host == self._explicit:
             return self._credential
+        return self._configured(host) or self._identity(host)
+
+    def _configured(self, host: str) -> Credential | None:
+        """Return the credential that DOCKER_CONFIG has for a host."""
         if not self._docker_config:
             return None
         config = _read(self._docker_config / "config.json")

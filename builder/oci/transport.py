@@ -250,7 +250,7 @@ class Authorizer:
 
     Args:
         host: the registry.
-        credential: finds its credential; called once, at the first challenge.
+        credential: finds its credential; called at the first challenge, and again after what it gave has ended.
         allowed: whether a token server's URL may be asked: never over plain HTTP for a registry over TLS.
         send: sends a request (method, URL, headers, body) to a token server; follows no redirect.
     """
@@ -303,8 +303,7 @@ class Authorizer:
         """
         offered = {challenge.scheme: challenge for challenge in reversed(challenges(values))}
         with self._lock:
-            if not self._looked:
-                self._credential, self._looked = self._find(), True
+            self._look()
             challenge = offered.get("bearer") or offered.get("basic")
             if challenge is None:
                 return None
@@ -315,7 +314,13 @@ class Authorizer:
             header = self._header(challenge, scopes, challenge.parameters.get("scope", ""))
             return header if header != refused else None
 
+    def _look(self) -> None:
+        """Find the credential, once, and again after it has ended."""
+        if not self._looked or (self._credential and self._credential.ends <= time.monotonic()):
+            self._credential, self._looked = self._find(), True
+
     def _header(self, challenge: Challenge, scopes: frozenset[str], more: str = "") -> str | None:
+        self._look()
         # `more` is what the answer to one request asked for, and is of no use to the next.
         if challenge.scheme == "basic":
             if self._credential is None or self._credential.identity_token:

@@ -382,8 +382,8 @@ def refuse_untrusted(settings: BuildSettings) -> None:
     if engine.name == "kaniko":
         message = "This container holds a credential, and a Dockerfile that Kaniko runs in it could read it."
         remedy = (
-            "Run fetch, build and push as three containers (k8s/job.yaml), or set TRUST_DOCKERFILE_AUTHORS=true if "
-            "everybody who can register a model may have the credential."
+            "Run fetch, build and push as containers of their own (k8s/dockerfile), or set "
+            "TRUST_DOCKERFILE_AUTHORS=true if everybody who can register a model may have the credential."
         )
         raise InvalidSettings(message, remedy=remedy)
 

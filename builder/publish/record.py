@@ -22,6 +22,7 @@ State = Literal["", "pending", "running", "published", "failed", "foreign"]
 
 _LONGEST_ERROR = 1000
 _NOT_COUNTED = "(not counted)"
+_INTERRUPTED = "Terminated"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _log = get_logger("outcome")
 
@@ -108,6 +109,11 @@ class Outcome(BaseModel):
         """Return whether this is the outcome of an attempt, by its ATTEMPT_ID."""
         return bool(attempt) and self.attempt.partition(" ")[0] == attempt
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last process was asked to end by a signal: it could not tell why."""
+        return self.error.startswith(f"{_INTERRUPTED}:")
+
     def tags(self) -> dict[str, str]:
         """Return the outcome as tags, `publish.<target>.state` last, so that a reader of the state sees all others."""
         return {f"publish.{self.target}.{name}": value for name, value in self.values().items()}
@@ -117,15 +123,20 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
+def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: bool = False) -> None:
     """Set the version's tags to an outcome, but only those that differ from MLflow's.
 
     It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
+
+    Args:
+        catalog: where to write.
+        version: the version.
+        outcome: what is recorded.
+        fresh: whether `version` was found just now; else it may be from before an earlier record of the same run.
     """
     report = _log.bind(version=str(version), state=outcome.state)
     try:
-        # `version` may be from before an earlier record of the same run.
-        now = catalog.find(version.name, version.version)
+        now = version if fresh else catalog.find(version.name, version.version)
         if now.created_ms != version.created_ms:
             report.error("the outcome is not recorded: the version was deleted, and another has its number")
             return
@@ -178,7 +189,7 @@ class Record:
         """
         self._plan = plan
         wanted = tuple(str(platform) for platform in plan.wanted)
-        again = self._same_source and self._before.wanted == wanted
+        again = self._same_source and self._before.wanted in {wanted, ()}
         counted = again and self._begun
         self._write(
             state="running",
@@ -250,12 +261,20 @@ class Record:
             finished=_now(),
         )
 
-    def submitted(self) -> None:
-        """Record that a Job is made for the version, unless its image of this source is there, or it runs already."""
+    def submitted(self, *, fresh: bool = False) -> None:
+        """Record that a Job is made for the version, unless its image of this source is there, or it runs already.
+
+        Args:
+            fresh: whether the version was found just now, so that its tags need not be read again.
+        """
         if self._before.state in {"published", "running"} and self._same_source:
             return
-        facts = {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
-        self._write(**facts, state="pending", source_id=self._source_id, error="")
+        facts: dict[str, object] = (
+            {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
+        )
+        facts |= {"state": "pending", "source_id": self._source_id, "error": ""}
+        self._before = self._before.model_copy(update=facts)
+        record(self._catalog, self._version, self._before, fresh=fresh)
 
     def reset(self) -> None:
         """Record that somebody wants the version to be tried again: earlier attempts no longer count."""
@@ -294,7 +313,8 @@ class Record:
             self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
-            self._failed("Terminated: the process was ended by a signal. Publish the version again.", own_fault=False)
+            said = f"{_INTERRUPTED}: the process was ended by a signal. Publish the version again."
+            self._failed(said, own_fault=False)
             raise
         except MemoryError as error:
             exceeded = out_of_memory(self._version)

@@ -26,7 +26,8 @@ from scripts.launch import ServerDied
 
 __all__ = ["Cluster", "KubectlFailed", "NoCluster", "obstacle", "start_cluster", "timed"]
 
-_READY_SECONDS = 180
+# Five on an idle machine.
+_READY_SECONDS = 400
 
 
 def obstacle() -> str:
@@ -115,9 +116,9 @@ def _start(node: Node) -> Cluster:
     node.start_kubelet()
     wait = f"--timeout={_READY_SECONDS}s"
     try:
-        cluster.kubectl("wait", "--for=create", wait, f"node/{node.name}")
-        cluster.kubectl("wait", "--for=condition=Ready", wait, f"node/{node.name}")
-        cluster.kubectl("wait", "--for=create", wait, "serviceaccount/default")
+        for what in (f"node/{node.name}", "serviceaccount/default"):
+            cluster.kubectl("wait", "--for=create", wait, what, timeout=2 * _READY_SECONDS)
+        cluster.kubectl("wait", "--for=condition=Ready", wait, f"node/{node.name}", timeout=2 * _READY_SECONDS)
     except KubectlFailed as error:
         node.check()
         message = f"the node is not ready: {error}\n{cluster.log('kubelet')[-10_000:]}"

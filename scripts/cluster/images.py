@@ -14,8 +14,8 @@ from scripts.launch import clean_environ
 _CHECKOUT = Path(__file__).parents[2]
 _SOURCES = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "pyproject.toml", "requirements/builder.txt")
 _FOLDERS = ("builder", "docker", "templates")
-# Of each variant: more would only take space.
-_KEPT = 3
+# Of each variant: several checkouts may use the cache, and more would only take space.
+_KEPT = 6
 
 
 def builder_archive(kaniko: str = "scratch") -> tuple[Path, str]:
@@ -35,19 +35,22 @@ def builder_archive(kaniko: str = "scratch") -> tuple[Path, str]:
     name = f"localhost/{variant}:{key}"
     folder = cache_folder("builder-images")
     archive = folder / f"{variant}-{key}.tar"
+    if archive.exists():
+        # At once, and not only when another checkout's image is built.
+        archive.touch()
+        return archive, name
     with locked(folder / variant):
         if archive.exists():
-            archive.touch()
             return archive, name
-        if Path(kaniko).is_file():
-            _run("skopeo", "copy", "--quiet", f"docker-archive:{kaniko}", f"containers-storage:localhost/kaniko:{key}")
-            kaniko = f"localhost/kaniko:{key}"
-        _run("scripts/image.sh", CONTAINER_TOOL="buildah", IMAGE=name, KANIKO_IMAGE=kaniko)
+        loaded = f"localhost/kaniko:{key}" if Path(kaniko).is_file() else ""
+        if loaded:
+            _run("skopeo", "copy", "--quiet", f"docker-archive:{kaniko}", f"containers-storage:{loaded}")
+        _run("scripts/image.sh", CONTAINER_TOOL="buildah", IMAGE=name, KANIKO_IMAGE=loaded or kaniko)
         part = archive.with_suffix(".part")
         part.unlink(missing_ok=True)
         _run("skopeo", "copy", "--quiet", f"containers-storage:{name}", f"docker-archive:{part}:{name}")
         # The layers of its packages stay, for the next one.
-        _run("buildah", "rmi", name)
+        _run("buildah", "rmi", name, *([loaded] if loaded else []))
         part.rename(archive)
         kept = sorted(folder.glob(f"{variant}-[0-9a-f]*.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in kept[_KEPT:]:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,21 +27,26 @@ from scripts.machine import native_platform
 # What a node is called decides everything else of it: folder, bridge, control group, subnet. So one that was killed
 # is cleared away by the next of that name.
 _NODES = 16
-_CONTAINERD_SECONDS = 60
+# containerd answers at once; on processors that many want, within a minute.
+_CONTAINERD_SECONDS = 120
 _RUNTIME = frozenset({"containerd", "containerd-shim-runc-v2"})
 _KUBERNETES = frozenset({"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet"})
 
 
 @contextlib.contextmanager
-def free_node(programs: Path) -> Iterator[Node]:
+def free_node(programs: Path, numbers: Sequence[int] = range(_NODES)) -> Iterator[Node]:
     """Give a node that nobody else on this machine has, and whose network leads nowhere else; clear it afterwards.
+
+    Args:
+        programs: the folder of Kubernetes' programs.
+        numbers: which it may be.
 
     Raises:
         ServerDied: there is none.
     """
     folder = cache_folder("kubernetes") / "nodes"
     folder.mkdir(exist_ok=True)
-    for number in range(_NODES):
+    for number in numbers:
         node = Node(number=number, programs=programs, folder=folder / str(number))
         with (folder / f"{number}.lock").open("w") as lock:
             try:
@@ -58,7 +63,7 @@ def free_node(programs: Path) -> Iterator[Node]:
                 finally:
                     node.clear()
             return
-    message = f"{_NODES} nodes run, or their networks are taken"
+    message = f"{len(numbers)} nodes run, or their networks are taken"
     raise ServerDied(message)
 
 
@@ -149,6 +154,8 @@ class Node(NodeConfig):
             "--use-service-account-credentials",
             "--leader-elect=false",
             "--secure-port=0",
+            # A node of a busy machine is not away because it is late.
+            "--node-monitor-grace-period=300s",
             "--kube-api-qps=200",
             "--kube-api-burst=400",
             "--controllers=*,-node-ipam-controller,-node-route-controller,-cloud-node-lifecycle-controller,"
@@ -223,7 +230,8 @@ class Node(NodeConfig):
         return found
 
     def _ctr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["ctr", f"--address={self.folder}/ctr/containerd.sock", "--namespace=k8s.io", "--timeout=10s"]
+        limit = f"--timeout={_CONTAINERD_SECONDS}s"
+        command = ["ctr", f"--address={self.folder}/ctr/containerd.sock", "--namespace=k8s.io", limit]
         return subprocess.run([*command, *arguments], check=False, capture_output=True, text=True)
 
     def _load_pause(self) -> None:
@@ -244,6 +252,7 @@ def _write_image(archive: Path, program: Path, name: str) -> None:
         "os": "linux",
         "architecture": native_platform().partition("/")[2],
         "config": {"Entrypoint": [f"/{program.name}"]},
+        "history": [{"created_by": program.name}],
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer.read_bytes()).hexdigest()}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,3 +148,30 @@ def register_pump(uri: str, files: Mapping[str, str | bytes], name: str, **tags:
     """Register a version of the pump alarm."""
     tags = {"MODEL_ENTRY_POINT": "serve.py", "MODEL_PLATFORMS": native_platform(), **tags}
     return register(uri, files, tags, name=name)
+
+
+def tagged(new_pump: Callable[..., Registered], site: Site, **tags: str) -> Registered:
+    """Register a version that the site's sweep selects."""
+    return new_pump(**{site.environ["TARGET_TAG"]: "true", **tags})
+
+
+def submit(site: Site, version: Registered, *options: str, **environ: str) -> Done:
+    """Run `builder submit` for a version."""
+    arguments = ("submit", version.name, version.version, "-n", site.namespace)
+    return site.builder(*arguments, *options, timeout=HANG, **environ)
+
+
+def outcome(site: Site, version: Registered) -> dict[str, str]:
+    """Return what was recorded of a version for the site's target."""
+    return version.outcome(site.environ["TARGET_TAG"].lower().removeprefix("external_target_"))
+
+
+def wait_for(lines: Iterable[str] | None, text: str) -> str:
+    """Read lines until one has a text, and return that one."""
+    read = []
+    for line in lines or ():
+        if text in line:
+            return line
+        read.append(line)
+    message = f"no line with {text!r} in {''.join(read)}"
+    raise AssertionError(message)

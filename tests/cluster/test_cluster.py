@@ -99,15 +99,16 @@ def test_a_cluster_that_was_killed_is_cleared_away_by_the_next_one(cluster):
     with subprocess.Popen(
         [sys.executable, "-m", "scripts.cluster", "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        printed = process.stdout.readline()
-        process.kill()
+        try:
+            printed = process.stdout.readline()
+        finally:
+            process.kill()
         assert printed.startswith("export KUBECONFIG="), process.stderr.read()
     folder = Path(printed.strip().partition("=")[2]).parent
     assert folder != cluster.folder
     left = Node(number=int(folder.name), programs=cluster.kubectl_path.parent, folder=folder)
     assert "kubelet" in left.processes().values()
-    with free_node(cluster.kubectl_path.parent) as node:
-        assert node.folder == folder
+    with free_node(cluster.kubectl_path.parent, [left.number]) as node:
         assert node.processes() == {}
         assert not list(folder.iterdir())
     assert not folder.exists()

@@ -9,32 +9,9 @@ from pathlib import Path
 import pytest
 
 from builder.api import Catalog, Settings
-from tests.cluster.site import TEMPLATE_POD, Done
+from tests.cluster.site import TEMPLATE_POD, Done, outcome, submit, tagged, wait_for
 
 ROOT = Path(__file__).parents[2]
-
-
-def submit(site, version, *options, **environ):
-    return site.builder("submit", version.name, version.version, "-n", site.namespace, *options, **environ)
-
-
-def tagged(new_pump, site, **tags):
-    """Register a version that the site's sweep selects."""
-    return new_pump(**{site.environ["TARGET_TAG"]: "true", **tags})
-
-
-def wait_for(lines, text):
-    """Read lines until one has a text, and return that one."""
-    for line in lines:
-        if text in line:
-            return line
-    message = f"no line with {text!r}"
-    raise AssertionError(message)
-
-
-def outcome(site, version):
-    target = site.environ["TARGET_TAG"].lower().removeprefix("external_target_")
-    return version.outcome(target)
 
 
 def test_a_sweep_makes_a_job_whose_image_is_published(site, new_pump):

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -25,12 +26,12 @@ from tests.versions import register
 from tests.waiting import HANG
 
 ROOT = Path(__file__).parents[2]
-# Commands of programs that are not in this test: the image's tools, and the builder's own with a kubeconfig.
-OTHERS = re.compile(r"^(builder|docker|make) ", re.MULTILINE)
+# Those that build the image.
+OTHERS = re.compile(r"^(docker|make) ", re.MULTILINE)
 
 
 def commands():
-    """Return the shell blocks of the page that use kubectl, each as it stands."""
+    """Return the shell blocks of the page, each as it stands."""
     page = (ROOT / "docs" / "kubernetes.md").read_text()
     blocks = re.findall(r"^( *)```shell\n(.*?)^\1```$", page, re.DOTALL | re.MULTILINE)
     scripts = [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in blocks]
@@ -50,12 +51,17 @@ def version(cluster_mlflow, tmp_path):
 
 @pytest.fixture
 def shell(cluster, tmp_path):
-    """Run a script in a folder with k8s/, with kubectl and an administrator's kubeconfig; return what it prints."""
+    """Run a script in a folder with k8s/, with kubectl, builder and an administrator's kubeconfig; return what it prints."""
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").symlink_to(cluster.kubectl_path)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    environ = clean_environ(PATH=path, KUBECONFIG=str(cluster.kubeconfig), **cluster.environ)
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # An administrator's, as it usually is: its context has no namespace.
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    for each in config["contexts"]:
+        each["context"].pop("namespace", None)
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    environ = clean_environ(PATH=path, KUBECONFIG=str(tmp_path / "kubeconfig"), **cluster.environ)
 
     def run(script):
         done = subprocess.run(
@@ -117,6 +123,7 @@ def test_the_page_s_commands_install_and_publish(
         "--docker-server=registry.example.com": f"--docker-server={host}",
         "--docker-username=publisher": f"--docker-username={USER}",
         "--docker-username=reader": f"--docker-username={USER}",
+        "pltr_foundry_model 8": f"{version.name} {version.version}",
         "pltr_foundry_model": version.name,
         '"builder/model-version": "8"': f'"builder/model-version": "{version.version}"',
     }

@@ -42,6 +42,7 @@ class Asked:
         path: with the query.
         content_type: of the body.
         body: what was read of it: manifests whole, blobs not at all.
+        authorization: the header of that name; empty without one.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Asked:
     path: str
     content_type: str
     body: bytes
+    authorization: str = ""
 
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -100,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
                 path=self.path,
                 content_type=self.headers.get("Content-Type", ""),
                 body=body,
+                authorization=self.headers.get("Authorization", ""),
             )
         )
         if isinstance(answered, tuple):
