@@ -738,6 +738,9 @@ def test_a_run_step_finds_no_credential_and_is_nobody_elsewhere(kaniko, new_pump
     names = ("MLFLOW_TRACKING_URI", "REGISTRY_URL", "SECRETS_DIR", "DOCKER_CONFIG=/kaniko/credentials")
     for secret in (*names, PASSWORD, code, "eyJhbGciOi"):
         assert secret not in logs, secret
+    # The engine's lines say whose they are.
+    events = [json.loads(line) for line in logs.splitlines() if line.startswith("{")]
+    assert {(event["model"], event["version"], event["phase"]) for event in events} == {(version.name, "1", "build")}
 
 
 @pytest.mark.kaniko
