@@ -4,7 +4,7 @@
     python lean.py prune ROOT                    deletes files below ROOT/venv
     ROOT/venv/bin/python3 -I lean.py imported    prints the path of every module that the builder imports, one a line
 
-Used by the Dockerfile, in its build stage. docs/decisions/0053-image-size.md has the sizes and the reasons.
+Used by the Dockerfile, in its build stage. docs/decisions/0058-image-size.md has the sizes and the reasons.
 """
 
 from __future__ import annotations
@@ -90,10 +90,6 @@ def imported() -> list[str]:
     for name in (*names, *LAZILY):
         if not name.endswith("__main__"):
             importlib.import_module(name)
-    client = importlib.import_module("kubernetes.client")
-    # Each loads the models that its answers are made of.
-    for name in ("BatchV1Api", "CoreV1Api", "EventsV1Api"):
-        getattr(client, name)
     boto3 = importlib.import_module("boto3")
     for service in ("s3", "sts", "ecr"):
         boto3.client(service, region_name="eu-central-1")

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import quote
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -31,6 +32,8 @@ NAMESPACE = "builder"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PAGE = 500
 _TIMEOUT = (5, 30)
+# A token or a client's certificate, as the account or the kubeconfig says.
+_AUTH = ["BearerToken"]
 _attempts = retry(
     retry=retry_if_exception_type(ServiceUnavailable),
     stop=stop_after_attempt(4),
@@ -82,8 +85,6 @@ class Cluster:
         self.namespace = namespace or own or NAMESPACE
         # Typed as Any: bodies and answers are JSON here, and not the client's classes.
         self._client: Any = client.ApiClient(configuration)
-        self._jobs: Any = client.BatchV1Api(self._client)
-        self._pods: Any = client.CoreV1Api(self._client)
 
     def close(self) -> None:
         """Close all connections."""
@@ -93,28 +94,28 @@ class Cluster:
     def template(self, name: str) -> Object | None:
         """Return a CronJob that serves as a template for Jobs; None if it does not exist."""
         with self._answering(f"read the template {name}"):
-            return self._found(lambda: self._jobs.read_namespaced_cron_job(name, self.namespace, **_RAW))
+            return self._found("cronjobs", name)
 
     @_attempts
     def job(self, name: str) -> Object | None:
         """Return a Job; None if it does not exist."""
         with self._answering(f"read the Job {name}"):
-            return self._found(lambda: self._jobs.read_namespaced_job(name, self.namespace, **_RAW))
+            return self._found("jobs", name)
 
     def jobs(self, selector: str) -> Iterator[Object]:
         """Yield the Jobs with some labels, page by page."""
-        return self._pages("list Jobs", self._jobs.list_namespaced_job, label_selector=selector)
+        return self._pages("list Jobs", "jobs", labelSelector=selector)
 
     def pods(self, selector: str) -> list[Object]:
         """Return the Pods with some labels, the oldest first."""
-        found = self._pages("list Pods", self._pods.list_namespaced_pod, label_selector=selector)
+        found = self._pages("list Pods", "pods", labelSelector=selector)
         return sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
     def events(self, uid: str) -> list[Object]:
         """Return the warnings about an object, the oldest first; none where the account may not read them."""
         selector = f"involvedObject.uid={uid},type=Warning"
         try:
-            found = list(self._pages("list events", self._pods.list_namespaced_event, field_selector=selector))
+            found = list(self._pages("list events", "events", fieldSelector=selector))
         except PermissionRefused:
             return []
         return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
@@ -130,7 +131,7 @@ class Cluster:
 
         with self._answering(f"create the Job {body['metadata']['name']}"):
             try:
-                return _read(self._jobs.create_namespaced_job(self.namespace, body, **_RAW))
+                return _read(self._send("POST", self._path("jobs"), body=body))
             except ApiException as error:
                 if error.status == HTTPStatus.CONFLICT:
                     return None
@@ -145,37 +146,37 @@ class Cluster:
         options = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
         with self._answering(f"delete the Job {metadata['name']}"):
             try:
-                self._jobs.delete_namespaced_job(metadata["name"], self.namespace, body=options, **_RAW)
+                _read(self._send("DELETE", self._path("jobs", metadata["name"]), body=options))
             except ApiException as error:
                 if error.status not in {HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT}:
                     raise
 
     def await_change(self, selector: str, *, seconds: int, of_jobs: bool = False) -> None:
         """Wait until a Pod, or a Job, with some labels changes, or some seconds have passed."""
-        watch: Any = import_module("kubernetes.watch").Watch()
-        listing = self._jobs.list_namespaced_job if of_jobs else self._pods.list_namespaced_pod
+        path = self._path("jobs" if of_jobs else "pods")
         with self._answering("watch Jobs"):
             # What is there already comes first: the watch begins after it.
-            answer = _read(listing(self.namespace, label_selector=selector, limit=1, **_RAW))
-            version = answer["metadata"]["resourceVersion"]
-            for _ in watch.stream(
-                listing,
-                self.namespace,
-                label_selector=selector,
-                resource_version=version,
-                timeout_seconds=max(seconds, 1),
-                _request_timeout=seconds + 10,
-            ):
-                watch.stop()
+            listed = _read(self._send("GET", path, query={"labelSelector": selector, "limit": 1}))
+            watch = {
+                "watch": "true",
+                "labelSelector": selector,
+                "resourceVersion": listed["metadata"]["resourceVersion"],
+                "timeoutSeconds": max(seconds, 1),
+            }
+            answer = self._send("GET", path, query=watch, timeout=(_TIMEOUT[0], seconds + 10))
+            try:
+                next(answer.stream(amt=None, decode_content=True), None)
+            finally:
+                # There is more to come, so the connection cannot be used again.
+                answer.close()
 
     def log_lines(self, pod: str, container: str, *, follow: bool = False) -> Iterator[str]:
         """Yield the lines of a container's log; with `follow`, until the container ends."""
         from urllib3.exceptions import HTTPError
 
         with self._answering(f"read the log of {container} in {pod}"):
-            answer = self._pods.read_namespaced_pod_log(
-                pod, self.namespace, container=container, follow=follow, _preload_content=False
-            )
+            query = {"container": container, "follow": str(follow).lower()}
+            answer = self._send("GET", self._path("pods", pod, "log"), query=query, timeout=None)
         rest = b""
         try:
             for chunk in answer.stream(amt=None, decode_content=True):
@@ -188,11 +189,12 @@ class Cluster:
         if rest:
             yield rest.decode(errors="replace")
 
-    def _pages(self, what: str, listing: Any, **selectors: str) -> Iterator[Object]:
+    def _pages(self, what: str, kind: str, **selectors: str) -> Iterator[Object]:
         @_attempts
         def page(token: str) -> Object:
+            query: dict[str, str | int] = {"limit": _PAGE, **selectors, **({"continue": token} if token else {})}
             with self._answering(what):
-                return _read(listing(self.namespace, limit=_PAGE, _continue=token, **selectors, **_RAW))
+                return _read(self._send("GET", self._path(kind), query=query))
 
         token = ""
         while True:
@@ -202,15 +204,50 @@ class Cluster:
             if not token:
                 return
 
-    def _found(self, read: Any) -> Object | None:
+    def _found(self, kind: str, name: str) -> Object | None:
         from kubernetes.client import ApiException
 
         try:
-            return _read(read())
+            return _read(self._send("GET", self._path(kind, name)))
         except ApiException as error:
             if error.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
+
+    def _path(self, kind: str, *names: str) -> str:
+        """Return the path of objects of a kind in the namespace, of one of them, or of a part of it."""
+        group = "/apis/batch/v1" if kind in {"jobs", "cronjobs"} else "/api/v1"
+        return "/".join([group, "namespaces", *(quote(part, safe="") for part in (self.namespace, kind, *names))])
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str | int] | None = None,
+        body: Object | None = None,
+        timeout: tuple[int, int] | None = _TIMEOUT,
+    ) -> Any:
+        """Send a request, and return the answer, which is not read yet.
+
+        The client's methods for Jobs and for Pods would import the classes of all that these may hold: three hundred
+        modules, which take longer than an idle sweep's other imports beside MLflow.
+
+        Raises:
+            ApiException: the status is not 2xx.
+        """
+        from kubernetes.client import ApiException
+
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        parameters = list((query or {}).items())
+        request = self._client.param_serialize(
+            method, path, query_params=parameters, header_params=headers, body=body, auth_settings=_AUTH
+        )
+        answer = self._client.call_api(*request, _request_timeout=timeout)
+        if not HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
+            answer.read()
+            raise ApiException(http_resp=answer)
+        return answer.response
 
     @contextmanager
     def _answering(self, what: str) -> Iterator[None]:
@@ -226,10 +263,6 @@ class Cluster:
         except HTTPError as error:
             message = f"The Kubernetes API is away, and did not {what}: {one_line(str(error), 300)}."
             raise ServiceUnavailable(message, remedy="Try again when it answers.") from error
-
-
-# The answer as it came, not turned into the client's classes.
-_RAW: dict[str, Any] = {"_preload_content": False, "_request_timeout": _TIMEOUT}
 
 
 def _read(answer: Any) -> Object:

@@ -35,9 +35,12 @@ def builder_archive(kaniko: str = "scratch") -> tuple[Path, str]:
     name = f"localhost/{variant}:{key}"
     folder = cache_folder("builder-images")
     archive = folder / f"{variant}-{key}.tar"
+    if archive.exists():
+        # At once, and not only when another checkout's image is built.
+        archive.touch()
+        return archive, name
     with locked(folder / variant):
         if archive.exists():
-            archive.touch()
             return archive, name
         loaded = f"localhost/kaniko:{key}" if Path(kaniko).is_file() else ""
         if loaded:
