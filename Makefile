@@ -2,13 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock settings image bench flavors clean
+.PHONY: help setup demo demo-cluster test test-cluster lint format lock settings manifests image bench flavors clean
 
 python := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE :=
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what the other targets need: Debian packages (as root) and .venv
 	@scripts/setup.sh test
@@ -17,9 +17,18 @@ demo: ## register, publish and run two real models, with real servers, from noth
 	@scripts/setup.sh demo
 	@$(python) -m examples.demo
 
-test: ## run all tests, with coverage before the summary (PYTEST_ADDOPTS is respected)
+demo-cluster: ## the same in a Kubernetes that is started for it: from a tag to a prediction (as root)
+	@scripts/setup.sh cluster
+	@$(python) -m scripts.cluster build >/dev/null
+	@$(python) -m examples.demo_cluster
+
+test: ## run all other tests, with coverage before the summary (PYTEST_ADDOPTS is respected)
 	@scripts/setup.sh test
 	@scripts/test.sh
+
+test-cluster: ## run the tests that need a Kubernetes, on one that is built and started for them (as root)
+	@scripts/setup.sh cluster
+	@scripts/test.sh cluster
 
 lint: ## check style, types, import contracts and generated documents
 	@scripts/setup.sh python
@@ -35,6 +44,10 @@ lock: ## regenerate the lock files (UPGRADE=1 takes the newest versions)
 settings: ## write docs/settings.md from the code
 	@scripts/setup.sh python
 	@$(python) -m scripts.settings_table
+
+manifests: ## write k8s/job.yaml and k8s/cronjob.yaml from the base and the overlay with Dockerfiles
+	@scripts/setup.sh python
+	@$(python) -m scripts.manifests
 
 image: ## build the builder image, and report its size (KANIKO_IMAGE=scratch leaves out the engine)
 	@scripts/image.sh

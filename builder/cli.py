@@ -12,11 +12,11 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 import click
 
@@ -27,6 +27,9 @@ from builder.masking import indented, json_visible, masked, one_line, visible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from builder.cluster import Jobs, Submitted
+    from builder.cluster.status import Status
+    from builder.models import ModelVersion
     from builder.publish import Published
     from builder.settings import CommonSettings
 
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 # A Pod's termination message has at most 4096 bytes.
 _MOST_MESSAGE_BYTES = 4096
 _MOST_SAID = 10_000
+# Seconds until `status --watch` looks again while no Job changes.
+_WATCH = 30
 
 
 @dataclass
@@ -184,6 +189,18 @@ def _model(command: Callable[..., object]) -> Callable[..., object]:
     return click.argument("name", required=False, metavar="[NAME]")(command)
 
 
+def _in_namespace(command: Callable[..., object]) -> Callable[..., object]:
+    command = click.option("--context", default="", help="Context of the kubeconfig, if not its current one.")(command)
+    return click.option(
+        "-n", "--namespace", default="", help="Namespace of the Jobs, in place of the context's own, or else 'builder'."
+    )(command)
+
+
+_output = click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print it."
+)
+
+
 def _again(command: Callable[..., object]) -> Callable[..., object]:
     command = click.option("--rebuild", is_flag=True, help="Make the image again although it is there.")(command)
     return click.option(
@@ -258,7 +275,12 @@ def publish(invocation: Invocation, name: str | None, version: str | None, *, fo
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     with progress() as of_artifacts:
-        published = story.publish(settings, force=force, rebuild=rebuild, progress=of_artifacts)
+        published = story.publish(
+            settings,
+            force=force or settings.publish_force,
+            rebuild=rebuild or settings.publish_rebuild,
+            progress=of_artifacts,
+        )
     _tell(invocation, published)
 
 
@@ -266,12 +288,13 @@ def publish(invocation: Invocation, name: str | None, version: str | None, *, fo
     epilog=_epilog(
         "builder plan pump_alarm 3",
         "builder plan pump_alarm @champion --check-push",
-        "builder plan pump_alarm 3 --json | jq .action",
+        "builder plan pump_alarm 3 -o json | jq .action",
         codes="those that a publish would end with, as far as they can be seen beforehand.",
     )
 )
 @_model
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--json", "output", flag_value="json", help="The same as -o json.")
+@_output
 @click.option("--check-push", is_flag=True, help="Open an upload and cancel it, to see if the credential may push.")
 @_again
 @_pass
@@ -280,7 +303,7 @@ def plan(
     name: str | None,
     version: str | None,
     *,
-    as_json: bool,
+    output: str,
     check_push: bool,
     force: bool,
     rebuild: bool,
@@ -294,12 +317,26 @@ def plan(
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     planned = plan_version(settings, force=force, rebuild=rebuild, check_push=check_push)
-    if as_json:
+    if output == "json":
         invocation.product(json_visible(masked(planned.model_dump_json(indent=2))))
     else:
         tested = SmokeTests(settings).describe(planned.all_platforms)
         engine = engine_here(settings)
         invocation.product(report.plan(planned, engine=engine, push_checked=check_push, smoke_test=tested))
+
+
+@builder.command(epilog=_epilog("builder preflight pump_alarm 3", codes="77 the credential may not push."))
+@_model
+@_pass
+def preflight(invocation: Invocation, name: str | None, version: str | None) -> None:
+    """Phase 0: see whether the credential may push, before anything is built.
+
+    An upload is opened in the version's repository, and cancelled. A refusal is recorded on the model version.
+    """
+    from builder import publish as story
+    from builder.settings import Settings
+
+    story.run_preflight(invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version))
 
 
 @builder.command(
@@ -323,7 +360,12 @@ def fetch(invocation: Invocation, name: str | None, version: str | None, *, forc
 
     settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
     with progress() as of_artifacts:
-        story.run_fetch(settings, force=force, rebuild=rebuild, progress=of_artifacts)
+        story.run_fetch(
+            settings,
+            force=force or settings.publish_force,
+            rebuild=rebuild or settings.publish_rebuild,
+            progress=of_artifacts,
+        )
 
 
 @builder.command(
@@ -344,6 +386,28 @@ def build(invocation: Invocation) -> None:
     from builder.settings import BuildSettings
 
     story.run_build(invocation.settings(BuildSettings))
+
+
+@builder.command(
+    epilog=_epilog(
+        "BUILDER_WORKSPACE=/workspace builder candidate",
+        codes="73 the build had failed; see builder --help for the others.",
+    )
+)
+@_pass
+def candidate(invocation: Invocation) -> None:
+    """Between phases 2 and 3, in a Pod: make the image that its sidecar runs.
+
+    The images are pushed, and the one for this machine is put under SMOKE_TEST_CANDIDATE, from where the kubelet
+    starts the sidecar. The push phase asks that, and moves the tag if it answers. See docs/how-it-works.md.
+    """
+    from builder import publish as story
+    from builder.report import progress
+    from builder.settings import Settings
+
+    settings = invocation.settings(Settings)
+    with progress():
+        story.run_candidate(settings)
 
 
 @builder.command(
@@ -380,44 +444,244 @@ def _tell(invocation: Invocation, published: Published) -> None:
 @builder.command(
     epilog=_epilog(
         "builder sweep",
-        "builder sweep --check            also look for images that are missing",
+        "builder sweep --inline --check   also look for images that are missing",
         "builder sweep --retry-failed     after a correction of the settings",
         codes="69, 70, 75, 77 or 78 where the publisher itself was hindered; 65, 66 or 73, of a version, with --strict "
         "alone; else 0.",
     )
 )
-@click.option("--check", is_flag=True, help="Look at the registry for published versions, too.")
+@click.option("--inline", is_flag=True, help="Publish in this process, also in a cluster.")
+@click.option("--check", is_flag=True, help="Look at the registry for published versions, too; inline only.")
 @click.option("--retry-failed", is_flag=True, help="Try versions again that have failed too often.")
 @click.option("--strict", is_flag=True, help="Exit with the code of a version that cannot be published, too.")
+@_output
 @_again
 @_pass
 def sweep(
-    invocation: Invocation, *, check: bool, retry_failed: bool, strict: bool, force: bool, rebuild: bool
-) -> int:  # fmt: skip
+    invocation: Invocation,
+    *,
+    inline: bool,
+    check: bool,
+    retry_failed: bool,
+    strict: bool,
+    output: str,
+    force: bool,
+    rebuild: bool,
+) -> int:
     """Publish every version that carries the target tag.
 
-    The tag is EXTERNAL_TARGET_PLTR_FOUNDRY=true unless TARGET_TAG names another. Each version is published in a process
-    of its own, so a version that fails stops no other: its error is on the version, in the log and in the summary.
-    The digest references of new images are printed.
+    The tag is EXTERNAL_TARGET_PLTR_FOUNDRY=true unless TARGET_TAG names another. In a Pod with a service account, a Job
+    is made for each version, and SWEEP_PARALLEL of them run at once; elsewhere, and with --inline, each version is
+    published in a process of its own, and the digest references of new images are printed. A version that fails stops
+    no other: its error is on the version, in the log and in the summary.
     """
     from builder import report
     from builder.batch.sweep import Options
     from builder.batch.sweep import sweep as run
+    from builder.cluster.api_server import Cluster, in_cluster
     from builder.settings import Settings
 
     settings = invocation.settings(Settings)
     swept = []
     options = Options(check=check, retry_failed=retry_failed, force=force, rebuild=rebuild)
-    for result in run(settings, options):
-        swept.append(result)
-        if result.reference is not None:
-            invocation.product(str(result.reference))
+    with ExitStack() as stack:
+        if inline or not in_cluster(invocation.environ):
+            found = run(settings, options)
+        else:
+            from builder.cluster.reconcile import reconcile
+
+            if options.queries_registry:
+                message = "--check, --force and --rebuild need the registry, for which a sweep that makes Jobs has no "
+                message += "credential. Use --inline, or builder submit for a version."
+                raise click.UsageError(message)
+            cluster = stack.enter_context(closing(Cluster()))
+            found = reconcile(settings, cluster, retry_failed=retry_failed)
+        for result in found:
+            swept.append(result)
+            if result.reference is not None and output != "json":
+                invocation.product(str(result.reference))
+    if output == "json":
+        invocation.product(report.as_json(swept))
     report.results("swept", swept)
     states = dict(Counter(result.state for result in swept))
     failed = [f"{result.name}: {result.detail}" for result in swept if result.state == "failed"]
     code = max((result.exit_code for result in swept if strict or not result.own_fault), default=0)
     invocation.leave_message({"state": "failed" if code else "swept", "versions": states, "error": "; ".join(failed)})
     return code
+
+
+@builder.command(
+    epilog=_epilog(
+        "builder submit pump_alarm 3",
+        "builder submit pump_alarm @champion --wait",
+        codes="with --wait those of the publisher; see builder --help.",
+    )
+)
+@_model
+@click.option("--wait", is_flag=True, help="Show the logs, and exit as the publisher does.")
+@click.option("--method", type=click.Choice(["wheels", "dockerfile"]), help="The template, whatever the version has.")
+@_in_namespace
+@_again
+@_pass
+def submit(
+    invocation: Invocation,
+    name: str | None,
+    version: str | None,
+    *,
+    wait: bool,
+    method: Literal["wheels", "dockerfile"] | None,
+    namespace: str,
+    context: str,
+    force: bool,
+    rebuild: bool,
+) -> int:
+    """Publish one model version in the cluster, by a Job of its own.
+
+    The Job is a copy of the template builder-publish-wheels or builder-publish-dockerfile. Its name is made from
+    target, model and version: while it runs, nothing else is made, and --wait follows it. The Job's name is printed;
+    with --wait, the image's digest reference.
+    """
+    with _in_cluster(invocation, name, version, namespace=namespace, context=context) as (jobs, found):
+        made = jobs.submit(found, method=method, force=force, rebuild=rebuild)
+        return _submitted(invocation, jobs, found, made, wait=wait)
+
+
+def _submitted(invocation: Invocation, jobs: Jobs, version: ModelVersion, made: Submitted, *, wait: bool) -> int:
+    """Print the name of a Job; or wait, print its image, or say what ended it. Return the exit code."""
+    from builder.cluster.follow import follow
+
+    if not made.created:
+        _note("the version has a Job that runs already", job=made.name)
+    if not wait:
+        invocation.product(made.name)
+        return 0
+    ended = follow(jobs, version, made.job)
+    if ended.image:
+        invocation.product(ended.image)
+    if ended.error:
+        error = ended.error
+        invocation.failed(type(error).__name__, error.what, error.remedy, ended.code)
+    return ended.code
+
+
+def _note(event: str, **facts: str) -> None:
+    from builder import log
+
+    log.get_logger("cli").info(event, **facts)
+
+
+@contextmanager
+def _in_cluster(
+    invocation: Invocation, name: str | None, version: str | None, *, namespace: str, context: str
+) -> Iterator[tuple[Jobs, ModelVersion]]:
+    """Give the Jobs, and the version that is named."""
+    from builder.cluster import Jobs
+    from builder.cluster.api_server import Cluster
+    from builder.models.catalog import MlflowCatalog
+    from builder.settings import Settings
+
+    settings = invocation.settings(Settings, _MODEL, MODEL_NAME=name, MODEL_VERSION=version)
+    with closing(Cluster(namespace, context=context)) as cluster:
+        catalog = MlflowCatalog.from_settings(settings)
+        found = catalog.find(settings.model_name, settings.model_version)
+        yield Jobs(settings=settings, cluster=cluster, catalog=catalog), found
+
+
+@builder.command(
+    epilog=_epilog(
+        "builder status",
+        "builder status pump_alarm 3 -o json | jq -r '.[0].digest'",
+        "builder status --watch",
+    )
+)
+@_model
+@click.option("--watch", is_flag=True, help="Print what changes, until interrupted.")
+@_output
+@_in_namespace
+@_pass
+def status(
+    invocation: Invocation,
+    name: str | None,
+    version: str | None,
+    *,
+    watch: bool,
+    output: str,
+    namespace: str,
+    context: str,
+) -> None:
+    """Print what is known of each tagged version, of one model's, or of one version.
+
+    It is read from the versions' tags and, where there is a cluster, from their Jobs: state, method, platforms, digest,
+    failed attempts, since when, when a sweep tries again, the Job, and the error.
+    """
+    from builder import report
+    from builder.cluster.api_server import Cluster
+    from builder.cluster.job import selector
+    from builder.cluster.status import status as read
+    from builder.errors import InvalidSettings
+    from builder.models.catalog import MlflowCatalog
+    from builder.settings import Settings
+
+    settings = invocation.settings(Settings, MODEL_NAME=name, MODEL_VERSION=version)
+    catalog = MlflowCatalog.from_settings(settings)
+    with ExitStack() as stack:
+        cluster = None
+        try:
+            cluster = stack.enter_context(closing(Cluster(namespace, context=context)))
+        except InvalidSettings as error:
+            if watch or namespace or context:
+                raise
+            _note("Jobs are not shown", why=error.what)
+        before: list[Status] = []
+        while True:
+            found = read(settings, catalog, cluster, settings.model_name, settings.model_version)
+            changed = [each for each in found if each not in before]
+            if output == "json":
+                if changed or not watch:
+                    invocation.product(report.as_json(found))
+            elif changed or not before:
+                invocation.product(report.statuses(changed or found, heading=not before))
+            if not watch or cluster is None:
+                return
+            before = found
+            invocation.stdout.flush()
+            cluster.await_change(selector(settings.target), seconds=_WATCH)
+
+
+@builder.command(epilog=_epilog("builder logs pump_alarm 3", "builder logs pump_alarm 3 --follow"))
+@_model
+@click.option("-f", "--follow", is_flag=True, help="Go on until the Job ends.")
+@_in_namespace
+@_pass
+def logs(
+    invocation: Invocation, name: str | None, version: str | None, *, follow: bool, namespace: str, context: str
+) -> None:
+    """Print the logs of a version's Job: those of all its containers, in the order they run."""
+    from builder.cluster.follow import log_of
+
+    with _in_cluster(invocation, name, version, namespace=namespace, context=context) as (jobs, found):
+        for container, line in log_of(jobs, found, follow=follow):
+            invocation.product(f"[{container}] {masked(line)}")
+            invocation.stdout.flush()
+
+
+@builder.command(
+    epilog=_epilog(
+        "builder retry pump_alarm 3", "builder retry pump_alarm 3 --wait", codes="as those of builder submit."
+    )
+)
+@_model
+@click.option("--wait", is_flag=True, help="Show the logs, and exit as the publisher does.")
+@_in_namespace
+@_pass
+def retry(
+    invocation: Invocation, name: str | None, version: str | None, *, wait: bool, namespace: str, context: str
+) -> int:  # fmt: skip
+    """Publish a version again that has failed too often: earlier attempts no longer count."""
+    with _in_cluster(invocation, name, version, namespace=namespace, context=context) as (jobs, found):
+        jobs.forget_attempts(found)
+        fresh = jobs.catalog.find(found.name, found.version)
+        return _submitted(invocation, jobs, fresh, jobs.submit(fresh), wait=wait)
 
 
 @builder.command(
@@ -436,9 +700,10 @@ def sweep(
 @click.option("--python", default="", metavar="X.Y", help="The Python version for --requirements, such as 3.11.")
 @click.option("--platforms", help="Platforms, separated by commas, in place of TARGET_PLATFORMS.")
 @click.option("--verify", is_flag=True, help="Write nothing: rebuild what is stored, and compare.")
+@_output
 @_pass
 def warm(
-    invocation: Invocation, requirements: Path | None, python: str, platforms: str | None, *, verify: bool
+    invocation: Invocation, requirements: Path | None, python: str, platforms: str | None, *, verify: bool, output: str
 ) -> int:  # fmt: skip
     """Make wheel layers and locks ahead of time.
 
@@ -458,6 +723,8 @@ def warm(
         results = [story.warm_requirements(settings, requirements, python=python, verify=verify)]
     else:
         results = list(story.warm(settings, verify=verify))
+    if output == "json":
+        invocation.product(report.as_json(results))
     report.warmed(results)
     states = dict(Counter(result.state for result in results))
     wrong = "; ".join(f"{result.name}: {result.detail}" for result in results if result.exit_code)
@@ -475,8 +742,9 @@ def warm(
 @click.argument("destination", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--model", "name", help="Only this registered model.")
 @click.option("--version", "version", help="Only this version of it; it need not carry the target tag.")
+@_output
 @_pass
-def download(invocation: Invocation, destination: Path, name: str | None, version: str | None) -> int:
+def download(invocation: Invocation, destination: Path, name: str | None, version: str | None, *, output: str) -> int:
     """Download tagged versions to a folder.
 
     Each version becomes DESTINATION/<model>/v<N>, whole or not at all, with its templates rendered. Only new and
@@ -495,8 +763,10 @@ def download(invocation: Invocation, destination: Path, name: str | None, versio
     results = []
     for result in download_all(settings, destination, name=name or "", version=version or ""):
         results.append(result)
-        if result.state in {"new", "changed"}:
+        if result.state in {"new", "changed"} and output != "json":
             invocation.product(str(result.folder))
+    if output == "json":
+        invocation.product(report.as_json(results))
     report.results("downloaded", results)
     return max((result.exit_code for result in results), default=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from builder.settings import CommonSettings, Settings
 
 if TYPE_CHECKING:
     from builder.smoke import SmokeTests
+    from builder.smoke.sidecar import Sidecar
     from builder.wheels.recipe import WheelsMethod
 
 
@@ -117,19 +119,33 @@ class Services:
         catalog: the model registry.
         registries: those of the images, and of the wheel layers.
         bases: the registries of base images, with few retries: an engine may reach them another way.
+        in_pod: whether each phase is a container of a Pod, where a sidecar may run what is to be tested.
     """
 
     settings: Settings = field(repr=False)
     catalog: Catalog
     registries: Registries
     bases: Registries
+    in_pod: bool = False
 
     @functools.cached_property
     def smoke_tests(self) -> SmokeTests:
         """The smoke tests, which run images before their tags move."""
         from builder.smoke import SmokeTests
 
-        return SmokeTests(self.settings)
+        return SmokeTests(self.settings, runtimes=[self.sidecar] if self.sidecar else None)
+
+    @functools.cached_property
+    def sidecar(self) -> Sidecar | None:
+        """The sidecar that runs the image; None where this is no Pod with one."""
+        candidate = self.settings.smoke_test_candidate
+        if candidate is None or not self.in_pod:
+            return None
+        from builder.smoke.runtime import native_platform
+        from builder.smoke.sidecar import Sidecar
+
+        registry = self.registries.for_host(candidate.repository.host)
+        return Sidecar(registry, candidate, native_platform(), pod=platform.node())
 
     @functools.cached_property
     def wheels(self) -> WheelsMethod:
@@ -147,12 +163,17 @@ class Services:
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[Services]:
-    """Give clients for MLflow and for registries, and close them afterwards."""
+def connected(settings: Settings, *, in_pod: bool = False) -> Iterator[Services]:
+    """Give clients for MLflow and for registries, and close them afterwards.
+
+    Args:
+        settings: what they are opened with.
+        in_pod: whether each phase is a container of a Pod.
+    """
     with restored(), ExitStack() as stack:
         registries = stack.enter_context(Registries.from_settings(settings))
         bases = stack.enter_context(Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=20)))
         catalog = MlflowCatalog.from_settings(settings)
-        services = Services(settings=settings, catalog=catalog, registries=registries, bases=bases)
+        services = Services(settings=settings, catalog=catalog, registries=registries, bases=bases, in_pod=in_pod)
         stack.callback(services.close)
         yield services

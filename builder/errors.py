@@ -164,6 +164,17 @@ def of_kind(name: str, code: int, what: str, remedy: str) -> BuilderError:
     return kinds.get((name, code), Defect)(what, remedy=remedy)
 
 
+def of_code(code: int, what: str) -> BuilderError:
+    """Return the error that an exit code of this program stands for, if nothing more is known than what it said.
+
+    Args:
+        code: one of `ExitCode`, not 0.
+        what: what it said.
+    """
+    kinds = (UsageError, InvalidVersion, VersionNotFound, ServiceUnavailable, BuildFailed, TryAgain, PermissionRefused)
+    return next((kind for kind in (*kinds, InvalidSettings) if kind.exit_code == code), Defect)(what)
+
+
 class StoreNotSupported(InvalidSettings):
     """A version's artifacts are in a kind of store whose client is not installed."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from builder.log import get_logger, metered
-from builder.masking import masked, one_line, shown, visible
+from builder.masking import json_visible, masked, one_line, shown, visible
 from builder.plan import Keep
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from builder.batch import Result
     from builder.batch.warm import Warmed
+    from builder.cluster.status import Status
     from builder.models.context import Progress
     from builder.plan import Plan
 
@@ -28,6 +31,11 @@ log = get_logger("show")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _THOUSAND = 1000
 _MOST_FILES = 20
+# A column of the status is padded to this many characters at most.
+_WIDEST = 60
+_COLUMNS = "MODEL VERSION STATE METHOD PLATFORMS DIGEST ATTEMPTS SINCE NEXT-TRY JOB ERROR"
+# A reference is never masked.
+_OURS = frozenset({"image", "digest", "job"})
 
 
 def size(count: float | None) -> str:
@@ -114,6 +122,54 @@ def results(event: str, found: Sequence[Result]) -> None:
         return
     caption = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no version carries the target tag"
     _table(found, caption + (f". {remedy}" if waiting else ""))
+
+
+def as_json(found: Sequence[Result | Status]) -> str:
+    """Return results, or what is known of versions, as a JSON array; what others wrote in it is masked."""
+    from builder.batch import Result
+
+    rows = []
+    for each in found:
+        row = _row(each) if isinstance(each, Result) else asdict(each)
+        rows.append({key: _fit(key, value) for key, value in row.items()})
+    return json_visible(json.dumps(rows, indent=2, ensure_ascii=False))
+
+
+def _fit(key: str, value: object) -> object:
+    return masked(value) if isinstance(value, str) and key not in _OURS else value
+
+
+def _row(result: Result) -> dict[str, object]:
+    version = result.version
+    return {
+        "model": version.name if version else result.name,
+        "version": version.version if version else "",
+        "state": result.state,
+        "image": str(result.reference or ""),
+        "folder": str(result.folder or ""),
+        "detail": result.detail,
+        "exit_code": result.exit_code,
+    }
+
+
+def statuses(found: Sequence[Status], *, heading: bool = True) -> str:
+    """Return what is known of versions as a table: one line for each, the error last.
+
+    Args:
+        found: the versions.
+        heading: whether the names of the columns come first.
+    """
+    if not found:
+        return "No version carries the target tag."
+    rows = [_COLUMNS.split()] if heading else []
+    for each in found:
+        cells = asdict(each)
+        cells["platforms"] = ",".join(each.platforms)
+        cells["digest"] = each.digest[: len("sha256:") + 12]
+        cells["attempts"] = str(each.attempts or "")
+        rows.append([_cell(cells[column.lower().replace("-", "_")]) or "-" for column in _COLUMNS.split()])
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def warmed(found: Sequence[Warmed]) -> None:

@@ -36,7 +36,7 @@ from builder.masking import (
     url_credentials,
 )
 from builder.process import PREFIX
-from builder.reference import BasePattern, Platform, Repository, parse_platforms, repository_component
+from builder.reference import BasePattern, Platform, Reference, Repository, parse_platforms, repository_component
 from builder.urls import ArtifactUri, parse_roots
 
 
@@ -134,6 +134,7 @@ _PLATFORMS = _parsed(parse_platforms)
 _PATTERNS = _parsed(_patterns)
 _LIST = _parsed(_list)
 _REPOSITORY = _parsed(Repository.parse_prefix)
+_REFERENCE = _parsed(Reference.parse)
 _ARTIFACT_ROOTS = _parsed(parse_roots)
 
 
@@ -541,6 +542,42 @@ class Settings(CatalogSettings, BuildSettings):
         3,
         form="a positive number",
     )
+    sweep_parallel: Annotated[int, Field(gt=0)] = _setting(
+        "SWEEP_PARALLEL",
+        "In a cluster: how many Jobs of versions a sweep has at once.",
+        4,
+        form="a positive number",
+    )
+    sweep_backoff: Annotated[int, Field(ge=0)] = _setting(
+        "SWEEP_BACKOFF",
+        "In a cluster: seconds between the first attempt at a version and the second; each further pause is twice as "
+        "long, up to a day.",
+        300,
+        form="a number of seconds",
+    )
+    sweep_wait: Annotated[int, Field(ge=0)] = _setting(
+        "SWEEP_WAIT",
+        "In a cluster: seconds for which a sweep goes on to make Jobs as others end, if there are more versions than "
+        "SWEEP_PARALLEL. The next sweep does what is left.",
+        600,
+        form="a number of seconds",
+    )
+    job_start_timeout: Annotated[int, Field(gt=0)] = _setting(
+        "JOB_START_TIMEOUT",
+        "In a cluster: seconds after which a sweep ends a Job whose Pod does not start, such as one whose image cannot "
+        "be pulled; the reason is recorded on the version.",
+        900,
+        form="a positive number of seconds",
+    )
+    attempt_id: str = _setting(
+        "ATTEMPT_ID",
+        "What the processes of one attempt share, such as the UID of their Job: the attempt is counted once, however "
+        "many Pods it takes.",
+        "",
+        shown="each process is an attempt",
+    )
+    publish_force: bool = _setting("PUBLISH_FORCE", "As `--force`.", default=False, form="true or false")
+    publish_rebuild: bool = _setting("PUBLISH_REBUILD", "As `--rebuild`.", default=False, form="true or false")
     smoke_test: Literal["auto", "required", "off"] = _setting(
         "SMOKE_TEST",
         "Whether an image is run and queried before its tag moves: `auto` if podman or Docker can run it here, "
@@ -561,6 +598,14 @@ class Settings(CatalogSettings, BuildSettings):
         None,
         shown="three quarters of what is free",
         form="a positive number of MiB",
+    )
+    smoke_test_candidate: Annotated[Reference, _REFERENCE] | None = _setting(
+        "SMOKE_TEST_CANDIDATE",
+        "Tag at REGISTRY_URL's host, in a repository of its own, under which a Pod's sidecar pulls the image to be "
+        "tested; the component k8s/smoke-test sets it. Used by `fetch`, `candidate` and `push` alone.",
+        None,
+        shown="none: a Pod tests nothing",
+        form="a reference with a tag, such as quay.io/domino/candidates:wheels",
     )
     container_variables: dict[str, str] = Field(default_factory=dict)
 
@@ -583,6 +628,22 @@ class Settings(CatalogSettings, BuildSettings):
             _check_apart("WHEEL_LAYERS", value, images)
         return value
 
+    @field_validator("smoke_test_candidate")
+    @classmethod
+    def _candidates_are_beside_images(cls, value: Reference | None, info: ValidationInfo) -> Reference | None:
+        images = info.data.get("registry_url")
+        if value and (not value.tag or value.digest):
+            raise ValueError
+        if value and images and value.repository.host != images.host:
+            message = f"layers can be mounted only within one registry, and images go to {images.host}"
+            raise ValueError(message)
+        if value and images:
+            _check_apart("SMOKE_TEST_CANDIDATE", value.repository, images)
+            if value.repository == (info.data.get("wheel_layers") or images.child("wheel-layers")):
+                message = "it is in the repository of the wheel layers"
+                raise ValueError(message)
+        return value
+
     @classmethod
     def _problems(cls, values: Mapping[str, Any]) -> list[str]:
         return [
@@ -599,8 +660,12 @@ class Settings(CatalogSettings, BuildSettings):
         return self.wheel_layers or self.registry_url.child("wheel-layers")
 
     def component_of(self, model_name: str) -> str:
-        """Return the last component of a model's repository, never the one of WHEEL_LAYERS or BUILD_CACHE."""
-        ours = [repository for repository in (self.wheel_layers, self.build_cache) if repository]
+        """Return the last component of a model's repository, never one of a repository of ours.
+
+        Those are WHEEL_LAYERS, BUILD_CACHE and SMOKE_TEST_CANDIDATE.
+        """
+        candidates = self.smoke_test_candidate.repository if self.smoke_test_candidate else None
+        ours = [repository for repository in (self.wheel_layers, self.build_cache, candidates) if repository]
         names = {repository.path.rpartition("/")[2] for repository in ours}
         reserved = {name for name in names if any(each.holds(self.registry_url.child(name)) for each in ours)}
         return repository_component(model_name, reserved)

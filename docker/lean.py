@@ -90,10 +90,6 @@ def imported() -> list[str]:
     for name in (*names, *LAZILY):
         if not name.endswith("__main__"):
             importlib.import_module(name)
-    client = importlib.import_module("kubernetes.client")
-    # Each loads the models that its answers are made of.
-    for name in ("BatchV1Api", "CoreV1Api", "EventsV1Api"):
-        getattr(client, name)
     boto3 = importlib.import_module("boto3")
     for service in ("s3", "sts", "ecr"):
         boto3.client(service, region_name="eu-central-1")

@@ -37,7 +37,7 @@ class Tools(Protocol):
         """Return the other platform that can be built for here; None where there is none."""
         ...
 
-    def registry(self, folder: Path, port: int) -> Program:
+    def registry(self, folder: Path, port: int, address: str = "127.0.0.1") -> Program:
         """Return a registry, to be started; its content is gone with `folder`."""
         ...
 
@@ -66,14 +66,14 @@ class Debian:
         """Return the platform that the kernel emulates."""
         return emulated_platform()
 
-    def registry(self, folder: Path, port: int) -> Program:
+    def registry(self, folder: Path, port: int, address: str = "127.0.0.1") -> Program:
         """Return Debian's registry."""
         (folder / "registry.yml").write_text(
             "version: 0.1\n"
             f"storage: {{filesystem: {{rootdirectory: {folder / 'registry'}}}, delete: {{enabled: true}}}}\n"
-            f"http: {{addr: '127.0.0.1:{port}'}}\n"
+            f"http: {{addr: '{address}:{port}'}}\n"
         )
-        return _registry(("docker-registry", "serve", str(folder / "registry.yml")), folder, port)
+        return _registry(("docker-registry", "serve", str(folder / "registry.yml")), folder, port, address)
 
     def base(self, host: str, platforms: Sequence[str]) -> str:
         """Return Docker Hub's Python, or one that is made of Debian packages."""
@@ -103,10 +103,10 @@ class Docker:
         trial = ["docker", "run", "--rm", "--pull=always", f"--platform={other_platform()}", image, "true"]
         return None if subprocess.run(trial, check=False, capture_output=True).returncode else other_platform()
 
-    def registry(self, folder: Path, port: int) -> Program:
+    def registry(self, folder: Path, port: int, address: str = "127.0.0.1") -> Program:
         """Return the distribution project's registry; its content is gone with its container."""
-        setting = f"--env=REGISTRY_HTTP_ADDR=127.0.0.1:{port}"
-        return _registry(("docker", "run", "--rm", "--network=host", setting, _REGISTRY), folder, port)
+        setting = f"--env=REGISTRY_HTTP_ADDR={address}:{port}"
+        return _registry(("docker", "run", "--rm", "--network=host", setting, _REGISTRY), folder, port, address)
 
     def base(self, host: str, platforms: Sequence[str]) -> str:  # noqa: ARG002 - one of two that are asked alike
         """Return Docker Hub's Python."""
@@ -129,7 +129,6 @@ class Docker:
         return ["docker", "run", "--rm", "--network=host", _SKOPEO, *_READ, f"docker://{reference}"]
 
 
-def _registry(argv: tuple[str, ...], folder: Path, port: int) -> Program:
-    return Program(
-        name="registry", kind="registry", argv=argv, port=port, ready=f"http://127.0.0.1:{port}/v2/", folder=folder
-    )
+def _registry(argv: tuple[str, ...], folder: Path, port: int, address: str) -> Program:
+    ready = f"http://{address}:{port}/v2/"
+    return Program(name="registry", kind="registry", argv=argv, port=port, address=address, ready=ready, folder=folder)

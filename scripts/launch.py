@@ -63,6 +63,7 @@ class Program:
         kind: which image it runs from where it runs in a container: `registry`, `registry-v3` or `python`.
         argv: the command; `{listen}` stands for the address to listen on.
         port: the port it listens on.
+        address: the address it listens on.
         ready: URL that answers with anything but a 5xx when the server is up.
         folder: the folder it reads and writes.
         more_folders: others.
@@ -76,6 +77,7 @@ class Program:
     port: int
     ready: str
     folder: Path
+    address: str = "127.0.0.1"
     more_folders: tuple[Path, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
     ca: Path | None = None
@@ -115,10 +117,16 @@ class Process:
     """A server as a process of its own group, so that its workers end with it."""
 
     def __init__(self, program: Program) -> None:
+        self._program = program
         self._log = program.folder / f"{program.name}.log"
-        with self._log.open("wb") as log:
+        self._log.unlink(missing_ok=True)
+        self._start()
+
+    def _start(self) -> None:
+        program = self._program
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [word.replace("{listen}", "127.0.0.1") for word in program.argv],
+                [word.replace("{listen}", program.address) for word in program.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -134,6 +142,16 @@ class Process:
     def alive(self) -> bool:
         """Return whether it still runs."""
         return self._process.poll() is None
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Stop it for a while: connections are refused. At the end it runs as before, and answers."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self._start()
+            _wait(self, self._program)
 
     def stop(self) -> None:
         """End it and its workers, and wait for that."""
@@ -158,15 +176,15 @@ class Processes:
         return Process(program)
 
 
-def free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on.
+def free_port(address: str = "127.0.0.1") -> int:
+    """Return a port of the loopback interface, or of another address of this machine, that nothing listens on.
 
     It is below those that the kernel gives to connections (Linux 32768 to 60999, others higher): until the server
     listens on it, nobody who does not ask for this very port gets it.
     """
     while True:
         with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", random.randrange(10_000, 32_768)))  # noqa: S311 - not a secret
+            listener.bind((address, random.randrange(10_000, 32_768)))  # noqa: S311 - not a secret
             return int(listener.getsockname()[1])
 
 

@@ -15,6 +15,7 @@ check ruff format --check .
 check mypy --no-error-summary
 check lint-imports --no-logo
 [ ! -f scripts/settings_table.py ] || check python -m scripts.settings_table --check
+check python -m scripts.manifests --check
 check python -m scripts.house --check
 
 if ((${#failed[@]})); then

@@ -94,14 +94,25 @@ def started_container(image: str, platform: str) -> Iterator[tuple[str, list[str
     raise CannotRun(said)
 
 
+def ca_bundle() -> Path | None:
+    """Return the CA bundle that this machine's programs are told to use; None where it is the usual one."""
+    named = (os.environ.get(name) for name in ("PIP_CERT", "SSL_CERT_FILE"))
+    return next((Path(path) for path in named if path and Path(path).is_file()), None)
+
+
+def pip_config() -> Path | None:
+    """Return this machine's pip.conf; None where it has none."""
+    named = (os.environ.get("PIP_CONFIG_FILE", ""), "/etc/pip.conf")
+    return next((Path(path) for path in named if path and Path(path).is_file()), None)
+
+
 def pip_configuration() -> dict[str, str]:
     """Return PIP_CONFIG_FILE where this machine has a pip.conf, so that RUN steps find their packages as it does."""
-    named = os.environ.get("PIP_CONFIG_FILE")
-    found = next((path for path in (named, "/etc/pip.conf") if path and Path(path).is_file()), None)
-    return {"PIP_CONFIG_FILE": found} if found else {}
+    found = pip_config()
+    return {"PIP_CONFIG_FILE": str(found)} if found else {}
 
 
-def mlflow(folder: Path, port: int, *options: str) -> Program:
+def mlflow(folder: Path, port: int, *options: str, address: str = "127.0.0.1") -> Program:
     """Return an MLflow server; without `options` it has a database, and hands on artifacts itself, in `folder`."""
     defaults = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
     defaults += ("--artifacts-destination", str(folder / "artifacts"))
@@ -111,8 +122,9 @@ def mlflow(folder: Path, port: int, *options: str) -> Program:
         kind="python",
         argv=(*command, "--host", "{listen}", "--port", str(port), *(options or defaults)),
         port=port,
-        ready=f"http://127.0.0.1:{port}/health",
+        ready=f"http://{address}:{port}/health",
         folder=folder,
+        address=address,
         environ=MLFLOW_ENVIRON,
     )
 

@@ -2,7 +2,8 @@
 # Get what the Makefile's targets need: Debian's packages where we may install them, and a Python environment in .venv.
 # Quick where all is there; what takes long to get is kept outside the checkout.
 #
-# usage: scripts/setup.sh [python | demo | test]     the Python environment alone; what the demo needs too; all
+# usage: scripts/setup.sh [python | demo | cluster | test]
+#   the Python environment alone; what the demo needs too; what a Kubernetes needs too; all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -10,7 +11,9 @@ cd "$(dirname "$0")/.."
 # Words: the command that shows that it is there, and the Debian package that brings it.
 demo_tools="docker-registry:docker-registry skopeo:skopeo buildah:buildah podman:podman runc:runc
   mmdebstrap:mmdebstrap qemu-aarch64-static:qemu-user-static update-binfmts:binfmt-support"
-test_tools="$demo_tools dockerd:docker.io"
+cluster_tools="$demo_tools containerd:containerd ip:iproute2 iptables:iptables
+  /usr/lib/cni/bridge:containernetworking-plugins"
+test_tools="$cluster_tools dockerd:docker.io"
 
 # Print the packages of those of the given words whose command is not there.
 missing() {
@@ -77,8 +80,10 @@ case ${1:-test} in
   python) system_packages ;;
   demo) # shellcheck disable=SC2086
     system_packages $demo_tools && emulation ;;
+  cluster) # shellcheck disable=SC2086
+    system_packages $cluster_tools && emulation ;;
   test) # shellcheck disable=SC2086
     system_packages $test_tools && emulation ;;
-  *) say "usage: $0 [python | demo | test]" && exit 64 ;;
+  *) say "usage: $0 [python | demo | cluster | test]" && exit 64 ;;
 esac
 python_environment

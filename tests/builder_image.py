@@ -27,7 +27,7 @@ from scripts.base_image import base_image as make_base_image
 from scripts.cache import cache_folder, locked
 from scripts.docker_daemon import Daemon
 from scripts.launch import clean_environ
-from scripts.machine import native_platform
+from scripts.machine import ca_bundle, native_platform, pip_config
 
 ROOT = Path(__file__).parents[1]
 SENT = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "builder", "docker", "pyproject.toml", "requirements")
@@ -58,18 +58,6 @@ def docker(*arguments: str, check: bool = True, timeout: float = 600) -> subproc
         message = f"docker {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         raise AssertionError(message)
     return done
-
-
-def ca_bundle() -> Path | None:
-    """Return the CA bundle that this machine's programs are told to use; None where it is the usual one."""
-    named = (os.environ.get(name) for name in ("PIP_CERT", "SSL_CERT_FILE"))
-    return next((Path(path) for path in named if path and Path(path).is_file()), None)
-
-
-def pip_config() -> Path | None:
-    """Return this machine's pip.conf; None where it has none."""
-    named = (os.environ.get("PIP_CONFIG_FILE", ""), "/etc/pip.conf")
-    return next((Path(path) for path in named if path and Path(path).is_file()), None)
 
 
 def build_context(folder: Path) -> Path:

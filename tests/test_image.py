@@ -28,7 +28,7 @@ RUN apt-get update \\
 """
 MARK = "corporate-mark"
 SEE = "RUN cat /etc/pip.conf /etc/uv/uv.toml && pip config list && env && head -c 27 $(sed -n 's/^cert = //p' /etc/pip.conf)"
-# Those that k8s/job.yaml gives to the build phase.
+# Those that k8s/dockerfile gives to the build phase.
 CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETFCAP", "SETGID", "SETUID", "SYS_CHROOT")
 
 

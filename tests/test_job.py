@@ -1,4 +1,4 @@
-"""k8s/job.yaml, run as it is: its three containers one after another, each with its user, environment and mounts.
+"""k8s/job.yaml, run as it is: its containers one after another, each with its user, environment and mounts.
 
 What the kubelet would do is done with Docker: an emptyDir is a folder, a Secret a folder of files, fsGroup their group.
 """
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.kaniko
 
 FOLDER = Path(__file__).parents[1] / "k8s"
 TOKEN = "mlflow-token-of-nobody"
+PHASES = ("preflight", "fetch", "build", "push")
 COPIES = "FROM {base}\nCOPY $model_folder /app/$model_folder\nUSER 10001\n"
 
 # What a stranger may try from a RUN step, which is root in the build phase's container.
@@ -83,11 +85,15 @@ class Pod:
 
     def __init__(self, image, folder, maps, secrets, model):
         self.image, self.folder, self.model = image, folder, model
-        self.spec = yaml.safe_load((FOLDER / "job.yaml").read_text())["spec"]["template"]["spec"]
-        self.maps = {
-            document["metadata"]["name"]: document["data"] | maps.get(document["metadata"]["name"], {})
-            for document in yaml.safe_load_all((FOLDER / "settings.yaml").read_text())
-        }
+        template = yaml.safe_load((FOLDER / "job.yaml").read_text())["spec"]["template"]
+        self.spec, self.annotations = template["spec"], template["metadata"]["annotations"]
+        self.maps = {}
+        for path in (FOLDER / "base" / "settings.yaml", FOLDER / "dockerfile" / "settings.yaml"):
+            for document in yaml.safe_load_all(path.read_text()):
+                self.maps.setdefault(document["metadata"]["name"], {}).update(document["data"])
+        for name, settings in maps.items():
+            self.maps[name] |= settings
+        self.uid = str(uuid.uuid4())
         self.group = self.spec["securityContext"]["fsGroup"]
         self.secrets = secrets
         self.start()
@@ -127,9 +133,10 @@ class Pod:
         environ = {}
         for source in container["envFrom"]:
             environ |= self.maps[source["configMapRef"]["name"]]
-        environ |= {entry["name"]: entry["value"] for entry in container.get("env", [])}
-        if "MODEL_NAME" in environ:
-            environ |= {"MODEL_NAME": self.model.name, "MODEL_VERSION": self.model.version}
+        fields = self._fields()
+        for entry in container.get("env", []):
+            given = entry.get("value")
+            environ[entry["name"]] = fields[entry["valueFrom"]["fieldRef"]["fieldPath"]] if given is None else given
         options += [f"--env={variable}={value}" for variable, value in environ.items()]
         for mount in container["volumeMounts"]:
             source = self.volumes[mount["name"]] / mount.get("subPath", "")
@@ -143,10 +150,20 @@ class Pod:
         self.messages[name] = json.loads(message.read_text() or "{}")
         return done
 
+    def _fields(self):
+        """Return what the Downward API gives: the annotations of the Pod, and the identity of its Job."""
+        version = {"builder/model-name": self.model.name, "builder/model-version": self.model.version}
+        assert version.keys() <= self.annotations.keys()
+        annotations = {"builder/force": "", "builder/rebuild": ""} | self.annotations | version
+        return {
+            "metadata.labels['batch.kubernetes.io/controller-uid']": self.uid,
+            **{f"metadata.annotations['{name}']": value for name, value in annotations.items()},
+        }
+
     def publish(self):
-        """Run all three, and return how each ended; what fails ends it, as it does in a Pod."""
+        """Run all phases, and return how each ended; what fails ends it, as it does in a Pod."""
         ended = {}
-        for name in ("fetch", "build", "push"):
+        for name in PHASES:
             ended[name] = self.run(name)
             if ended[name].returncode:
                 break
@@ -233,7 +250,7 @@ def copied(token_registry, registry, tmp_path):
 def test_two_platforms_of_the_seed_s_layout(pod, token_registry, crane, marks, copied):
     job = pod(COPIES, tags={"MODEL_PLATFORMS": "linux/amd64,linux/arm64"})
     ended = job.publish()
-    assert [done.returncode for done in ended.values()] == [0, 0, 0], output(ended)
+    assert [done.returncode for done in ended.values()] == [0] * 4, output(ended)
     reference = ended["push"].stdout.strip()
     assert reference.startswith(f"{token_registry.host}/job/{job.model.name}@sha256:")
     copy = copied(reference)
@@ -242,7 +259,7 @@ def test_two_platforms_of_the_seed_s_layout(pod, token_registry, crane, marks, c
     assert [manifest["platform"]["architecture"] for manifest in manifests] == ["amd64", "arm64"]
     assert job.model.outcome()["state"] == "published"
     assert job.messages["push"]["image"] == reference
-    assert [ended[name].stdout for name in ("fetch", "build")] == ["", ""]
+    assert [ended[name].stdout for name in PHASES[:-1]] == [""] * 3
     assert not [mark for mark in marks if mark in output(ended)]
 
 
@@ -252,7 +269,7 @@ def test_an_unchanged_version_is_left_alone(pod, token_registry):
     before = job.model.tags()
     job.start()
     again = job.publish()
-    assert [done.returncode for done in again.values()] == [0, 0, 0], output(again)
+    assert [done.returncode for done in again.values()] == [0] * 4, output(again)
     assert again["push"].stdout == first["push"].stdout
     assert job.model.tags() == before
 
@@ -297,7 +314,7 @@ def test_a_link_in_a_layout_leads_nowhere(pod, token_registry, marks):
 def test_a_build_that_failed_is_recorded_by_push(pod):
     job = pod(DOCKERFILE + "RUN echo broken; exit 3\n")
     ended = job.publish()
-    assert [done.returncode for done in ended.values()] == [0, 0, ExitCode.CANNOT_CREATE], output(ended)
+    assert [done.returncode for done in ended.values()] == [0, 0, 0, ExitCode.CANNOT_CREATE], output(ended)
     assert "broken" in (job.volumes["workspace"] / "result.json").read_text()
     outcome = job.model.outcome()
     assert outcome["state"] == "failed"
@@ -309,4 +326,4 @@ def test_a_version_that_is_not_there_ends_the_job(pod, mlflow_server):
     job = pod(COPIES)
     job.model = type(job.model)(job.model.client, job.model.name, "99", "")
     ended = job.publish()
-    assert {name: done.returncode for name, done in ended.items()} == {"fetch": ExitCode.NO_INPUT}
+    assert {name: done.returncode for name, done in ended.items()} == {"preflight": ExitCode.NO_INPUT}

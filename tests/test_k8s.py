@@ -12,6 +12,7 @@ import yaml
 from builder import cli
 from builder.errors import ExitCode
 from builder.settings import BuildSettings, Settings
+from scripts import manifests
 
 FOLDER = Path(__file__).parents[1] / "k8s"
 # The oldest and the newest release that somebody may run: podFailurePolicy is stable since 1.31.
@@ -27,30 +28,55 @@ IMAGE = {
     "SSL_CERT_DIR": "/kaniko/ssl/certs",
 }
 KANIKO_OWNS = {"Dockerfile", "stages", "bases", "buildcontext", "deps", "layers", "secrets", "swap", "caches"}
+# What the Downward API gives: from the annotations that `submit` and `sweep` write, and from the Job's identity.
+ANNOTATIONS = {
+    "metadata.annotations['builder/model-name']": "Modell für Pumpe 7",
+    "metadata.annotations['builder/model-version']": "8",
+    "metadata.annotations['builder/force']": "",
+    "metadata.annotations['builder/rebuild']": "true",
+    "metadata.labels['batch.kubernetes.io/controller-uid']": "0b6f1a5e-6c0e-4b43-8b0c-3d1c6a1f3f6d",
+}
+WHEELS, DOCKERFILE, SWEEP, JOB = (
+    "base/publish-wheels.yaml",
+    "dockerfile/publish-dockerfile.yaml",
+    "base/sweep.yaml",
+    "job.yaml",
+)
+EVERY = (WHEELS, DOCKERFILE, SWEEP, JOB)
+THREE_PHASES = (DOCKERFILE, JOB)
 
-
-SWEEPS = ("cronjob.yaml", "cronjob-wheels.yaml")
+every_job = pytest.mark.parametrize("name", EVERY)
+three_phases = pytest.mark.parametrize("name", THREE_PHASES)
 
 
 def documents(name):
     return [document for document in yaml.safe_load_all((FOLDER / name).read_text()) if document]
 
 
+def kustomizations():
+    """Return every kustomization below k8s/, by its folder."""
+    found = sorted(FOLDER.rglob("kustomization.yaml"))
+    return {path.parent.relative_to(FOLDER).as_posix(): yaml.safe_load(path.read_text()) for path in found}
+
+
 def every_document():
+    """Return the documents of every file that a kustomization lists as a resource, and of the files for themselves."""
+    names = {
+        (Path(folder) / resource).as_posix()
+        for folder, kustomization in kustomizations().items()
+        for resource in kustomization.get("resources", [])
+        if resource.endswith(".yaml")
+    }
     return [
-        pytest.param(document, id=f"{path.name}-{document['kind']}-{number}")
-        for path in sorted(FOLDER.glob("*.yaml"))
-        if path.name != "kustomization.yaml"
-        for number, document in enumerate(documents(path.name))
+        pytest.param(document, id=f"{name}-{document['kind']}-{document['metadata'].get('name', '')}")
+        for name in sorted(names | {"job.yaml", "cronjob.yaml"})
+        for document in documents(name)
     ]
 
 
-def job_specs():
-    return {
-        "job.yaml": documents("job.yaml")[0]["spec"],
-        "job-single.yaml": documents("job-single.yaml")[0]["spec"],
-        **{name: documents(name)[0]["spec"]["jobTemplate"]["spec"] for name in SWEEPS},
-    }
+def job_spec(name):
+    (document,) = documents(name)
+    return document["spec"]["jobTemplate"]["spec"] if document["kind"] == "CronJob" else document["spec"]
 
 
 def containers(spec):
@@ -58,24 +84,53 @@ def containers(spec):
     return [*pod.get("initContainers", []), *pod["containers"]]
 
 
-def config_maps():
-    return {document["metadata"]["name"]: document["data"] for document in documents("settings.yaml")}
+def config_maps(name):
+    """Return the ConfigMaps that a manifest's containers find."""
+    maps = {document["metadata"]["name"]: document["data"] for document in documents("base/settings.yaml")}
+    if name in THREE_PHASES:
+        for document in documents("dockerfile/settings.yaml"):
+            maps[document["metadata"]["name"]] |= document["data"]
+    return maps
 
 
-def environment(container):
-    """Return the variables that a container gets, those of its ConfigMaps included."""
-    maps = config_maps()
+def environment(name, container):
+    """Return the variables that a container gets, those of its ConfigMaps and of the Downward API included."""
+    maps = config_maps(name)
     found = {}
     for source in container["envFrom"]:
         found |= maps[source["configMapRef"]["name"]]
-    return found | {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    for entry in container.get("env", []):
+        found[entry["name"]] = (
+            entry["value"] if "value" in entry else ANNOTATIONS[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        )
+    return found
 
 
 def variables(kind):
     return {field.validation_alias for field in kind.model_fields.values() if field.validation_alias}
 
 
-every_job = pytest.mark.parametrize("name", ["job.yaml", "job-single.yaml", *SWEEPS])
+def settings_of(container):
+    return BuildSettings if container["args"] == ["build"] else Settings
+
+
+def secrets_of(spec, container):
+    """Return the Secrets that a container mounts."""
+    secrets = {
+        volume["name"]: volume["secret"]["secretName"]
+        for volume in spec["template"]["spec"]["volumes"]
+        if "secret" in volume
+    }
+    return {secrets[mount["name"]] for mount in container["volumeMounts"] if mount["name"] in secrets}
+
+
+def assert_confined(container):
+    context = container["securityContext"]
+    assert context["runAsUser"] > 0
+    assert context["runAsNonRoot"] is True
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"]}
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -85,61 +140,99 @@ def test_valid_by_the_schema_of_kubernetes(document, release):
 
 
 def test_the_schema_refuses_what_is_wrong():
-    wrong = copy.deepcopy(documents("job.yaml")[0])
+    (wrong,) = copy.deepcopy(documents(JOB))
     wrong["spec"]["template"]["spec"]["containers"][0]["readOnlyRootFilesystem"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="readOnlyRootFilesystem"):
         kubernetes_validate.validate(wrong, RELEASES[-1], strict=True)
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
-def test_kustomization_holds_the_sweep_and_what_it_needs():
-    rendered = subprocess.run(["kubectl", "kustomize", str(FOLDER)], check=True, capture_output=True, text=True).stdout
-    kinds = sorted((document["kind"], document["metadata"]["name"]) for document in yaml.safe_load_all(rendered))
-    assert kinds == [
-        ("ConfigMap", "builder-network"),
-        ("ConfigMap", "builder-settings"),
-        ("CronJob", "builder-sweep"),
-        ("ServiceAccount", "builder"),
-    ]
-    for document in yaml.safe_load_all(rendered):
+def rendered(folder):
+    done = subprocess.run(["kubectl", "kustomize", str(FOLDER / folder)], check=True, capture_output=True, text=True)
+    found = [document for document in yaml.safe_load_all(done.stdout) if document]
+    return {(document["kind"], document["metadata"]["name"]): document for document in found}
+
+
+needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+
+
+@needs_kubectl
+@pytest.mark.parametrize(
+    "folder", sorted(name for name, each in kustomizations().items() if each["kind"] == "Kustomization")
+)
+def test_every_overlay_is_valid_and_names_an_image_with_a_tag(folder):
+    for document in rendered(folder).values():
         kubernetes_validate.validate(document, RELEASES[-1], strict=True)
+        if document["kind"] == "CronJob":
+            for container in containers(document["spec"]["jobTemplate"]["spec"]):
+                _, _, tag = container["image"].partition(":")
+                assert tag not in ("", "latest")
+
+
+@needs_kubectl
+def test_cronjob_yaml_is_the_base():
+    single_file = {(document["kind"], document["metadata"]["name"]): document for document in documents("cronjob.yaml")}
+    assert single_file == rendered("base") == rendered(".")
+
+
+@needs_kubectl
+def test_job_yaml_is_a_copy_of_the_template():
+    (job,) = documents(JOB)
+    template = rendered("dockerfile")["CronJob", "builder-publish-dockerfile"]["spec"]["jobTemplate"]
+    version = {"builder/model-name": "pltr_foundry_model", "builder/model-version": "8"}
+    template["spec"]["template"]["metadata"]["annotations"] |= version
+    assert job["spec"] == template["spec"]
+    assert job["metadata"]["labels"] == template["metadata"]["labels"]
+
+
+def test_the_files_for_themselves_are_those_of_the_base():
+    assert (FOLDER / "job.yaml").read_text() == manifests.job()
+    assert (FOLDER / "cronjob.yaml").read_text() == manifests.cronjob()
 
 
 @every_job
 def test_commands_exist(name):
-    for container in containers(job_specs()[name]):
-        (command,) = container["args"]
-        assert command in cli.builder.commands
+    for container in containers(job_spec(name)):
+        command, *options = container["args"]
         assert "command" not in container  # the image's entry point
+        assert command in cli.builder.commands
+        known = {option for each in cli.builder.commands[command].params for option in each.opts}
+        assert set(options) <= known
 
 
-def test_phases_run_in_order():
-    assert [container["args"] for container in containers(job_specs()["job.yaml"])] == [["fetch"], ["build"], ["push"]]
+@three_phases
+def test_phases_run_in_order(name):
+    phases = [container["args"] for container in containers(job_spec(name))]
+    assert phases == [["preflight"], ["fetch"], ["build"], ["push"]]
+
+
+def test_wheels_need_one_container():
+    (publish,) = containers(job_spec(WHEELS))
+    assert publish["args"] == ["publish"]
+    assert environment(WHEELS, publish)["BUILD_METHOD"] == "wheels"
 
 
 @every_job
 def test_every_variable_is_a_setting(name):
-    for container in containers(job_specs()[name]):
-        kind = BuildSettings if container["args"] == ["build"] else Settings
-        assert set(environment(container)) <= variables(kind), container["name"]
+    for container in containers(job_spec(name)):
+        known = variables(settings_of(container))
+        assert set(environment(name, container)) <= known, container["name"]
 
 
 @every_job
 def test_the_settings_of_every_container_can_be_read(name, tmp_path):
-    for container in containers(job_specs()[name]):
-        kind = BuildSettings if container["args"] == ["build"] else Settings
-        require = ("MODEL_NAME", "MODEL_VERSION") if container["args"] in (["fetch"], ["publish"]) else ()
-        environ = environment(container) | {"SECRETS_DIR": str(tmp_path)}
+    for container in containers(job_spec(name)):
+        require = () if container["args"][0] in ("build", "push", "sweep") else ("MODEL_NAME", "MODEL_VERSION")
+        environ = environment(name, container) | {"SECRETS_DIR": str(tmp_path)}
         if "DOCKER_CONFIG" in environ:
             # The Secret is not mounted here.
             (tmp_path / "config.json").write_text("{}")
             environ["DOCKER_CONFIG"] = str(tmp_path)
-        kind.from_environ(environ, require)
+        settings_of(container).from_environ(environ, require)
 
 
 @every_job
 def test_only_exit_codes_that_cannot_get_better_end_the_job(name):
-    ignore, fail = job_specs()[name]["podFailurePolicy"]["rules"]
+    ignore, fail = job_spec(name)["podFailurePolicy"]["rules"]
     assert ignore == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert fail["action"] == "FailJob"
     assert fail["onExitCodes"] == {"operator": "In", "values": sorted(set(ExitCode) - RETRYABLE)}
@@ -147,10 +240,9 @@ def test_only_exit_codes_that_cannot_get_better_end_the_job(name):
 
 @every_job
 def test_jobs_are_bounded(name):
-    spec = job_specs()[name]
+    spec = job_spec(name)
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
-    assert pod["automountServiceAccountToken"] is False
     assert spec["activeDeadlineSeconds"] > 0
     assert spec["ttlSecondsAfterFinished"] > 0
     assert spec["backoffLimit"] >= 0
@@ -161,45 +253,93 @@ def test_jobs_are_bounded(name):
         assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_never_overtakes_itself(name):
-    assert documents(name)[0]["spec"]["concurrencyPolicy"] == "Forbid"
+@every_job
+def test_only_the_sweep_has_a_token(name):
+    pod = job_spec(name)["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is (name == SWEEP)
+    assert pod["serviceAccountName"] == ("builder-sweep" if name == SWEEP else "builder-publish")
+    for document in documents("base/accounts.yaml"):
+        if document["kind"] == "ServiceAccount":
+            assert document["automountServiceAccountToken"] is False
 
 
-def test_the_sweep_without_an_engine_may_do_nothing_that_an_engine_needs():
-    (sweep,) = containers(job_specs()["cronjob-wheels.yaml"])
-    context = sweep["securityContext"]
-    assert context["runAsNonRoot"] is True
-    assert context["readOnlyRootFilesystem"] is True
-    assert context["allowPrivilegeEscalation"] is False
-    assert context["capabilities"] == {"drop": ["ALL"]}
-    assert environment(sweep)["BUILD_METHOD"] == "wheels"
-    assert "TRUST_DOCKERFILE_AUTHORS" not in environment(sweep)
+@every_job
+def test_the_labels_and_the_default_container_of_pods(name):
+    metadata = job_spec(name)["template"]["metadata"]
+    labels = metadata["labels"]
+    assert labels["app.kubernetes.io/name"] == labels["app.kubernetes.io/part-of"] == "builder"
+    assert labels["app.kubernetes.io/component"] == ("sweep" if name == SWEEP else "publish")
+    assert labels.get("builder/method") == {WHEELS: "wheels", SWEEP: None}.get(name, "dockerfile")
+    default = metadata["annotations"]["kubectl.kubernetes.io/default-container"]
+    assert default == containers(job_spec(name))[-1]["name"]
 
 
-@pytest.mark.parametrize("name", ["job.yaml", "job-single.yaml"])
-def test_a_job_can_be_created_again(name):
-    metadata = documents(name)[0]["metadata"]
+@pytest.mark.parametrize("name", [WHEELS, DOCKERFILE])
+def test_a_template_never_starts_by_itself(name):
+    (template,) = documents(name)
+    assert template["spec"]["suspend"] is True
+    assert template["spec"]["schedule"] == "0 0 31 2 *"
+    assert template["metadata"]["labels"]["builder/method"] == template["metadata"]["name"].rpartition("-")[2]
+
+
+def test_a_sweep_never_overtakes_itself_and_keeps_its_last_runs():
+    (sweep,) = documents(SWEEP)
+    assert sweep["spec"]["concurrencyPolicy"] == "Forbid"
+    assert sweep["spec"]["successfulJobsHistoryLimit"] == sweep["spec"]["failedJobsHistoryLimit"] == 3
+
+
+def test_the_sweep_holds_no_registry_credential():
+    spec = job_spec(SWEEP)
+    (sweep,) = containers(spec)
+    assert secrets_of(spec, sweep) == {"builder-mlflow"}
+    assert "DOCKER_CONFIG" not in environment(SWEEP, sweep)
+
+
+@pytest.mark.parametrize("name", [WHEELS, SWEEP])
+def test_nothing_of_the_base_is_root(name):
+    for container in containers(job_spec(name)):
+        assert_confined(container)
+        assert environment(name, container)["BUILD_METHOD"] == "wheels"
+        assert "TRUST_DOCKERFILE_AUTHORS" not in environment(name, container)
+
+
+def test_the_sweep_s_account_may_do_what_is_listed_and_no_more():
+    (role,) = [document for document in documents("base/accounts.yaml") if document["kind"] == "Role"]
+    allowed = {
+        (group, resource, verb): rule.get("resourceNames")
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert allowed == {
+        ("batch", "cronjobs", "get"): ["builder-publish-wheels", "builder-publish-dockerfile"],
+        **{("batch", "jobs", verb): None for verb in ("create", "get", "list", "watch", "delete")},
+        **{("", "pods", verb): None for verb in ("get", "list", "watch")},
+        ("", "pods/log", "get"): None,
+        **{("", "events", verb): None for verb in ("get", "list", "watch")},
+    }
+
+
+def test_a_job_can_be_created_again():
+    metadata = documents(JOB)[0]["metadata"]
     assert "name" not in metadata
     assert metadata["generateName"]
 
 
-def test_only_build_is_root():
-    for container in containers(job_specs()["job.yaml"]):
-        context = container["securityContext"]
+@three_phases
+def test_only_build_is_root(name):
+    for container in containers(job_spec(name)):
         if container["name"] == "build":
-            assert context["runAsUser"] == 0
-            continue
-        assert context["runAsUser"] > 0
-        assert context["runAsNonRoot"] is True
-        assert context["readOnlyRootFilesystem"] is True
-        assert context["allowPrivilegeEscalation"] is False
-        assert "add" not in context["capabilities"]
+            assert container["securityContext"]["runAsUser"] == 0
+        else:
+            assert_confined(container)
 
 
-def test_build_sees_no_credential_and_writes_two_things():
-    spec = job_specs()["job.yaml"]
-    _, build, _ = containers(spec)
+@three_phases
+def test_build_sees_no_credential_and_writes_two_things(name):
+    spec = job_spec(name)
+    (build,) = [container for container in containers(spec) if container["name"] == "build"]
     volumes = {volume["name"]: volume for volume in spec["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in build["volumeMounts"]} == {"workspace"}
     assert "emptyDir" in volumes["workspace"]
@@ -207,46 +347,66 @@ def test_build_sees_no_credential_and_writes_two_things():
     assert writable == {"layouts", "result.json"}
     assert "env" not in build
     assert build["envFrom"] == [{"configMapRef": {"name": "builder-network"}}]
-    assert not BuildSettings.from_environ(IMAGE | environment(build)).holds_credential
+    assert not BuildSettings.from_environ(IMAGE | environment(name, build)).holds_credential
 
 
-def test_push_writes_nothing_into_the_workspace():
-    *_, push = containers(job_specs()["job.yaml"])
+@three_phases
+def test_push_writes_nothing_into_the_workspace(name):
+    *_, push = containers(job_spec(name))
     (workspace,) = [mount for mount in push["volumeMounts"] if mount["name"] == "workspace"]
     assert workspace["readOnly"] is True
 
 
-def test_fetch_and_push_have_credentials_of_their_own():
-    fetch, _, push = containers(job_specs()["job.yaml"])
-    secrets = {
-        volume["name"]: volume["secret"]["secretName"]
-        for volume in job_specs()["job.yaml"]["template"]["spec"]["volumes"]
-        if "secret" in volume
+@three_phases
+def test_each_phase_has_credentials_of_its_own(name):
+    spec = job_spec(name)
+    assert {container["name"]: secrets_of(spec, container) for container in containers(spec)} == {
+        "preflight": {"builder-mlflow", "builder-registry-push"},
+        "fetch": {"builder-mlflow", "builder-registry-pull"},
+        "build": set(),
+        "push": {"builder-mlflow", "builder-registry-push"},
     }
-    mounted = [
-        {secrets[mount["name"]] for mount in container["volumeMounts"] if mount["name"] in secrets}
-        for container in (fetch, push)
-    ]
-    assert mounted == [{"builder-mlflow", "builder-registry-pull"}, {"builder-mlflow", "builder-registry-push"}]
 
 
-@pytest.mark.parametrize("name", ["job-single.yaml", "cronjob.yaml"])
-def test_one_container_says_what_it_gives_up(name):
-    (container,) = containers(job_specs()[name])
-    assert environment(container)["TRUST_DOCKERFILE_AUTHORS"] == "true"
-    assert "What is given up" in (FOLDER / name).read_text()
-
-
-def test_three_containers_need_no_trust():
-    for container in containers(job_specs()["job.yaml"]):
-        assert "TRUST_DOCKERFILE_AUTHORS" not in environment(container)
+@three_phases
+def test_three_phases_need_no_trust(name):
+    for container in containers(job_spec(name)):
+        assert "TRUST_DOCKERFILE_AUTHORS" not in environment(name, container)
 
 
 @every_job
 def test_nothing_is_mounted_where_kaniko_deletes(name):
     """Kaniko removes some folders below its own after a build, and everything that is neither there nor mounted."""
-    for container in containers(job_specs()[name]):
+    for container in containers(job_spec(name)):
         for mount in container["volumeMounts"]:
             _, root, first, *_ = mount["mountPath"].split("/")
             assert root == "kaniko"
             assert first not in KANIKO_OWNS
+
+
+def test_a_policy_for_every_account_and_nothing_without_one():
+    policies = {each["metadata"]["name"]: each["spec"] for each in documents("base/network-policies.yaml")}
+    deny = policies.pop("builder-default-deny")
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    pods = {name: job_spec(name)["template"]["metadata"]["labels"] for name in (WHEELS, DOCKERFILE, SWEEP)}
+
+    def reached(name):
+        return {
+            policy
+            for policy, spec in policies.items()
+            if spec["podSelector"]["matchLabels"].items() <= pods[name].items()
+        }
+
+    assert reached(SWEEP) == {"builder-dns", "builder-mlflow", "builder-api-server"}
+    publish = {"builder-dns", "builder-mlflow", "builder-registry", "builder-package-index"}
+    assert reached(WHEELS) == publish
+    policies |= {each["metadata"]["name"]: each["spec"] for each in documents("dockerfile/network-policies.yaml")}
+    assert reached(WHEELS) == publish
+    assert reached(DOCKERFILE) == publish | {"builder-package-mirrors"}
+    for spec in policies.values():
+        assert spec["policyTypes"] == ["Egress"]
+        assert "ingress" not in spec
+        for rule in spec["egress"]:
+            assert rule["ports"]
+            for block in (peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer):
+                assert block["cidr"] != "0.0.0.0/0" or "169.254.0.0/16" in block["except"]

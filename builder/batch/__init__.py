@@ -56,13 +56,14 @@ _OWN_FAULTS = frozenset({ExitCode.DATA, ExitCode.NO_INPUT, ExitCode.CANNOT_CREAT
 
 
 # sweep: `published` was made now; `current` was there; `foreign` is an image of another publisher's; `waiting`
-# has failed too often, and waits for a change.
+# has failed, and waits for a change or for its next attempt. In a cluster: `submitted`, a Job was made now; `running`,
+# it has one; `queued` waits for others to end.
 # download: `new`, `changed`, `unchanged`.
 # warm: `warm`, all is there now; `verified`, all that is there is what it should be; `different`, something is not;
 # `unproven`, a layer cannot be rebuilt for comparison; `passed over`, it is not made of wheel layers.
 # All: `failed`; `gone` was deleted, or lost its target tag, before or while this ran, which is no failure.
 State = Literal[
-    "published", "current", "foreign", "waiting", "new", "changed", "unchanged",
+    "published", "current", "foreign", "waiting", "submitted", "running", "queued", "new", "changed", "unchanged",
     "warm", "verified", "different", "unproven", "passed over", "failed", "gone",
 ]  # fmt: skip
 
@@ -74,7 +75,7 @@ class Result:
     Attributes:
         name: the version as logs name it, or the requirements file.
         state: what became of it.
-        version: the version; None for a requirements file.
+        version: the version, without its tags: thousands of them are kept to the end; None for a requirements file.
         reference: the digest reference that was published now; None elsewhere.
         folder: where a downloaded version is, or would be; None elsewhere.
         detail: the reason, or the error, on one line.
@@ -140,12 +141,12 @@ class Batch(Generic[AnyResult]):
         name = str(version)
         try:
             with self.defects(name):
-                return replace(work(), name=name, version=version)
+                return replace(work(), name=name, version=version.untagged())
         except VersionNotFound as error:
             if not self.gone:
                 return self._failure(version, error)
             self._lines(name).info(self.gone, detail=error.what)
-            return self.kind(name=name, version=version, state="gone", detail=error.one_line())
+            return self.kind(name=name, version=version.untagged(), state="gone", detail=error.one_line())
         except BuilderError as error:
             return self._failure(version, error)
         except MemoryError:
@@ -171,7 +172,7 @@ class Batch(Generic[AnyResult]):
         self._lines(str(version)).error(self.failed, error=error.one_line())
         return self.kind(
             name=str(version),
-            version=version,
+            version=version.untagged(),
             state="failed",
             detail=error.one_line(),
             exit_code=int(error.exit_code),

@@ -66,13 +66,13 @@ def sweep(settings: Settings, options: Options | None = None) -> Iterator[Result
     catalog = MlflowCatalog.from_settings(settings)
     versions = natural_order(catalog.tagged(settings.target_tag))
     if not versions:
-        _log_near_misses(catalog, settings.target_tag)
+        log_near_misses(catalog, settings.target_tag)
     # What has failed, or has taken the whole process with it, comes last: it must not keep the others waiting.
-    versions.sort(key=lambda version: _in_vain(settings, version))
+    versions.sort(key=lambda version: in_vain(settings, version))
     yield from _SWEEP.results(Budget.of(settings), versions, partial(_swept, settings, catalog, options))
 
 
-def _log_near_misses(catalog: MlflowCatalog, tag: str) -> None:
+def log_near_misses(catalog: MlflowCatalog, tag: str) -> None:
     """Say in the log what may have been meant to select a version."""
     try:
         found = catalog.near_misses(tag)
@@ -89,9 +89,9 @@ def _swept(
     settings: Settings, catalog: Catalog, options: Options, children: Children, version: ModelVersion
 ) -> Result:  # fmt: skip
     """Publish a version in a child, unless its tags settle it."""
-    settled = None if options.queries_registry else _settled(settings, version, retry=options.retry_failed)
-    if settled:
-        return settled
+    found = None if options.queries_registry else settled(settings, version, retry=options.retry_failed)
+    if found:
+        return found
     # The listing may be hours old by now.
     version = catalog.find(version.name, version.version)
     if not version.selected_by(settings.target_tag):
@@ -141,14 +141,14 @@ def _published(settings: Settings, options: Options, version: ModelVersion) -> R
     )  # fmt: skip
 
 
-def _in_vain(settings: Settings, version: ModelVersion) -> tuple[int, bool]:
+def in_vain(settings: Settings, version: ModelVersion) -> tuple[int, bool]:
     """Return how often a version was tried in vain, and whether it was last ended before anybody could tell."""
     outcome = Outcome.of(version, settings.target)
     tried = outcome.state in {"running", "failed"}
     return (outcome.attempts if tried else 0, tried)
 
 
-def _settled(settings: Settings, version: ModelVersion, *, retry: bool) -> Result | None:
+def settled(settings: Settings, version: ModelVersion, *, retry: bool) -> Result | None:
     """Return what the version's own tags settle, without a request; None where something has to be done."""
     outcome = Outcome.of(version, settings.target)
     if outcome.source_id != version.source_id():

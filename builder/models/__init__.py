@@ -90,6 +90,10 @@ class ModelVersion(BaseModel):
         """When the version was registered, in UTC."""
         return datetime.fromtimestamp(self.created_ms / 1000, tz=UTC)
 
+    def untagged(self) -> ModelVersion:
+        """Return the version without its tags, which are most of it."""
+        return self.model_copy(update={"tags": {}})
+
     def selected_by(self, target_tag: str) -> bool:
         """Return whether the version carries the target's tag with the value `true`, in any case."""
         return self.tags.get(target_tag, "").strip().lower() == "true"

@@ -202,7 +202,17 @@ class MlflowCatalog:
         """
         for name, value in tags.items():
             with answering(f"set the tag {name} of {version}", server=self.server):
-                self.client.set_model_version_tag(version.name, version.version, name, value)
+                self._registry.set_model_version_tag(version.name, version.version, name, value)
+
+    @cached_property
+    def _registry(self) -> Any:
+        """The part of MLflow's client that sets a tag with one request.
+
+        The client itself first reads the registered model with its latest versions, for each tag, to see that it is not
+        a prompt. `find` and `tagged` have seen that.
+        """
+        part = getattr(self.client, "_get_registry_client", None)
+        return part() if part else self.client
 
 
 def _version(found: Any) -> ModelVersion:

@@ -35,7 +35,15 @@ from builder.models import TAG_PLATFORMS, ModelVersion
 from builder.models.context import Progress, content_digest, sketch_context, write_context
 from builder.plan import Build, Plan
 from builder.process import remove_leftovers
-from builder.publish.inspect import Prepared, artifacts_changed, changes, find, same_version, survey
+from builder.publish.inspect import (
+    Prepared,
+    artifacts_changed,
+    changes,
+    find,
+    reference_of,
+    same_version,
+    survey,
+)
 from builder.publish.record import Record
 from builder.reference import Platform, Reference
 from builder.settings import BuildSettings, CommonSettings, Settings, network
@@ -207,6 +215,32 @@ def workspace_of(settings: CommonSettings, *, shared: bool = False) -> Iterator[
             workspace.remove()
 
 
+def record_of(services: Services, version: ModelVersion) -> Record:
+    """Return the record of a version, for the target and the attempt of the settings."""
+    settings = services.settings
+    return Record(
+        services.catalog, version, settings.target, version.source_id(), attempt=settings.attempt_id
+    )  # fmt: skip
+
+
+# ---- preflight: MLflow read and write, registry push
+
+
+def preflight(services: Services, version: ModelVersion) -> None:
+    """Open an upload where the version's image and its candidate will go, and cancel it: before an hour's build.
+
+    Raises:
+        PermissionRefused: the credential may not push there; it is recorded on the version as well.
+        ServiceUnavailable: the registry is unavailable.
+    """
+    with _lines_of(version, "preflight"), record_of(services, version).failures():
+        candidate = services.settings.smoke_test_candidate
+        for reference in (reference_of(services.settings, version), *([candidate] if candidate else [])):
+            repository = reference.repository
+            services.registries.for_host(repository.host).check_push(repository)
+            log.info("the credential may push", repository=str(repository))
+
+
 # ---- fetch: MLflow read and write, registry pull
 
 
@@ -295,7 +329,7 @@ def fetch(
     Raises:
         BuilderError: what failed; it is recorded on the version as well.
     """
-    record = Record(services.catalog, version, services.settings.target, version.source_id())
+    record = record_of(services, version)
     deadline = deadline or Deadline(Budget.of(services.settings), version)
     with _lines_of(version, "fetch"), record.failures(), deadline.running():
         with planned(services, workspace, version, force=force, rebuild=rebuild, record=record) as prepared:
@@ -348,8 +382,8 @@ def refuse_untrusted(settings: BuildSettings) -> None:
     if engine.name == "kaniko":
         message = "This container holds a credential, and a Dockerfile that Kaniko runs in it could read it."
         remedy = (
-            "Run fetch, build and push as three containers (k8s/job.yaml), or set TRUST_DOCKERFILE_AUTHORS=true if "
-            "everybody who can register a model may have the credential."
+            "Run fetch, build and push as containers of their own (k8s/dockerfile), or set "
+            "TRUST_DOCKERFILE_AUTHORS=true if everybody who can register a model may have the credential."
         )
         raise InvalidSettings(message, remedy=remedy)
 
@@ -413,6 +447,35 @@ def _build_platform(settings: BuildSettings, workspace: Workspace, engine: Engin
     lines.info("built", seconds=round(time.monotonic() - began, 1))
 
 
+# ---- candidate, in a Pod that tests the image: registry push
+
+
+def candidate(services: Services, workspace: Workspace, *, deadline: Deadline | None = None) -> None:
+    """Push the images, and put one where the kubelet takes the Pod's sidecar from, so that push can ask it.
+
+    If there is nothing to test, that is an image that runs nothing: the sidecar has to start in any case.
+
+    Args:
+        services: the clients to work through, in a Pod.
+        workspace: with the output of fetch and build.
+        deadline: bounds the work; None for the settings' budget.
+
+    Raises:
+        BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
+    """
+    plan = _plan(services, workspace)
+    with _lines_of(plan.version, "candidate"):
+        deadline = deadline or Deadline(Budget.of(services.settings), plan.version)
+        _, record = _begun(services, plan, deadline)
+        with record.failures(), deadline.running():
+            if plan.builds:
+                with stage("imports"):
+                    from builder.publish.assemble import push_candidate
+                push_candidate(services, workspace, plan, record)
+            elif services.sidecar is not None:
+                services.sidecar.offer(None, [])
+
+
 # ---- push: registry push, MLflow write
 
 
@@ -429,20 +492,32 @@ def push(services: Services, workspace: Workspace, *, deadline: Deadline | None 
     Raises:
         BuilderError: what failed, the build phase's own failure included; it is recorded on the version as well.
     """
+    plan = _plan(services, workspace)
+    with _lines_of(plan.version, "push"):
+        return _push(services, workspace, plan, deadline or Deadline(Budget.of(services.settings), plan.version))
+
+
+def _plan(services: Services, workspace: Workspace) -> Plan:
+    """Return the workspace's plan, which has to be that of MODEL_NAME, if this is set."""
     plan = workspace.plan()
     name = services.settings.model_name
     if name not in {"", plan.version.name}:
         message = f"The workspace holds a plan for {plan.version}, but MODEL_NAME is {name!r}."
         raise UsageError(message, remedy="Run fetch for that model, in a workspace of its own.")
-    with _lines_of(plan.version, "push"):
-        return _push(services, workspace, plan, deadline or Deadline(Budget.of(services.settings), plan.version))
+    return plan
+
+
+def _begun(services: Services, plan: Plan, deadline: Deadline) -> tuple[ModelVersion, Record]:
+    """Return the plan's version with the tags that it has now, and its record."""
+    attempt = services.settings.attempt_id
+    record = Record.of_plan(services.catalog, plan.version, plan, attempt=attempt)
+    with record.failures(), deadline.running():
+        now = same_version(services, plan)
+    return now, Record.of_plan(services.catalog, now, plan, attempt=attempt)
 
 
 def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadline) -> Published:
-    record = Record.of_plan(services.catalog, plan.version, plan)
-    with record.failures(), deadline.running():
-        now = same_version(services, plan)
-    record = Record.of_plan(services.catalog, now, plan)
+    now, record = _begun(services, plan, deadline)
     tag = plan.reference
     if plan.action == "foreign":
         log.warning("left alone", reference=str(tag), reason=plan.reason)
@@ -469,11 +544,17 @@ def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadli
 # ---- the phases, each for a container of its own
 
 
+def run_preflight(settings: Settings) -> None:
+    """Run the preflight of MODEL_NAME's MODEL_VERSION."""
+    with connected(settings) as services:
+        preflight(services, find(services))
+
+
 def run_fetch(
     settings: Settings, *, force: bool = False, rebuild: bool = False, progress: Progress | None = None
 ) -> Plan:
     """Run the fetch phase on the workspace that the settings name."""
-    with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
+    with workspace_of(settings, shared=True) as workspace, connected(settings, in_pod=True) as services:
         began = time.monotonic()
         workspace.clear_plan()
         version = find(services)
@@ -497,9 +578,22 @@ def run_build(settings: BuildSettings) -> BuildResult:
     return result
 
 
+def run_candidate(settings: Settings) -> None:
+    """Run the candidate phase on the workspace that the settings name.
+
+    Raises:
+        InvalidSettings: SMOKE_TEST_CANDIDATE is missing.
+    """
+    if settings.smoke_test_candidate is None:
+        message = "SMOKE_TEST_CANDIDATE is missing: the sidecar's image has that name."
+        raise InvalidSettings(message, remedy="Set it, as the component k8s/smoke-test does.")
+    with workspace_of(settings, shared=True) as workspace, connected(settings, in_pod=True) as services:
+        candidate(services, workspace)
+
+
 def run_push(settings: Settings) -> Published:
     """Run the push phase on the workspace that the settings name."""
-    with workspace_of(settings, shared=True) as workspace, connected(settings) as services:
+    with workspace_of(settings, shared=True) as workspace, connected(settings, in_pod=True) as services:
         began = time.monotonic()
         published = push(services, workspace)
         _log_published(workspace.plan(), published, began)

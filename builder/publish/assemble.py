@@ -263,6 +263,59 @@ def push_and_tag(services: Services, workspace: Workspace, plan: Plan, record: R
     Raises:
         BuilderError: what failed, the build phase's own failure included.
     """
+    images, kept, candidates = _pushed(services, workspace, plan)
+    with stage("smoke test"):
+        services.smoke_tests.run(
+            candidates, before=record.smoke_test, folder=workspace.folder, record=record.smoke_tested
+        )
+    descriptors = [*kept.values(), *(image.descriptor for image in images)]
+    if len(descriptors) == 1:
+        (image,) = images
+        content, media_type = image.manifest, OCI_MANIFEST
+    else:
+        notes = [image.annotations for image in images] + ([plan.observed_annotations] if kept else [])
+        bases = {(note.get(manifests.BASE_NAME, ""), note.get(manifests.BASE_DIGEST, "")) for note in notes}
+        content = manifests.index(descriptors, annotations=_annotations(plan) | _base_note(bases))
+        media_type = OCI_INDEX
+    with stage("tag"):
+        same_version(services, plan)
+        digest = move_tag(
+            services.registries.for_host(plan.reference.repository.host),
+            plan.reference,
+            content,
+            media_type,
+            expected=plan.observed,
+        )
+    return digest, sum(image.size for image in images)
+
+
+def push_candidate(services: Services, workspace: Workspace, plan: Plan, record: Record) -> None:
+    """Push every platform's image, and put this machine's where the Pod's sidecar takes it from; move no tag.
+
+    Args:
+        services: the registry, and the sidecar.
+        workspace: holds layouts, and the recipe.
+        plan: what is to be pushed where; nothing else is believed.
+        record: has the result of an earlier smoke test.
+
+    Raises:
+        BuilderError: what failed, the build phase's own failure included.
+    """
+    _, _, candidates = _pushed(services, workspace, plan)
+    image = services.smoke_tests.untested(candidates, before=record.smoke_test)
+    if services.sidecar is not None:
+        with stage("candidate"):
+            services.sidecar.offer(image.content() if image else None, [plan.reference.repository])
+
+
+def _pushed(
+    services: Services, workspace: Workspace, plan: Plan
+) -> tuple[list[manifests.Image], dict[Platform, Descriptor], list[Candidate]]:  # fmt: skip
+    """Push every platform's image by its digest; no tag is touched.
+
+    Returns:
+        The images that were made, those that stay as they are, and all of them for the smoke test.
+    """
     by_engine = plan.made_by("dockerfile")
     if by_engine:
         workspace.result().check()
@@ -281,27 +334,8 @@ def push_and_tag(services: Services, workspace: Workspace, plan: Plan, record: R
     if plan.made_by("wheels"):
         recipe = Recipe.from_json(workspace.recipe())
         images += push_images(services, plan, recipe, workspace.context)
-    with stage("smoke test"):
-        local = {blob.digest: blob for layout, _, _ in built for blob in layout.blobs()}
-        services.smoke_tests.run(
-            _candidates(registry, plan.reference.repository, images, kept, local),
-            before=record.smoke_test,
-            folder=workspace.folder,
-            record=record.smoke_tested,
-        )
-    descriptors = [*kept.values(), *(image.descriptor for image in images)]
-    if len(descriptors) == 1:
-        (image,) = images
-        content, media_type = image.manifest, OCI_MANIFEST
-    else:
-        notes = [image.annotations for image in images] + ([plan.observed_annotations] if kept else [])
-        bases = {(note.get(manifests.BASE_NAME, ""), note.get(manifests.BASE_DIGEST, "")) for note in notes}
-        content = manifests.index(descriptors, annotations=_annotations(plan) | _base_note(bases))
-        media_type = OCI_INDEX
-    with stage("tag"):
-        same_version(services, plan)
-        digest = move_tag(registry, plan.reference, content, media_type, expected=plan.observed)
-    return digest, sum(image.size for image in images)
+    local = {blob.digest: blob for layout, _, _ in built for blob in layout.blobs()}
+    return images, kept, _candidates(registry, plan.reference.repository, images, kept, local)
 
 
 def _candidates(

@@ -21,6 +21,8 @@ from builder.reference import Reference
 State = Literal["", "pending", "running", "published", "failed", "foreign"]
 
 _LONGEST_ERROR = 1000
+_NOT_COUNTED = "(not counted)"
+_INTERRUPTED = "Terminated"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _log = get_logger("outcome")
 
@@ -39,6 +41,8 @@ class Outcome(BaseModel):
         error: what went wrong: `Type: what remedy`.
         wanted: platforms that were wanted when work on it last began.
         attempts: attempts at this source since its last result.
+        attempt: what the last attempt is known by (ATTEMPT_ID), such as the UID of its Job; empty where it has no name.
+            `… (not counted)` where it failed for a reason that is not the version's.
         finished: when it ended, RFC 3339 in UTC.
         smoke_test: the result of running an image: `passed: …` or `failed: …` with its platform and digest,
             `not possible: …` with the reason, or `off`.
@@ -55,6 +59,7 @@ class Outcome(BaseModel):
     error: str = ""
     wanted: tuple[str, ...] = ()
     attempts: int = 0
+    attempt: str = ""
     finished: str = ""
     smoke_test: str = ""
 
@@ -79,6 +84,7 @@ class Outcome(BaseModel):
             wanted=_names(tag("wanted")),
             error=tag("error"),
             attempts=int(attempts) if _NUMBER.fullmatch(attempts) else 0,
+            attempt=tag("attempt"),
             finished=tag("finished"),
             smoke_test=tag("smoke_test"),
         )
@@ -93,10 +99,20 @@ class Outcome(BaseModel):
             "error": one_line(self.error, _LONGEST_ERROR),
             "wanted": ",".join(self.wanted),
             "attempts": str(self.attempts),
+            "attempt": self.attempt,
             "finished": self.finished,
             "smoke_test": self.smoke_test,
             "state": self.state,
         }
+
+    def is_of(self, attempt: str) -> bool:
+        """Return whether this is the outcome of an attempt, by its ATTEMPT_ID."""
+        return bool(attempt) and self.attempt.partition(" ")[0] == attempt
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last process was asked to end by a signal: it could not tell why."""
+        return self.error.startswith(f"{_INTERRUPTED}:")
 
     def tags(self) -> dict[str, str]:
         """Return the outcome as tags, `publish.<target>.state` last, so that a reader of the state sees all others."""
@@ -107,15 +123,20 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def record(catalog: Catalog, version: ModelVersion, outcome: Outcome) -> None:
+def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: bool = False) -> None:
     """Set the version's tags to an outcome, but only those that differ from MLflow's.
 
     It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
+
+    Args:
+        catalog: where to write.
+        version: the version.
+        outcome: what is recorded.
+        fresh: whether `version` was found just now; else it may be from before an earlier record of the same run.
     """
     report = _log.bind(version=str(version), state=outcome.state)
     try:
-        # `version` may be from before an earlier record of the same run.
-        now = catalog.find(version.name, version.version)
+        now = version if fresh else catalog.find(version.name, version.version)
         if now.created_ms != version.created_ms:
             report.error("the outcome is not recorded: the version was deleted, and another has its number")
             return
@@ -141,34 +162,43 @@ class Record:
         version: the version, with the tags it has now.
         target: the target's name.
         source_id: of the source that is being published.
+        attempt: as ATTEMPT_ID: what all processes of one attempt share; empty for an attempt in a process of its own.
     """
 
-    def __init__(self, catalog: Catalog, version: ModelVersion, target: str, source_id: str) -> None:
+    def __init__(
+        self, catalog: Catalog, version: ModelVersion, target: str, source_id: str, *, attempt: str = ""
+    ) -> None:  # fmt: skip
         self._catalog = catalog
         self._version = version
         self._source_id = source_id
+        self._attempt = attempt
         self._before = Outcome.of(version, target)
         self._plan: Plan | None = None
 
     @classmethod
-    def of_plan(cls, catalog: Catalog, version: ModelVersion, plan: Plan) -> Record:
+    def of_plan(cls, catalog: Catalog, version: ModelVersion, plan: Plan, *, attempt: str = "") -> Record:
         """Return the record of a plan that another phase has made, and recorded as started."""
-        record = cls(catalog, version, plan.target, plan.source_id)
+        record = cls(catalog, version, plan.target, plan.source_id, attempt=attempt)
         record._plan = plan
         return record
 
     def started(self, plan: Plan) -> None:
-        """Record the start, and count it as an attempt; a failure that is not the version's fault takes that back."""
+        """Record the start, and count it as an attempt; a failure that is not the version's fault takes that back.
+
+        An attempt is counted once, however many processes begin it: a Pod that was evicted is followed by another.
+        """
         self._plan = plan
         wanted = tuple(str(platform) for platform in plan.wanted)
-        again = self._same_source and self._before.wanted == wanted
+        again = self._same_source and self._before.wanted in {wanted, ()}
+        counted = again and self._begun
         self._write(
             state="running",
             source_id=self._source_id,
             tag=str(plan.reference),
             wanted=wanted,
             error="",
-            attempts=self._before.attempts + 1 if again else 1,
+            attempts=max(self._before.attempts, 1) if counted else self._before.attempts + 1 if again else 1,
+            attempt=self._attempt,
             smoke_test=self._before.smoke_test if self._same_source else "",
         )
 
@@ -191,6 +221,7 @@ class Record:
             "platforms": tuple(sorted(str(step.platform) for step in plan.platforms)),
             "error": "",
             "attempts": 0,
+            "attempt": "",
         }
         if plan.action != "nothing" or self._before.model_copy(update=facts) != self._before:
             self._write(**facts, finished=_now())
@@ -226,6 +257,46 @@ class Record:
             wanted=wanted,
             error=error.one_line(),
             attempts=self._before.attempts + 1 if again else 1,
+            attempt=self._attempt,
+            finished=_now(),
+        )
+
+    def submitted(self, *, fresh: bool = False) -> None:
+        """Record that a Job is made for the version, unless its image of this source is there, or it runs already.
+
+        Args:
+            fresh: whether the version was found just now, so that its tags need not be read again.
+        """
+        if self._before.state in {"published", "running"} and self._same_source:
+            return
+        facts: dict[str, object] = (
+            {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
+        )
+        facts |= {"state": "pending", "source_id": self._source_id, "error": ""}
+        self._before = self._before.model_copy(update=facts)
+        record(self._catalog, self._version, self._before, fresh=fresh)
+
+    def reset(self) -> None:
+        """Record that somebody wants the version to be tried again: earlier attempts no longer count."""
+        if self._before.attempts or self._before.state == "failed":
+            self._write(state="pending", error="", attempts=0, attempt="")
+
+    def not_recorded(self, error: BuilderError) -> None:
+        """Record the end of an attempt whose processes could not: killed, evicted, never started.
+
+        Args:
+            error: what ended it. It counts as an attempt where it is the version's own fault.
+        """
+        own_fault = error.of_version or error.exit_code in _OWN_FAULTS
+        counted = self._begun
+        attempts = (self._before.attempts if self._same_source else 0) + (own_fault - counted)
+        present = self._before.state == "published" and self._same_source
+        self._write(
+            state="published" if present and not own_fault else "failed",
+            source_id=self._source_id,
+            error=error.one_line(),
+            attempts=max(attempts, 0),
+            attempt=self._attempt if own_fault else f"{self._attempt} {_NOT_COUNTED}",
             finished=_now(),
         )
 
@@ -242,7 +313,8 @@ class Record:
             self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
             raise
         except Terminated:
-            self._failed("Terminated: the process was ended by a signal. Publish the version again.", own_fault=False)
+            said = f"{_INTERRUPTED}: the process was ended by a signal. Publish the version again."
+            self._failed(said, own_fault=False)
             raise
         except MemoryError as error:
             exceeded = out_of_memory(self._version)
@@ -262,8 +334,15 @@ class Record:
             source_id=self._source_id,
             error=error,
             attempts=max(attempts, 0),
+            attempt=self._attempt if own_fault or not self._attempt else f"{self._attempt} {_NOT_COUNTED}",
             finished=_now(),
         )
+
+    @property
+    def _begun(self) -> bool:
+        """Whether this attempt was begun, and counted, by another process."""
+        before = self._before
+        return bool(self._attempt) and before.attempt == self._attempt and before.state in {"running", "failed"}
 
     @property
     def _same_source(self) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import platform as machine
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +30,10 @@ from builder.smoke.runtime import (
     Limits,
     NoContainers,
     Podman,
+    Unfit,
+    native_platform,
     new_name,
+    without_volumes,
 )
 
 _SERVER = "mlflow.pyfunc.scoring_server"
@@ -43,8 +44,6 @@ _MOST_PORTS = 64
 _MOST_VOLUMES = 32
 # An absolute folder without what `--tmpfs folder:options` would take for something else.
 _VOLUME = re.compile(r"(?:/[A-Za-z0-9_.@+-]+)+")
-# proc(5): in /proc/net/tcp the second field is the local address, and state 0A is LISTEN.
-_LISTENS = re.compile(r"\s*[0-9]+: [0-9A-F]{8,32}:([0-9A-F]{4}) [0-9A-F]{8,32}:[0-9A-F]{4} 0A ")
 _MOST_EVENT_CHARACTERS = 4000
 _LONGEST_PROBLEM = 500
 _LONGEST_LINE = 300
@@ -133,11 +132,6 @@ def event_of(line: str) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
-def listening(lines: Iterable[str]) -> frozenset[int]:
-    """Return the TCP ports that are open, from the lines of /proc/net/tcp and /proc/net/tcp6."""
-    return frozenset(int(match[1], 16) for line in lines if (match := _LISTENS.match(line)))
-
-
 def printable(text: str, limit: int = _LONGEST_LINE) -> str:
     """Return a line that a stranger's program wrote: no control character, no secret, bounded."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 2 * limit])
@@ -153,12 +147,6 @@ def last_words(lines: Sequence[str]) -> str:
             break
         kept += [text] if text else []
     return " | ".join(reversed(kept))
-
-
-def without_volumes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an image config that declares no volume: a runtime would make each one a folder on the machine's disk."""
-    runtime = config.get("config")
-    return {**config, "config": {**runtime, "Volumes": {}}} if isinstance(runtime, Mapping) else dict(config)
 
 
 def _ports(exposed: object) -> tuple[int, ...]:
@@ -185,13 +173,8 @@ def _words(value: object) -> list[str]:
 MOMENT, LONG_MOMENT = 3.0, 10.0
 _PAUSE = 0.5
 _GRACE = 15.0
-_SHORT = 30.0
 _MOST_LINES = 2000
 _MOST_SHOWN = 10
-_SOCKETS = ("/proc/net/tcp", "/proc/net/tcp6")
-_READ_SOCKETS = f"import sys\nfor name in {_SOCKETS!r}:\n    sys.stdout.write(open(name).read())\n"
-# What runtimes end with where a container has no such program.
-_NO_PROGRAM = frozenset({126, 127})
 
 
 class SmokeTestFailed(InvalidVersion):
@@ -256,8 +239,9 @@ class Trial:
         heard = _Heard()
         (port,) = self._question.ports
         program = (resources.files("builder.smoke") / "ask.py").read_text(encoding="utf-8")
-        argv = ["python", "-I", "-c", program, str(port), self._question.model, f"{self._timeout:.0f}"]
-        self._runtime.execute(self._name, argv, heard, timeout=self._timeout + _GRACE)
+        model = self._runtime.path(self._question.model)
+        arguments = (str(port), model, f"{self._timeout:.0f}")
+        self._runtime.run_python(self._name, program, *arguments, output=heard, timeout=self._timeout + _GRACE)
         answer = Answer.read(heard.lines)
         if answer.finished and not answer.problem:
             what = f"answers its {answer.example}" if answer.example else "loads its model (no input example)"
@@ -285,7 +269,7 @@ class Trial:
         while True:
             if ended := self._runtime.ended(self._name, within=_PAUSE):
                 raise self._end(ended, "it opened a port")
-            found = self._open_ports()
+            found = self._runtime.open_ports(self._name)
             if found is None:
                 return None
             if found & wanted:
@@ -300,15 +284,6 @@ class Trial:
                 remedy = "Listen on the port that the image exposes (EXPOSE; 8080 without a Dockerfile)."
                 raise self._failure(what, remedy)
 
-    def _open_ports(self) -> frozenset[int] | None:
-        """Return the ports that are open in the container; None where its image has no program that tells."""
-        for argv in (["cat", *_SOCKETS], ["python", "-I", "-c", _READ_SOCKETS], ["python3", "-I", "-c", _READ_SOCKETS]):
-            heard = _Heard()
-            code = self._runtime.execute(self._name, argv, heard, timeout=_SHORT)
-            if code not in _NO_PROGRAM:
-                return listening(heard.lines)
-        return None
-
     def _end(self, ended: Ended, before: str) -> SmokeTestFailed | OutOfMemory:
         if ended.of_memory:
             return OutOfMemory(self._name)
@@ -321,7 +296,10 @@ class Trial:
         for line in lines:
             _log.error("the container said", line=printable(line))
         words = last_words(lines)
-        message = f"The image does not serve: {what}{f'; its last lines: {words}' if words else ''}."
+        said = f"; its last lines: {words}" if words else ""
+        if not lines and self._runtime.log_is_at:
+            said = f"; its log: {self._runtime.log_is_at}"
+        message = f"The image does not serve: {what}{said}."
         return SmokeTestFailed(message, remedy=remedy)
 
 
@@ -373,7 +351,7 @@ class SmokeTests:
 
     Args:
         settings: SMOKE_TEST and what belongs to it.
-        runtimes: what may run containers here, in order; None for podman and Docker.
+        runtimes: what may run containers here, in order: a Pod's sidecar; None for podman and Docker.
         native: this machine's platform.
     """
 
@@ -383,7 +361,8 @@ class SmokeTests:
         self._mode = settings.smoke_test
         self._timeout = settings.smoke_test_timeout
         self._memory = settings.smoke_test_memory
-        self.native = native or Platform.parse(f"linux/{machine.machine().lower()}")
+        self._candidate = settings.smoke_test_candidate
+        self.native = native or native_platform()
         self._variables = settings.container_variables
         self._given = runtimes
         # Those that could not run anything, with why: not tried again by this command.
@@ -423,6 +402,8 @@ class SmokeTests:
         """Return what would be done about an image of these platforms, for people; nothing is started."""
         if self._mode == "off":
             return "off"
+        if self._candidate:
+            return f"runs in the Pod as {self._candidate}, for the node's platform"
         if self.native not in platforms:
             return f"not possible: {self._other(platforms)}"
         here = [runtime.name for runtime in self._runtimes if runtime.available()]
@@ -442,17 +423,18 @@ class SmokeTests:
         Raises:
             SmokeTestFailed: it does not serve.
             ServiceUnavailable: it cannot be run, and SMOKE_TEST is required.
+            InvalidVersion: as that, and the image is the reason.
             BuilderError: what reading the image from the registry raises.
         """
         if self._mode == "off":
             record("off")
             return
-        image = next((image for image in images if image.platform == self.native), None)
-        if image is None:
+        if all(image.platform != self.native for image in images):
             self._impossible(self._other([image.platform for image in images]), record)
             return
-        if (passed := _PASSED.fullmatch(before)) and passed[1] == str(image.digest):
-            _log.info("smoke test passed before", digest=str(image.digest))
+        image = self.untested(images, before=before)
+        if image is None:
+            _log.info("smoke test passed before", result=before)
             return
         what = f"{image.platform} {image.digest}"
         try:
@@ -473,6 +455,19 @@ class SmokeTests:
             after = "" if passed_now.seconds is None else f" after {passed_now.seconds} s"
             record(f"passed: {what} {passed_now.what}{after}")
 
+    def untested(self, images: Sequence[Candidate], *, before: str) -> Candidate | None:
+        """Return the image that `run` would run; None if there is none, or it has passed.
+
+        Args:
+            images: all that the tag will name.
+            before: what was recorded last.
+        """
+        image = next((image for image in images if image.platform == self.native), None)
+        passed = _PASSED.fullmatch(before)
+        if self._mode == "off" or image is None or (passed and passed[1] == str(image.digest)):
+            return None
+        return image
+
     def _tried(self, image: Candidate, folder: Path) -> Passed:
         """Run an image by the first runtime that can; raises `CannotRun` where none can."""
         usable = [each for each in self._runtimes if each.name not in self._unusable and each.available()]
@@ -486,24 +481,32 @@ class SmokeTests:
         _log.info("smoke test", platform=str(image.platform), bytes=content.size)
         why = ""
         for runtime in usable:
-            with tempfile.TemporaryDirectory(prefix="smoke-", dir=folder) as place:
-                try:
-                    runtime.check()
-                    runtime.sweep(time.time())
-                    runtime.load(content, name, Path(place))
-                    passed = Trial(runtime, name, question, timeout=self._timeout).run(self._limits(question.volumes))
-                except OutOfMemory:
-                    raise
-                except CannotRun as error:
-                    why = str(error)
-                    if isinstance(error, NoContainers):
-                        self._unusable[runtime.name] = printable(why)
-                else:
-                    _log.info("smoke test passed", what=passed.what, seconds=passed.seconds, runtime=runtime.name)
-                    return passed
-                finally:
-                    runtime.remove(name)
+            try:
+                runtime.check()
+                runtime.sweep(time.time())
+                runtime.load(content, name, folder)
+                passed = self._judged(runtime, name, question)
+            except (OutOfMemory, Unfit):
+                raise
+            except CannotRun as error:
+                why = str(error)
+                if isinstance(error, NoContainers):
+                    self._unusable[runtime.name] = printable(why)
+            else:
+                _log.info("smoke test passed", what=passed.what, seconds=passed.seconds, runtime=runtime.name)
+                return passed
+            finally:
+                runtime.remove(name)
         raise CannotRun(why)
+
+    def _judged(self, runtime: ContainerRuntime, name: str, question: Question) -> Passed:
+        try:
+            passed = Trial(runtime, name, question, timeout=self._timeout).run(self._limits(question.volumes))
+        except SmokeTestFailed:
+            runtime.confirm()
+            raise
+        runtime.confirm()
+        return passed
 
     def _any_runs(self) -> bool:
         """Return whether a container was seen to run here."""
@@ -521,6 +524,8 @@ class SmokeTests:
         record(f"not possible: {why}")
         if self._mode == "required":
             message = f"SMOKE_TEST is required, and the image cannot be run here: {why}."
+            if isinstance(error, Unfit):
+                raise InvalidVersion(message, remedy="Make the line `USER 10001` the last USER of the Dockerfile.")
             raise ServiceUnavailable(message, remedy=_REMEDY) from error
         if why not in self._logged:
             self._logged.add(why)

@@ -32,8 +32,11 @@ def requests_for(example: Any, release: int) -> Any:
 
     Args:
         example: the file's JSON value.
-        release: the server's major release; 1 takes a data frame as it is.
+        release: the server's major release; 1 takes a data frame as it is. 0 for every form, today's first.
     """
+    if not release:
+        today = requests_for(example, 3)
+        return today + [request for request in requests_for(example, 1) if request not in today]
     plain = "application/json"
     if isinstance(example, dict):
         if _is_split(example):
@@ -120,7 +123,7 @@ def _examples(model: str) -> Any:
 
 
 def _release() -> int:
-    """Return the major release of MLflow in this image; that of today where it is unknown."""
+    """Return the major release of MLflow in this image; 0 where it is unknown."""
     for folder in sys.path:
         try:
             names = os.listdir(folder or ".")  # noqa: PTH208
@@ -130,8 +133,8 @@ def _release() -> int:
             # importlib.metadata came with Python 3.8.
             package, _, version = name.partition("-")
             if package in ("mlflow", "mlflow_skinny") and version.endswith(".dist-info"):
-                return int(version.split(".")[0]) if version.split(".")[0].isdigit() else 3
-    return 3
+                return int(version.split(".")[0]) if version.split(".")[0].isdigit() else 0
+    return 0
 
 
 def _request(port: int, path: str, deadline: float, body: bytes = b"", kind: str = "") -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import platform as machine
 import re
 import resource
 import secrets
@@ -14,11 +15,11 @@ import tarfile
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from builder.errors import BuildFailed
 from builder.masking import one_line
@@ -115,6 +116,11 @@ def write_archive(path: Path, name: str, content: Content) -> None:
         file.write(bytes(2 * _BLOCK))
 
 
+def native_platform() -> Platform:
+    """Return this machine's platform."""
+    return Platform.parse(f"linux/{machine.machine().lower()}")
+
+
 def probe(platform: Platform) -> Content | None:
     """Return the smallest image that runs: a program that ends at once, with exit code 0; None where none is known."""
     if platform.architecture not in _EXIT:
@@ -166,6 +172,10 @@ class CannotRun(Exception):
 
 class NoContainers(CannotRun):
     """The runtime runs nothing on this machine, whatever the image."""
+
+
+class Unfit(CannotRun):
+    """This image can never be run in such a way: that is for its author to change."""
 
 
 class CannotStart(Exception):
@@ -225,8 +235,33 @@ _PROBE = Limits(memory=64 << 20, seconds=int(_SHORT))
 _STATE = re.compile(r"state=(\w+) (\d+) (true|false)")
 _OURS = re.compile(rf"(?:localhost/)?{PREFIX}-(\d{{1,12}})-[a-z0-9]+")
 _KILLED = 137
+# proc(5): in /proc/net/tcp the second field is the local address, and state 0A is LISTEN.
+_LISTENS = re.compile(r"\s*[0-9]+: [0-9A-F]{8,32}:([0-9A-F]{4}) [0-9A-F]{8,32}:[0-9A-F]{4} 0A ")
+_SOCKETS = ("/proc/net/tcp", "/proc/net/tcp6")
+_READ_SOCKETS = f"import sys\nfor name in {_SOCKETS!r}:\n    sys.stdout.write(open(name).read())\n"
+_SHORT_QUERY = 30.0
+# What runtimes end with where a container has no such program.
+_NO_PROGRAM = frozenset({126, 127})
 # podman says so where it cannot keep a container within its memory.
 _UNBOUNDED = re.compile(r"limits are not supported and ignored|does not support memory limit", re.IGNORECASE)
+
+
+def listening(lines: Iterable[str] | None = None) -> frozenset[int]:
+    """Return the TCP ports that are open.
+
+    Args:
+        lines: those of /proc/net/tcp and /proc/net/tcp6; None for those of this process's network namespace.
+    """
+    if lines is None:
+        here = [Path(name) for name in _SOCKETS]
+        lines = [line for path in here if path.exists() for line in path.read_text(encoding="ascii").splitlines()]
+    return frozenset(int(match[1], 16) for line in lines if (match := _LISTENS.match(line)))
+
+
+def without_volumes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an image config that declares no volume: a runtime would make each one a folder on the machine's disk."""
+    runtime = config.get("config")
+    return {**config, "config": {**runtime, "Volumes": {}}} if isinstance(runtime, Mapping) else dict(config)
 
 
 class ContainerRuntime:
@@ -241,6 +276,8 @@ class ContainerRuntime:
     """
 
     name: str
+    # Where people find what a container printed, if `log` cannot; empty if it can.
+    log_is_at = ""
     _options: tuple[str, ...] = ()
 
     def __init__(self, environ: Mapping[str, str], platform: Platform, *, runner: Runner = run) -> None:
@@ -282,13 +319,15 @@ class ContainerRuntime:
         Args:
             content: the image.
             name: what it is called from now on: letters, digits and dashes.
-            folder: an empty folder, for what has to be written for that.
+            folder: the workspace, where a folder is made for what has to be written for that, and removed.
 
         Raises:
             CannotRun: it cannot be loaded.
             BuilderError: what reading a layer raises.
         """
-        if said := self._load(content, name, folder):
+        with tempfile.TemporaryDirectory(prefix="smoke-", dir=folder) as place:
+            said = self._load(content, name, Path(place))
+        if said:
             message = f"{self.name} could not load the image: {said}"
             raise CannotRun(message)
 
@@ -309,6 +348,39 @@ class ContainerRuntime:
     def execute(self, name: str, argv: Sequence[str], output: Output, *, timeout: float) -> int | None:
         """Run a program within a container, as its user; return its exit code, None where it took too long."""
         return self._call(["exec", name, *argv], timeout=timeout, output=output)[0]
+
+    def run_python(self, name: str, program: str, *arguments: str, output: Output, timeout: float) -> None:
+        """Run a program of ours on a container's Python, as far as that is possible.
+
+        Args:
+            name: the container's.
+            program: its text.
+            arguments: its arguments.
+            output: takes what it prints, line by line.
+            timeout: seconds it may take.
+        """
+        self.execute(name, ["python", "-I", "-c", program, *arguments], output, timeout=timeout)
+
+    def path(self, path: str) -> str:
+        """Return where programs that `run_python` runs find a folder of the image."""
+        return path
+
+    def open_ports(self, name: str) -> frozenset[int] | None:
+        """Return the TCP ports that are open in a container; None where its image has no program that tells."""
+        for argv in (["cat", *_SOCKETS], ["python", "-I", "-c", _READ_SOCKETS], ["python3", "-I", "-c", _READ_SOCKETS]):
+            lines: list[str] = []
+
+            def kept(line: str, lines: list[str] = lines) -> None:
+                if len(lines) < _MOST_LINES:
+                    lines.append(line)
+
+            code = self.execute(name, argv, kept, timeout=_SHORT_QUERY)
+            if code not in _NO_PROGRAM:
+                return listening(lines)
+        return None
+
+    def confirm(self) -> None:
+        """See, after a container was asked, that it was the image's."""
 
     def ended(self, name: str, *, within: float = 0) -> Ended | None:
         """Return how a container ended, None while it runs; wait for its end so many seconds."""

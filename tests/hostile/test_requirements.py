@@ -24,9 +24,9 @@ from builder.wheels.inputs import for_serving
 from builder.wheels.pip_syntax import Required
 from builder.wheels.requirements import Requirements
 from builder.wheels.resolve import lock
+from scripts.certificates import for_loopback, self_signed
 from tests.hostile.bounded import slowness
 from tests.package_index.server import running
-from tests.servers.certificates import for_loopback, self_signed
 from tests.servers.small import push_base
 
 AMD64, ARMV7 = Platform.parse("linux/amd64"), Platform.parse("linux/arm/v7")

@@ -25,8 +25,8 @@ from builder.models.catalog import MlflowCatalog
 from builder.models.errors import answering, on_disk
 from builder.models.store import ArtifactRoots, ArtifactStore
 from builder.urls import parse_roots
+from scripts.certificates import self_signed
 from tests.models.http_answers import Answers, answering_server
-from tests.servers.certificates import self_signed
 
 PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 

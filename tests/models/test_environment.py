@@ -13,8 +13,8 @@ from builder.clients import connected
 from builder.errors import BuilderError
 from builder.models.catalog import MlflowCatalog
 from builder.settings import CatalogSettings, Settings
+from scripts.certificates import for_loopback, self_signed
 from tests.models.http_answers import Answers, answering_server
-from tests.servers.certificates import for_loopback, self_signed
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def test_the_tags_are_those_of_the_contract_and_the_state_comes_last():
             "error",
             "wanted",
             "attempts",
+            "attempt",
             "finished",
             "smoke_test",
             "state",

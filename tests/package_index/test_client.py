@@ -22,8 +22,8 @@ from builder.package_index.client import IndexClient, NoPage, WheelMismatch, Whe
 from builder.package_index.wheel_file import LockedWheel
 from builder.reference import Repository
 from builder.settings import Network
+from scripts.certificates import for_loopback, self_signed
 from tests.package_index.server import make_wheel, running
-from tests.servers.certificates import for_loopback, self_signed
 from tests.waiting import HANG
 
 QUICK = RetryPolicy(attempts=4, first=0.001, longest=0.01, deadline=HANG)

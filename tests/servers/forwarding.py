@@ -42,6 +42,7 @@ class Asked:
         path: with the query.
         content_type: of the body.
         body: what was read of it: manifests whole, blobs not at all.
+        authorization: the header of that name; empty without one.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Asked:
     path: str
     content_type: str
     body: bytes
+    authorization: str = ""
 
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -61,7 +63,7 @@ class Forwarding:
     """A proxy that runs.
 
     Attributes:
-        host: `127.0.0.1:PORT`.
+        host: `ADDRESS:PORT`.
         rule: may be changed while it runs.
         seen: what went through, in the order of the answers.
         adds: headers that answers get.
@@ -100,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
                 path=self.path,
                 content_type=self.headers.get("Content-Type", ""),
                 body=body,
+                authorization=self.headers.get("Authorization", ""),
             )
         )
         if isinstance(answered, tuple):
@@ -170,14 +173,16 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def forwarding(host: str, rule: Rule | None = None, adds: dict[str, str] | None = None) -> Iterator[Forwarding]:
-    """Run a proxy on a free port before the registry at `host`.
+def forwarding(
+    host: str, rule: Rule | None = None, adds: dict[str, str] | None = None, address: str = "127.0.0.1"
+) -> Iterator[Forwarding]:
+    """Run a proxy on a free port of `address` before the registry at `host`.
 
     It hands on the name it was asked under, so that the registry's own addresses lead back to it.
     """
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = _Server((address, 0), _Handler)
     server.upstream, server.number, server.lock = host, 0, threading.Lock()
-    server.forwarding = Forwarding(host=f"127.0.0.1:{server.server_address[1]}", adds=adds or {})
+    server.forwarding = Forwarding(host=f"{address}:{server.server_address[1]}", adds=adds or {})
     if rule:
         server.forwarding.rule = rule
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

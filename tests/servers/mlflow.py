@@ -39,13 +39,19 @@ class MlflowServer:
 
 @contextlib.contextmanager
 def run_mlflow(
-    launcher: Launcher, folder: Path, *options: str, artifacts: str, environ: Mapping[str, str] | None = None
+    launcher: Launcher,
+    folder: Path,
+    *options: str,
+    artifacts: str,
+    environ: Mapping[str, str] | None = None,
+    address: str = "127.0.0.1",
 ) -> Iterator[MlflowServer]:
     """Run `mlflow server` with further `options`."""
-    port = free_port()
-    program = replace(machine.mlflow(folder, port, *options), environ={**machine.MLFLOW_ENVIRON, **(environ or {})})
+    port = free_port(address)
+    program = machine.mlflow(folder, port, *options, address=address)
+    program = replace(program, environ={**machine.MLFLOW_ENVIRON, **(environ or {})})
     with running(launcher, program) as server:
-        yield MlflowServer(uri=f"http://127.0.0.1:{port}", artifacts=artifacts, server=server, environ=environ or {})
+        yield MlflowServer(uri=f"http://{address}:{port}", artifacts=artifacts, server=server, environ=environ or {})
 
 
 @pytest.fixture(scope="session")

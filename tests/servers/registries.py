@@ -14,9 +14,9 @@ import bcrypt
 import pytest
 import yaml
 
+from scripts.certificates import for_loopback, self_signed
 from scripts.go_tools import tool
 from scripts.launch import Launcher, Program, Running, free_port, running
-from tests.servers.certificates import for_loopback, self_signed
 from tests.servers.tokens import ISSUER, SERVICE, TokenServer
 
 USER, PASSWORD = "publisher", "correct horse battery"
@@ -28,7 +28,7 @@ class RegistryServer:
     """A registry that runs.
 
     Attributes:
-        host: `127.0.0.1:PORT`.
+        host: `ADDRESS:PORT`.
         storage: folder of its files, as the registry lays them out.
         ca: certificate of the authority that signed its own, alone in its folder; None for plain HTTP.
         user: may pull and push; empty where the registry is anonymous.
@@ -76,6 +76,7 @@ def run_registry(
     auth: dict[str, Any] | None = None,
     tls: dict[str, str] | None = None,
     read_only: bool = False,
+    address: str = "127.0.0.1",
     **fields: Any,
 ) -> Iterator[RegistryServer]:
     """Run a registry.
@@ -88,13 +89,14 @@ def run_registry(
         auth: the configuration's `auth` section.
         tls: the configuration's `http.tls` section.
         read_only: whether it refuses to be written to.
+        address: of this machine, where it listens.
         fields: further fields of the `RegistryServer`.
     """
-    port = free_port()
+    port = free_port(address)
     storage = storage or folder / "storage"
     storage.mkdir(exist_ok=True)
     # `{listen}` cannot be replaced in a file; a container's loopback cannot be reached from outside it.
-    address = f"127.0.0.1:{port}" if launcher.on_this_machine else f":{port}"
+    listen = f"{address}:{port}" if launcher.on_this_machine else f":{port}"
     config = {
         "version": 0.1,
         "log": {"level": "info", "accesslog": {"disabled": False}},
@@ -103,7 +105,7 @@ def run_registry(
             "delete": {"enabled": True},
             "maintenance": {"uploadpurging": {"enabled": False}, "readonly": {"enabled": read_only}},
         },
-        "http": {"addr": address, "secret": "not one", **({"tls": tls} if tls else {})},
+        "http": {"addr": listen, "secret": "not one", **({"tls": tls} if tls else {})},
         **({"auth": auth} if auth else {}),
     }
     path = folder / "config.yml"
@@ -115,7 +117,7 @@ def run_registry(
         kind=kind,
         argv=(command, "serve", str(path)),
         port=port,
-        ready=f"{scheme}://127.0.0.1:{port}/v2/",
+        ready=f"{scheme}://{address}:{port}/v2/",
         folder=folder,
         more_folders=(storage,),
         # The v3 registry would look for an OpenTelemetry collector.
@@ -123,7 +125,7 @@ def run_registry(
         ca=fields.get("ca"),
     )
     with running(launcher, program) as server:
-        yield RegistryServer(host=f"127.0.0.1:{port}", storage=storage, server=server, **fields)
+        yield RegistryServer(host=f"{address}:{port}", storage=storage, server=server, **fields)
 
 
 def htpasswd(folder: Path) -> dict[str, Any]:

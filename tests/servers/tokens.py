@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import jwt
 
-from tests.servers.certificates import Certificate
+from scripts.certificates import Certificate
 
 SERVICE = "registry.test"
 ISSUER = "tokens.test"

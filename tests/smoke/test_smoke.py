@@ -19,8 +19,8 @@ from builder.oci.base_image import base_image as find_base
 from builder.oci.registry import RemoteBlob
 from builder.publish import publish
 from builder.reference import Platform, Reference
-from builder.smoke import Answer, Candidate, Question, SmokeTestFailed, SmokeTests, ask, last_words, listening
-from builder.smoke.runtime import PREFIX, Content, Docker, Podman
+from builder.smoke import Answer, Candidate, Question, SmokeTestFailed, SmokeTests, ask, last_words
+from builder.smoke.runtime import PREFIX, Content, Docker, Podman, listening
 from scripts.launch import clean_environ
 from scripts.machine import native_platform, pip_configuration
 from tests.package_index.server import running

@@ -15,9 +15,9 @@ import pytest
 from builder.errors import InvalidSettings
 from builder.publish import publish
 from builder.settings import Settings
+from scripts.certificates import for_loopback, self_signed
 from scripts.launch import clean_environ
 from tests.package_index.server import make_wheel, running
-from tests.servers.certificates import for_loopback, self_signed
 from tests.servers.forwarding import forwarding
 from tests.servers.small import CLIENT, push_base
 from tests.versions import MLMODEL

@@ -22,8 +22,8 @@ from builder.wheels.lock import Lock
 from builder.wheels.requirements import Requirements
 from builder.wheels.resolve import lock
 from builder.wheels.uv import NoWheel, Unsatisfiable, private_folder
+from scripts.certificates import for_loopback, self_signed
 from tests.package_index.server import machine_indexes, make_wheel, running
-from tests.servers.certificates import for_loopback, self_signed
 from tests.waiting import HANG
 
 AMD64, ARM64, ARMV7, S390X = (Platform.parse(f"linux/{name}") for name in ("amd64", "arm64", "arm/v7", "s390x"))

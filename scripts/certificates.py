@@ -1,9 +1,10 @@
-"""Keys and certificates of a certificate authority that only the tests know."""
+"""Keys and certificates of a private certificate authority, for servers and clients that run for minutes."""
 
 from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,21 +61,48 @@ def self_signed(folder: Path, name: str) -> Certificate:
     return _write(folder, name, builder.sign(key, hashes.SHA256()), key)
 
 
-def for_loopback(folder: Path, authority: Certificate) -> Certificate:
-    """Make a server's certificate for 127.0.0.1 and localhost, signed by `authority`."""
+def signed(
+    folder: Path,
+    name: str,
+    authority: Certificate,
+    *,
+    organization: str = "",
+    dns_names: Sequence[str] = (),
+    addresses: Sequence[str] = (),
+) -> Certificate:
+    """Make a certificate signed by `authority`: a server's where it has names or addresses, else a client's.
+
+    Args:
+        folder: where `<name>.crt` and `<name>.key` go, without the colons of the name.
+        name: its common name.
+        authority: who signs it.
+        organization: which Kubernetes takes for a client's group.
+        dns_names: of the server.
+        addresses: the server's IP addresses.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     issuer = x509.load_der_x509_certificate(authority.der).subject
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+    if organization:
+        attributes.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
+    names: list[x509.GeneralName] = [x509.DNSName(each) for each in dns_names]
+    names += [x509.IPAddress(ipaddress.ip_address(each)) for each in addresses]
+    usage = ExtendedKeyUsageOID.SERVER_AUTH if names else ExtendedKeyUsageOID.CLIENT_AUTH
     builder = (
-        _builder(subject, issuer, key)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        _builder(x509.Name(attributes), issuer, key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         # OpenSSL's strict mode, the default from Python 3.13 on, refuses a certificate without it.
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
     )
-    return _write(folder, "server", builder.sign(authority.key, hashes.SHA256()), key)
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return _write(folder, name.replace(":", "-"), builder.sign(authority.key, hashes.SHA256()), key)
+
+
+def for_loopback(folder: Path, authority: Certificate) -> Certificate:
+    """Make a server's certificate for 127.0.0.1 and localhost, signed by `authority`."""
+    return signed(folder, "localhost", authority, dns_names=["localhost"], addresses=["127.0.0.1"])
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:

@@ -1,0 +1,124 @@
+"""The Job of one version: its name, which is the lock, and its body, which is a copy of a template."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import unicodedata
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from builder.cluster.api_server import Object
+    from builder.models import ModelVersion
+
+Method = Literal["dockerfile", "wheels"]
+# What a Job is: still to run or running, or how it ended. `deleted` waits for its finalizers.
+State = Literal["active", "complete", "failed", "deleted"]
+
+TEMPLATES = {"wheels": "builder-publish-wheels", "dockerfile": "builder-publish-dockerfile"}
+MODEL_NAME = "builder/model-name"
+MODEL_VERSION = "builder/model-version"
+SOURCE_ID = "builder/source-id"
+METHOD = "builder/method"
+TARGET = "builder/target"
+FORCE = "builder/force"
+REBUILD = "builder/rebuild"
+JOB_NAME = "batch.kubernetes.io/job-name"
+
+_LONGEST_SLUG = 24
+_LONGEST_LABEL = 63
+
+
+def job_name(target: str, version: ModelVersion) -> str:
+    """Return the name of a version's Job for a target, always the same; at most 57 characters.
+
+    Two versions never share one: it ends in 40 bits of a hash of target, model and version.
+    """
+    whole = f"{target}\0{version.name}\0{version.version}".encode("utf-8", "surrogatepass")
+    slug = re.sub(r"[^a-z0-9]+", "-", _ascii(version.name).lower())[:_LONGEST_SLUG].strip("-") or "model"
+    return f"publish-{slug}-v{version.version}-{hashlib.sha256(whole).hexdigest()[:10]}"
+
+
+def label(text: str) -> str:
+    """Return a text as the value of a label: what is not allowed there becomes a hyphen."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", _ascii(text))[:_LONGEST_LABEL].strip("-._") or "model"
+
+
+def _ascii(text: str) -> str:
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
+def selector(target: str) -> str:
+    """Return the selector of all Jobs, and all Pods, of a target."""
+    return f"{TARGET}={label(target)}"
+
+
+def job_of(
+    template: Object, version: ModelVersion, *, target: str, force: bool = False, rebuild: bool = False
+) -> Object:  # fmt: skip
+    """Return the Job of a version: the template's, with names, labels and annotations of the version's.
+
+    The Pod's spec is the template's as it stands; a policy of the API server admits nothing else from the sweep.
+
+    Args:
+        template: the suspended CronJob.
+        version: the version.
+        target: the target's name.
+        force: as for a publish.
+        rebuild: as for a publish.
+    """
+    found = copy.deepcopy(template["spec"]["jobTemplate"])
+    labels = {TARGET: label(target), "builder/model": label(version.name), "builder/version": version.version}
+    named = {MODEL_NAME: version.name, MODEL_VERSION: version.version}
+    own = found.get("metadata") or {}
+    pod = found["spec"]["template"].setdefault("metadata", {})
+    pod.pop("creationTimestamp", None)
+    pod["labels"] = {**(pod.get("labels") or {}), **labels}
+    asked = {name: "true" for name, wanted in ((FORCE, force), (REBUILD, rebuild)) if wanted}
+    pod["annotations"] = {**(pod.get("annotations") or {}), **named, **asked}
+    metadata = {
+        "name": job_name(target, version),
+        "labels": {**(own.get("labels") or {}), **labels},
+        "annotations": {**(own.get("annotations") or {}), **named, TARGET: target, SOURCE_ID: version.source_id()},
+    }
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": found["spec"]}
+
+
+def state_of(job: Object) -> State:
+    """Return what a Job is."""
+    if job["metadata"].get("deletionTimestamp"):
+        return "deleted"
+    conditions = {each["type"] for each in _conditions(job) if each["status"] == "True"}
+    if "Complete" in conditions:
+        return "complete"
+    return "failed" if "Failed" in conditions else "active"
+
+
+def failure(job: Object) -> tuple[str, str]:
+    """Return reason and message of a Job that has failed; empty where it has not."""
+    for each in _conditions(job):
+        if each["type"] == "Failed" and each["status"] == "True":
+            return each.get("reason", ""), each.get("message", "")
+    return "", ""
+
+
+def _conditions(job: Object) -> list[Object]:
+    found: list[Object] = job.get("status", {}).get("conditions") or []
+    return found
+
+
+def uid(job: Object) -> str:
+    """Return the UID of a Job, by which an attempt is known."""
+    return str(job["metadata"]["uid"])
+
+
+def created(job: Object) -> str:
+    """Return when a Job was created, RFC 3339 in UTC."""
+    return str(job["metadata"]["creationTimestamp"])
+
+
+def is_of_source(job: Object, version: ModelVersion) -> bool:
+    """Return whether a Job was made for what the version is now."""
+    annotations = job["metadata"].get("annotations") or {}
+    return annotations.get(SOURCE_ID) == version.source_id()

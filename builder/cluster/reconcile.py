@@ -1,0 +1,198 @@
+"""The sweep in a cluster: a Job for each tagged version that is to be published, and the record of those that ended."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from builder.batch import Batch, Result
+from builder.batch.sweep import in_vain, log_near_misses, settled
+from builder.cluster import Jobs
+from builder.cluster.follow import hindered, overdue, seconds_since
+from builder.cluster.job import is_of_source, job_of, selector, state_of
+from builder.cluster.pods import ending, is_of_job
+from builder.models.catalog import MlflowCatalog
+from builder.publish.record import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from builder.cluster.api_server import Cluster, Object
+    from builder.cluster.job import Method
+    from builder.models import ModelVersion
+    from builder.settings import Settings
+
+_LONGEST_PAUSE = timedelta(days=1)
+_SWEEP = Batch(kind=Result, logger="sweep", modules=())
+
+
+def reconcile(settings: Settings, cluster: Cluster, *, retry_failed: bool = False) -> Iterator[Result]:
+    """Make a Job for every tagged version that is to be published, SWEEP_PARALLEL at once; yield what is done of each.
+
+    What a version's own tags settle costs no request beyond the listing. Versions are taken in the order they were
+    registered, those that have failed before after all others. What a Job's Pods could not record is recorded.
+
+    Args:
+        settings: what the environment says; MODEL_NAME and MODEL_VERSION are not used.
+        cluster: where Jobs are made.
+        retry_failed: try versions again that have failed SWEEP_ATTEMPTS times.
+
+    Raises:
+        BuilderError: a listing failed. What fails of one version is yielded, not raised.
+    """
+    catalog = MlflowCatalog.from_settings(settings)
+    sweep = _Sweep(Jobs(settings=settings, cluster=cluster, catalog=catalog), retry_failed=retry_failed)
+    seen = False
+    for version in catalog.tagged(settings.target_tag):
+        seen = True
+        found = _SWEEP.result(version, partial(sweep.look, version))
+        if found.state != "queued":
+            yield found
+    if not seen:
+        log_near_misses(catalog, settings.target_tag)
+    yield from sweep.submit_all()
+
+
+@dataclass
+class _Sweep:
+    """One sweep: what it has found so far.
+
+    Attributes:
+        by_name: the target's Jobs, as of the beginning, less what is large and not looked at.
+        queue: the versions that need a Job, without their tags, each with what decides its turn.
+        active: the names of Jobs that run.
+    """
+
+    jobs: Jobs
+    retry_failed: bool
+    by_name: dict[str, Object] = field(init=False)
+    queue: list[tuple[tuple[int, bool, int], ModelVersion]] = field(default_factory=list)
+    active: set[str] = field(default_factory=set)
+    _templates: dict[Method, Object] = field(default_factory=dict)
+    _pods: list[Object] | None = None
+
+    def __post_init__(self) -> None:
+        self.settings, self.cluster = self.jobs.settings, self.jobs.cluster
+        jobs = self.cluster.jobs(selector(self.settings.target))
+        self.by_name = {job["metadata"]["name"]: _slim(job) for job in jobs}
+        self.active = {name for name, job in self.by_name.items() if state_of(job) == "active"}
+
+    def look(self, version: ModelVersion) -> Result:
+        """Return what is to be done about a version; `queued` where it needs a Job, and is now in the queue."""
+        job = self.by_name.get(self.jobs.name_of(version))
+        if job and state_of(job) == "active":
+            return self._look_at(version, job)
+        outcome = Outcome.of(version, self.settings.target)
+        found = settled(self.settings, version, retry=self.retry_failed)
+        if job and state_of(job) == "failed" and is_of_source(job, version) and self.jobs.unrecorded(version, job):
+            error = ending(job, self._pods_of(job))
+            self.jobs.record_end(version, job, error)
+            raise error
+        if found is None and outcome.source_id == version.source_id():
+            found = self._foreign(version, outcome) or self._paused(version, outcome)
+        if found:
+            return found
+        self.queue.append(((*in_vain(self.settings, version), version.created_ms), version.untagged()))
+        return Result(name=str(version), state="queued")
+
+    def _look_at(self, version: ModelVersion, job: Object) -> Result:
+        """Return what is known of a Job that runs; one that does not go on for too long is ended."""
+        name = str(job["metadata"]["name"])
+        pods = self._pods_of(job)
+        error = hindered(self.cluster, job, pods)
+        if error and overdue(self.settings, job, pods, error):
+            self.jobs.end(version, job, error)
+            self.active.discard(name)
+            raise error
+        detail = f"Job {name}{f': {error.what}' if error else ''}"
+        return Result(name=str(version), state="running", detail=detail)
+
+    def _pods_of(self, job: Object) -> list[Object]:
+        """Return the Pods of a Job; those of all Jobs are listed once."""
+        if self._pods is None:
+            self._pods = self.cluster.pods(selector(self.settings.target))
+        return [pod for pod in self._pods if is_of_job(pod, job)]
+
+    def _foreign(self, version: ModelVersion, outcome: Outcome) -> Result | None:
+        """Return that the tag holds somebody else's image: only a hand changes that."""
+        if outcome.state != "foreign" or self.retry_failed:
+            return None
+        return Result(name=str(version), state="foreign", detail=f"{outcome.tag} was not made by this publisher")
+
+    def _paused(self, version: ModelVersion, outcome: Outcome) -> Result | None:
+        """Return that a version is not tried again yet."""
+        when = next_try(self.settings, outcome)
+        if self.retry_failed or not when or seconds_since(when) >= 0:
+            return None
+        return Result(name=str(version), state="waiting", detail=f"tried again at {when}: {outcome.error}")
+
+    def submit_all(self) -> Iterator[Result]:
+        """Make the Jobs of the queue as there is room, for SWEEP_WAIT at most; yield what was done of each version."""
+        self.queue.sort(key=lambda entry: entry[0])
+        left = deque(version for _, version in self.queue)
+        deadline = time.monotonic() + self.settings.sweep_wait
+        while left:
+            while left and len(self.active) < self.settings.sweep_parallel:
+                version = left.popleft()
+                yield _SWEEP.result(version, partial(self._submit, version))
+            remaining = deadline - time.monotonic()
+            if not left or remaining <= 0:
+                break
+            labels = selector(self.settings.target)
+            self.cluster.await_change(labels, seconds=int(min(remaining, _LOOK)) + 1, of_jobs=True)
+            self.active = {
+                job["metadata"]["name"] for job in self.cluster.jobs(labels) if state_of(job) == "active"
+            }  # fmt: skip
+        for version in left:
+            yield Result(name=str(version), version=version, state="queued", detail="waits for other Jobs to end")
+
+    def _submit(self, version: ModelVersion) -> Result:
+        settings = self.settings
+        # The listing may be hours old by now.
+        version = self.jobs.catalog.find(version.name, version.version)
+        if not version.selected_by(settings.target_tag):
+            return Result(name=str(version), state="gone", detail="no longer carries the target tag")
+        if found := settled(settings, version, retry=self.retry_failed):
+            return found
+        with self.jobs.record(version).failures():
+            method = self.jobs.method_of(version)
+            if method not in self._templates:
+                self._templates[method] = self.jobs.template_of(method)
+        body = job_of(self._templates[method], version, target=settings.target)
+        made = self.jobs.replace(self.by_name.get(body["metadata"]["name"]), body, version)
+        self.active.add(made.name)
+        return Result(name=str(version), state="submitted" if made.created else "running", detail=f"Job {made.name}")
+
+
+# Seconds until Jobs are looked at again, if nothing is heard of them.
+_LOOK = 10
+
+
+def _slim(job: Object) -> Object:
+    """Return a Job without its Pod and without the record of who set which field: nine tenths of it."""
+    metadata = {name: value for name, value in job["metadata"].items() if name != "managedFields"}
+    spec = {name: value for name, value in job["spec"].items() if name != "template"}
+    return {**job, "metadata": metadata, "spec": spec}
+
+
+def next_try(settings: Settings, outcome: Outcome) -> str:
+    """Return when a sweep tries a version again that has failed, RFC 3339 in UTC; empty where it does not.
+
+    The pause is SWEEP_BACKOFF after the first attempt, and twice as long after each further one, at most a day.
+    """
+    if not outcome.error or not outcome.finished or outcome.attempts >= settings.sweep_attempts:
+        return ""
+    try:
+        ended = datetime.fromisoformat(outcome.finished)
+    except ValueError:
+        return ""
+    doublings = min(max(outcome.attempts - 1, 0), 20)
+    pause = min(timedelta(seconds=settings.sweep_backoff * 2**doublings), _LONGEST_PAUSE)
+    try:
+        return (ended + pause).isoformat(timespec="seconds").replace("+00:00", "Z")
+    except OverflowError:
+        return ""

@@ -1,0 +1,177 @@
+"""A cluster as tests and the demo use it, wherever it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scripts.launch import clean_environ
+
+
+class NoCluster(Exception):
+    """No cluster can run on this machine; the message says why."""
+
+
+class KubectlFailed(Exception):
+    """A command of kubectl failed; what it printed is the message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A cluster that runs.
+
+    Attributes:
+        folder: of everything that it writes; gone with it.
+        kubectl_path: of kubectl, as old as the cluster.
+        kubeconfig: its administrator's.
+        node: the name of its only node.
+        address: the IP address where Pods reach servers that this machine runs, and the API server's.
+        server: the API server's URL.
+        ca: the certificate of its authority.
+        environ: variables for its clients.
+    """
+
+    folder: Path
+    kubectl_path: Path
+    kubeconfig: Path
+    node: str
+    address: str
+    server: str
+    ca: Path
+    environ: Mapping[str, str]
+
+    def kubectl(
+        self,
+        *arguments: str,
+        documents: Sequence[Mapping[str, Any]] = (),
+        kubeconfig: Path | None = None,
+        timeout: float = 300,
+    ) -> str:
+        """Run kubectl, and return what it prints.
+
+        Args:
+            arguments: its own.
+            documents: objects for its stdin, where `arguments` have `-f -`.
+            kubeconfig: another user's; the administrator's where it is None.
+            timeout: seconds after which it hangs.
+
+        Raises:
+            KubectlFailed: with what it printed to stderr.
+        """
+        done = subprocess.run(
+            [str(self.kubectl_path), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments],
+            input=yaml.safe_dump_all(documents) if documents else "",
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=clean_environ(**self.environ),
+        )
+        if done.returncode:
+            message = f"kubectl {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            raise KubectlFailed(message)
+        return done.stdout
+
+    def get(self, *arguments: str) -> Any:
+        """Return what `kubectl get … -o json` prints: an object, or the `items` of a list."""
+        found = json.loads(self.kubectl("get", *arguments, "-o", "json"))
+        return found["items"] if found["kind"] == "List" else found
+
+    def create(self, *documents: Mapping[str, Any], namespace: str = "default") -> list[str]:
+        """Create objects, and return their names as `kind/name`."""
+        printed = self.kubectl(f"--namespace={namespace}", "create", "-f", "-", "-o", "name", documents=documents)
+        return printed.split()
+
+    def watch(
+        self, name: str, jsonpath: str, until: Collection[str], *, namespace: str = "default", timeout: float = 300
+    ) -> str:
+        """Follow an object until an expression of it has one of some values, and return that value.
+
+        Args:
+            name: of the object, as `job/publish-x`.
+            jsonpath: the expression, as `{.status.phase}`.
+            until: the values.
+            namespace: of the object.
+            timeout: seconds after which it hangs.
+
+        Raises:
+            KubectlFailed: the object is not there, or no such value came in time.
+        """
+        command = [str(self.kubectl_path), f"--kubeconfig={self.kubeconfig}", f"--namespace={namespace}"]
+        command += ["get", name, "--watch", "-o", f'jsonpath={jsonpath}{{"\\n"}}']
+        value = ""
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ(**self.environ)
+        ) as process:
+            timer = threading.Timer(timeout, process.kill)
+            timer.start()
+            try:
+                for line in process.stdout or ():
+                    value = line.strip()
+                    if value in until:
+                        return value
+                said = process.stderr.read() if process.stderr else ""
+            finally:
+                timer.cancel()
+                process.kill()
+        message = f"{jsonpath} of {name} is {value!r} and became none of {', '.join(until)}: {said}"
+        raise KubectlFailed(message)
+
+    def account_kubeconfig(self, namespace: str, account: str) -> Path:
+        """Return a kubeconfig with a token of a service account, for an hour, from the TokenRequest API."""
+        token = self.kubectl(f"--namespace={namespace}", "create", "token", account).strip()
+        return self.write_kubeconfig(f"{namespace}-{account}", {"token": token}, namespace=namespace)
+
+    def write_kubeconfig(self, name: str, user: Mapping[str, str], namespace: str = "default") -> Path:
+        """Write a kubeconfig for a user of the API server, and return its path."""
+        document = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "it", "cluster": {"server": self.server, "certificate-authority": str(self.ca)}}],
+            "users": [{"name": "it", "user": dict(user)}],
+            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it", "namespace": namespace}}],
+            "current-context": "it",
+        }
+        path = self.folder / f"{name.replace(':', '-')}.kubeconfig"
+        path.write_text(yaml.safe_dump(document))
+        path.chmod(0o600)
+        return path
+
+    def load_image(self, archive: Path) -> None:
+        """Put the images of an archive onto the node, under the names that stand in it."""
+        self.ctr("images", "import", str(archive))
+
+    def remove_image(self, name: str) -> None:
+        """Remove an image from the node."""
+        self.ctr("images", "rm", "--sync", name)
+
+    def ctr(self, *arguments: str) -> str:
+        """Run containerd's own command for the node's containers and images, and return what it prints."""
+        command = ["ctr", f"--address={self.folder / 'ctr' / 'containerd.sock'}", "--namespace=k8s.io", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def trust_registry(self, host: str) -> None:
+        """Let the node pull from a registry at `ADDRESS:PORT` over plain HTTP; at once, without a restart."""
+        folder = self.folder / "certs.d" / host
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hosts.toml").write_text(self.hosts(host))
+
+    @staticmethod
+    def hosts(host: str) -> str:
+        """Return containerd's configuration of a registry over plain HTTP."""
+        return f'server = "http://{host}"\n[host."http://{host}"]\n  capabilities = ["pull", "resolve"]\n'
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Return the requests that users sent to the API server so far, as its audit log has them."""
+        return [json.loads(line) for line in (self.folder / "audit.log").read_text().splitlines()]
+
+    def log(self, program: str) -> str:
+        """Return what one of its programs wrote, as `kubelet`."""
+        return (self.folder / "logs" / program).read_text(errors="replace")

@@ -1,0 +1,1 @@
+"""The publisher on a real Kubernetes."""

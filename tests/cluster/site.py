@@ -1,0 +1,177 @@
+"""An install as an operator has it: the manifests of k8s/ in a namespace, with the settings and Secrets of the tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.models import HERE, save_pump_model
+from scripts.cluster import Cluster
+from scripts.launch import clean_environ
+from scripts.machine import native_platform
+from tests.versions import Registered, register
+from tests.waiting import HANG
+
+TEMPLATE_POD = "/spec/jobTemplate/spec/template/spec"
+JOB_ENDED = ("Complete", "Failed")
+
+
+def patch(name: str, path: str, value: object, *, op: str = "replace") -> dict[str, Any]:
+    """Return a kustomize patch of a CronJob."""
+    return {
+        "target": {"kind": "CronJob", "name": name},
+        "patch": yaml.safe_dump([{"op": op, "path": path, "value": value}]),
+    }
+
+
+@dataclass(frozen=True)
+class Done:
+    """A program that has ended: its exit code and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(kw_only=True)
+class Site:
+    """An install.
+
+    Attributes:
+        cluster: where it is.
+        namespace: of its own.
+        mlflow: URI of the tracking server.
+        registry: host of the registry of the images.
+        environ: settings of a `builder` outside the cluster, as on a laptop.
+        overlay: the folder of the kustomization.
+    """
+
+    cluster: Cluster
+    namespace: str
+    mlflow: str
+    registry: str
+    overlay: Path
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def kubectl(self, *arguments: str, **options: Any) -> str:
+        """Run kubectl in the namespace."""
+        return self.cluster.kubectl(f"--namespace={self.namespace}", *arguments, **options)
+
+    def get(self, *arguments: str) -> Any:
+        """Return objects of the namespace."""
+        return self.cluster.get(f"--namespace={self.namespace}", *arguments)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return the Jobs of versions."""
+        found: list[dict[str, Any]] = self.get("jobs", "-l", "app.kubernetes.io/component=publish")
+        return found
+
+    def builder(self, *arguments: str, timeout: float = HANG, **environ: str) -> Done:
+        """Run `builder` here, with the administrator's kubeconfig."""
+        process = self.start_builder(*arguments, **environ)
+        stdout, stderr = process.communicate(timeout=timeout)
+        return Done(process.returncode, stdout, stderr)
+
+    def start_builder(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+        """Start `builder` here."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "builder", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean_environ(**{**self.environ, **environ}),
+        )
+
+    def sweep(self, name: str = "sweep") -> str:
+        """Run the sweep's CronJob now, wait for its end, and return its log."""
+        self.kubectl("create", "job", name, "--from=cronjob/builder-sweep")
+        ended = self.cluster.watch(
+            f"job/{name}", "{.status.conditions[-1:].type}", JOB_ENDED, namespace=self.namespace
+        )  # fmt: skip
+        log = self.kubectl("logs", f"job/{name}")
+        assert ended == "Complete", log
+        self.kubectl("delete", "job", name)
+        return log
+
+    def ended(self, job: str) -> str:
+        """Wait for the end of a Job, and return how it ended: Complete or Failed."""
+        types = "{.status.conditions[-1:].type}"
+        return self.cluster.watch(f"job/{job}", types, JOB_ENDED, namespace=self.namespace)
+
+    def pod_of(self, job: str) -> dict[str, Any]:
+        """Return the last Pod of a Job."""
+        found = self.get("pods", "-l", f"batch.kubernetes.io/job-name={job}", "--sort-by=.metadata.creationTimestamp")
+        return dict(found[-1])
+
+    def phase(self, pod: str, *phases: str) -> str:
+        """Wait until a Pod has one of some phases."""
+        return self.cluster.watch(f"pod/{pod}", "{.status.phase}", phases, namespace=self.namespace)
+
+    def patch_template(self, method: str, *operations: Mapping[str, Any]) -> None:
+        """Change a template, as an operator's overlay would."""
+        self.kubectl("patch", "cronjob", f"builder-publish-{method}", "--type=json", "-p", json.dumps(operations))
+
+    def patch_settings(self, **values: str) -> None:
+        """Change settings."""
+        self.kubectl("patch", "configmap", "builder-settings", "--type=merge", "-p", json.dumps({"data": values}))
+
+
+def small_requests(overlay: str) -> list[dict[str, Any]]:
+    """Return patches with which many Pods fit onto the node of the tests."""
+    small = {"cpu": "50m", "memory": "64Mi", "ephemeral-storage": "16Mi"}
+    patches = [patch(".*", f"{TEMPLATE_POD}/containers/0/resources/requests", small)]
+    if overlay == "dockerfile":
+        patches += [
+            patch("builder-publish-dockerfile", f"{TEMPLATE_POD}/initContainers/{number}/resources/requests", small)
+            for number in range(3)
+        ]
+    return patches
+
+
+def pump_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of the pump alarm, whose server needs one small wheel."""
+    save_pump_model(folder / "mymodel")
+    shutil.copytree(HERE / "pump_alarm" / "client", folder / "client")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def register_pump(uri: str, files: Mapping[str, str | bytes], name: str, **tags: str) -> Registered:
+    """Register a version of the pump alarm."""
+    tags = {"MODEL_ENTRY_POINT": "serve.py", "MODEL_PLATFORMS": native_platform(), **tags}
+    return register(uri, files, tags, name=name)
+
+
+def tagged(new_pump: Callable[..., Registered], site: Site, **tags: str) -> Registered:
+    """Register a version that the site's sweep selects."""
+    return new_pump(**{site.environ["TARGET_TAG"]: "true", **tags})
+
+
+def submit(site: Site, version: Registered, *options: str, **environ: str) -> Done:
+    """Run `builder submit` for a version."""
+    arguments = ("submit", version.name, version.version, "-n", site.namespace)
+    return site.builder(*arguments, *options, timeout=HANG, **environ)
+
+
+def outcome(site: Site, version: Registered) -> dict[str, str]:
+    """Return what was recorded of a version for the site's target."""
+    return version.outcome(site.environ["TARGET_TAG"].lower().removeprefix("external_target_"))
+
+
+def wait_for(lines: Iterable[str] | None, text: str) -> str:
+    """Read lines until one has a text, and return that one."""
+    read = []
+    for line in lines or ():
+        if text in line:
+            return line
+        read.append(line)
+    message = f"no line with {text!r} in {''.join(read)}"
+    raise AssertionError(message)
