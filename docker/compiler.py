@@ -80,6 +80,9 @@ def copy(target: Path, program: str) -> None:
 
 def main() -> None:
     """Do what the arguments say."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # Before 3.11 the order of a set's constants in bytecode depends on the seed.
+        os.execve(sys.executable, [sys.executable, "-B", *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})  # noqa: S606
     folder, minor, program = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     folder.mkdir(exist_ok=True)
     if minor == f"{sys.version_info.major}.{sys.version_info.minor}":

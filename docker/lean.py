@@ -4,7 +4,7 @@
     python lean.py prune ROOT                    deletes files below ROOT/venv
     ROOT/venv/bin/python3 -I lean.py imported    prints the path of every module that the builder imports, one a line
 
-Used by the Dockerfile, in its build stage. docs/decisions/0053-image-size.md has the sizes and the reasons.
+Used by the Dockerfile, in its build stage. docs/decisions/0058-image-size.md has the sizes and the reasons.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The builder image, made by Docker from the checkout, and what runs in it.
 
 It needs a Docker daemon, and a Kaniko image that is at hand or can be pulled: KANIKO_IMAGE (a name, or an archive that
-`docker save` wrote), else the one that the Dockerfile names. PYTHON_IMAGE stands for the Python base; without it, it is
-made from Debian packages.
+`docker save` wrote), else the one that the Dockerfile names. PYTHON_IMAGE stands for the Python base, PYTHON_3_9_IMAGE
+and so on for the interpreters that only compile; without them, they are made from Debian packages as far as Debian has
+those versions.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any
 import pytest
 
 from builder.dockerfile.engine import machine_platform
+from scripts.base_image import INTERPRETERS, interpreter_image
 from scripts.base_image import base_image as make_base_image
 from scripts.cache import cache_folder, locked
 from scripts.docker_daemon import Daemon
 from scripts.launch import clean_environ
-from scripts.machine import ca_bundle, pip_config
+from scripts.machine import ca_bundle, native_platform, pip_config
 
 ROOT = Path(__file__).parents[1]
 SENT = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "builder", "docker", "pyproject.toml", "requirements")
@@ -100,7 +102,11 @@ def python_image(_docker: None, tmp_path_factory: pytest.TempPathFactory) -> str
     if named := os.environ.get("PYTHON_IMAGE"):
         return named
     layout = make_base_image(["linux/amd64", "linux/arm64", "linux/arm/v7"])
-    name = f"localhost/python-base:{layout.parent.name}"
+    return _loaded(layout, f"localhost/python-base:{layout.parent.name}", tmp_path_factory)
+
+
+def _loaded(layout: Path, name: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Bring a layout's image of this machine's platform to Docker, under a name, and return the name."""
     with locked(cache_folder("tests") / "python-base"):
         if docker("image", "inspect", name, check=False).returncode == 0:
             return name
@@ -123,6 +129,23 @@ def python_image(_docker: None, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 @pytest.fixture(scope="session")
+def interpreter_images(python_image: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The build arguments that name the images of the interpreters that only compile."""
+    images = {}
+    for minor in range(9, 15):
+        name, python = f"PYTHON_3_{minor}_IMAGE", f"3.{minor}"
+        if os.environ.get(name):
+            images[name] = os.environ[name]
+        elif python in INTERPRETERS:
+            layout = interpreter_image(python, native_platform())
+            tag = f"localhost/python-base:{layout.parent.name}-{python}"
+            images[name] = _loaded(layout, tag, tmp_path_factory)
+        else:
+            images[name] = python_image
+    return images
+
+
+@pytest.fixture(scope="session")
 def image_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build context of the builder image."""
     return build_context(tmp_path_factory.mktemp("image"))
@@ -137,15 +160,23 @@ def build(context: Path, tag: str, **arguments: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def builder_image(image_context: Path, kaniko_image: str, python_image: str) -> str:
+def builder_image(image_context: Path, kaniko_image: str, python_image: str, interpreter_images: dict[str, str]) -> str:
     """The builder image, with Kaniko."""
-    return build(image_context, "localhost/builder-test", KANIKO_IMAGE=kaniko_image, PYTHON_IMAGE=python_image)
+    arguments = {"KANIKO_IMAGE": kaniko_image, "PYTHON_IMAGE": python_image, **interpreter_images}
+    return build(image_context, "localhost/builder-test", **arguments)
 
 
 @pytest.fixture(scope="session")
-def engineless_image(image_context: Path, python_image: str) -> str:
+def engineless_image(image_context: Path, python_image: str, interpreter_images: dict[str, str]) -> str:
     """The builder image without an engine."""
-    arguments = {"KANIKO_IMAGE": "scratch", "PYTHON_IMAGE": python_image, "BUILDER_USER": "65532"}
+    arguments = {
+        "KANIKO_IMAGE": "scratch",
+        "PYTHON_IMAGE": python_image,
+        "BUILDER_USER": "65532",
+        "VERSION": "1.2.3",
+        "REVISION": "0123abc",
+        **interpreter_images,
+    }
     return build(image_context, "localhost/builder-test-engineless", **arguments)
 
 

@@ -89,7 +89,7 @@ _REFUSED_WORDS = frozenset(
 _GONE_WORDS = frozenset({"NoSuchKey", "NoSuchBucket", "404"})
 # Errors of urllib3 and botocore by name: both are loaded only where they are used.
 _NO_CREDENTIAL = re.compile(r"(?:No|Partial)Credentials?(?:Retrieval)?Error|.*TokenLoadError|ProfileNotFound")
-_CERTIFICATE = re.compile(r"SSLError|CERTIFICATE_VERIFY_FAILED|certificate verify failed", re.IGNORECASE)
+_CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed", re.IGNORECASE)
 _OPTIONAL = {
     "boto3": "s3",
     "botocore": "s3",
@@ -108,12 +108,12 @@ def answering(what: str, *, server: str, gone: type[BuilderError] = VersionNotFo
         gone: the error for something that does not exist.
 
     Raises:
-        ServiceUnavailable: the server is away, answers 5xx, a page instead of an answer, or with a certificate that is
-            not trusted.
+        ServiceUnavailable: the server is away, answers 5xx, or a page instead of an answer.
         PermissionRefused: a credential is missing or refused.
         VersionNotFound: there is no such thing; or whatever `gone` is.
         InvalidVersion: the server does not accept the request.
-        InvalidSettings: a package for this kind of artifact store is missing, or the tracking URI is not an address.
+        InvalidSettings: a certificate is not trusted, a package for this kind of artifact store is missing, or the
+            tracking URI is not an address.
         TryAgain: the disk is full.
     """
     try:
@@ -175,8 +175,8 @@ def _ours(error: Exception, what: str, server: str, gone: type[BuilderError]) ->
             f"Could not {what}: this kind of artifact store needs the Python package {missing.name!r}.",
             remedy=f"Install model-image-builder[{extra}]." if extra else "Install it beside model-image-builder.",
         )
-    if any(isinstance(one, ssl.SSLError) or _CERTIFICATE.search(f"{type(one).__name__} {one}") for one in chain):
-        return ServiceUnavailable(
+    if any(isinstance(one, ssl.SSLCertVerificationError) or _CERTIFICATE.search(str(one)) for one in chain):
+        return InvalidSettings(
             f"{failed}.", remedy=f"The certificate of {server} is not trusted. Name its CA bundle by SSL_CERT_FILE."
         )
     code = _code(chain)

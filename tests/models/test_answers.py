@@ -97,7 +97,7 @@ def test_a_server_that_is_away_is_not_tried_for_minutes(uri, monkeypatch, dead_p
 def test_a_certificate_that_nobody_trusts_names_the_setting(tmp_path):
     certificate = self_signed(tmp_path, "nobody")
     with answering_server(Answers(), certificate.path, certificate.key_path) as uri:
-        with pytest.raises(ServiceUnavailable) as raised:
+        with pytest.raises(InvalidSettings) as raised:
             MlflowCatalog(uri).find("m", "1")
         assert "SSL_CERT_FILE" in raised.value.remedy
 
