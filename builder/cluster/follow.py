@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -36,9 +37,14 @@ if TYPE_CHECKING:
 _LOOK = 2
 # Seconds for the last lines of a log, once its Pod has ended.
 _LAST_LINES = 10
+# Fields of a line that our own line has, or that logging takes for something else.
 _RESERVED = frozenset(
-    {"timestamp", "logger", "event", "level", "exc_info", "stack_info", "stacklevel", "extra", "args", "self"}
+    {
+        *("timestamp", "logger", "event", "level", "method_name", "exc_info", "exception", "stack_info", "stack"),
+        *("stacklevel", "extra", "args", "self"),
+    }
 )
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _log = get_logger("cluster")
 
 
@@ -107,8 +113,10 @@ def _ended(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object
     if state_of(job) == "active":
         return None
     error = ending(job, pods)
-    if jobs.unrecorded(jobs.catalog.find(version.name, version.version), job):
-        jobs.record_end(version, job, error)
+    # What cannot be recorded now, a sweep records.
+    with suppress(BuilderError):
+        if jobs.unrecorded(jobs.catalog.find(version.name, version.version), job):
+            jobs.record_end(version, job, error)
     return Ended(code=int(error.exit_code), error=error)
 
 
@@ -153,12 +161,12 @@ def show_line(line: str, **about: str) -> None:
     """
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         _log.info(safe_line(line), **about)
         return
-    level = logging.getLevelNamesMapping().get(str(event.get("level", "info")).upper(), logging.INFO)
+    level = _LEVELS.get(str(event.get("level", "info")), logging.INFO)
     fields = {name: value for name, value in event.items() if name not in _RESERVED}
     _log.log(level, safe_line(event["event"]), **{**fields, **about})
 
@@ -182,7 +190,9 @@ def hindered(cluster: Cluster, job: Object, pods: Sequence[Object]) -> BuilderEr
 
 def overdue(settings: Settings, job: Object, pods: Sequence[Object], error: BuilderError) -> bool:
     """Return whether a Job that does not go on is to be ended: one that never will is ended at once."""
-    since = max([created(job), *(last_moment(pod) for pod in pods)])
+    # A queue may have held the Job back until its start.
+    began = job.get("status", {}).get("startTime") or created(job)
+    since = max([began, *(last_moment(pod) for pod in pods)])
     return not error.retryable or seconds_since(since) > settings.job_start_timeout
 
 
