@@ -97,6 +97,12 @@ def test_without_a_pause_there_is_no_next_try(facts):
     assert next_try(settings(), outcome.model_copy(update=facts)) == ""
 
 
+def test_what_a_signal_ended_needs_no_pause():
+    finished = "2026-11-01T00:00:00Z"
+    outcome = Outcome(target="t", state="failed", error="Terminated: by a signal.", attempts=1, finished=finished)
+    assert next_try(settings(), outcome) == finished
+
+
 def pod(*, phase, init=(), main=(), **status):
     def spec(each):
         return [{"name": name} for name, _ in each]

@@ -182,10 +182,13 @@ def _slim(job: Object) -> Object:
 def next_try(settings: Settings, outcome: Outcome) -> str:
     """Return when a sweep tries a version again that has failed, RFC 3339 in UTC; empty where it does not.
 
-    The pause is SWEEP_BACKOFF after the first attempt, and twice as long after each further one, at most a day.
+    The pause is SWEEP_BACKOFF after the first attempt, and twice as long after each further one, at most a day. What
+    was ended by a signal, as by somebody who deleted its Job, needs no pause.
     """
     if not outcome.error or not outcome.finished or outcome.attempts >= settings.sweep_attempts:
         return ""
+    if outcome.interrupted:
+        return outcome.finished
     try:
         ended = datetime.fromisoformat(outcome.finished)
     except ValueError:

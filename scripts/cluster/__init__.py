@@ -102,7 +102,7 @@ def _start(node: Node) -> Cluster:
         user = {"client-certificate": str(certificate.path), "client-key": str(certificate.key_path)}
         cluster.write_kubeconfig(name, user)
     node.start_containerd()
-    node.start_control_plane()
+    node.start_api_server()
     deadline = time.monotonic() + _READY_SECONDS
     while True:
         node.check()
@@ -113,6 +113,7 @@ def _start(node: Node) -> Cluster:
             message = f"the API server does not answer:\n{cluster.log('kube-apiserver')}"
             raise ServerDied(message)
         time.sleep(0.1)
+    node.start_controllers()
     node.start_kubelet()
     wait = f"--timeout={_READY_SECONDS}s"
     try:

@@ -104,8 +104,8 @@ class Node(NodeConfig):
             time.sleep(0.05)
         self._load_pause()
 
-    def start_control_plane(self) -> None:
-        """Start etcd, the API server, the controllers and the scheduler."""
+    def start_api_server(self) -> None:
+        """Start etcd and the API server."""
         etcd, peers = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
         self._start(
             "etcd",
@@ -146,10 +146,13 @@ class Node(NodeConfig):
             "--enable-admission-plugins=NodeRestriction",
             "--kubelet-preferred-address-types=InternalIP",
         )
+
+    def start_controllers(self) -> None:
+        """Start the controllers and the scheduler, which end where the API server is not ready within ten seconds."""
         self._start(
             "kube-controller-manager",
             f"--kubeconfig={self.folder}/system-kube-controller-manager.kubeconfig",
-            f"--service-account-private-key-file={accounts.key_path}",
+            f"--service-account-private-key-file={self.folder}/service-accounts.key",
             f"--root-ca-file={self.ca.path}",
             "--use-service-account-credentials",
             "--leader-elect=false",

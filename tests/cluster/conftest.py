@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,28 @@ def install(
     It knows the cluster's MLflow and registries. Its sweep does not start by itself. TARGET_TAG and the repository of
     its images are its own, unless `settings` say otherwise: what other tests registered is not published.
     """
+    with _installing(cluster, node_image, cluster_mlflow, cluster_registries, tmp_path) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def install_for_all(
+    cluster: Cluster,
+    node_image: str,
+    cluster_mlflow: MlflowServer,
+    cluster_registries: ClusterRegistries,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., str]]:
+    """As `install`, for the tests of a module."""
+    folder = tmp_path_factory.mktemp("install")
+    with _installing(cluster, node_image, cluster_mlflow, cluster_registries, folder) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _installing(
+    cluster: Cluster, node_image: str, mlflow: MlflowServer, registries: ClusterRegistries, tmp_path: Path
+) -> Iterator[Callable[..., str]]:
     made: list[str] = []
 
     def run(
@@ -183,14 +206,14 @@ def install(
         patches: Sequence[Mapping[str, object]] = (),
     ) -> str:
         name = f"test-{next(_number)}-{uuid.uuid4().hex[:6]}"
-        models, images = cluster_registries.models, cluster_registries.images
+        models, images = registries.models, registries.images
         site = Values(
             image=image,
             settings={
-                "MLFLOW_TRACKING_URI": cluster_mlflow.uri,
+                "MLFLOW_TRACKING_URI": mlflow.uri,
                 "REGISTRY_URL": f"{models.host}/{name}",
                 "TARGET_TAG": f"EXTERNAL_TARGET_{name.upper().replace('-', '_')}",
-                "BASE_IMAGE": cluster_registries.base_image,
+                "BASE_IMAGE": registries.base_image,
                 "SMOKE_TEST": "off",
                 **(settings or {}),
             },
@@ -203,8 +226,10 @@ def install(
         install_site(cluster, tmp_path / name, site, namespace=name, overlay=overlay, patches=[asleep, *patches])
         return name
 
-    yield run
-    _delete(cluster, made)
+    try:
+        yield run
+    finally:
+        _delete(cluster, made)
 
 
 @pytest.fixture
@@ -256,29 +281,49 @@ def new_site(
     tmp_path: Path,
 ) -> Callable[..., Site]:
     """Install an overlay as `install` does, and give a `builder` outside the cluster the same settings."""
+    return partial(_site, cluster, install, cluster_mlflow, cluster_registries, tmp_path)
 
-    def make(overlay: str = "base", **options: object) -> Site:
-        namespace = install(overlay, patches=small_requests(overlay), **options)
-        folder = tmp_path / namespace
-        maps = cluster.get(f"--namespace={namespace}", "configmaps", "-l", "app.kubernetes.io/name=builder")
-        data = {each["metadata"]["name"]: each["data"] for each in maps}
-        outside = {
-            "INSECURE_REGISTRIES": data["builder-network"]["INSECURE_REGISTRIES"],
-            "KUBECONFIG": str(cluster.kubeconfig),
-            "LOG_FORMAT": "text",
-            "NO_COLOR": "1",
-            "NO_PROXY": f"{cluster.address},127.0.0.1",
-        }
-        return Site(
-            cluster=cluster,
-            namespace=namespace,
-            mlflow=cluster_mlflow.uri,
-            registry=cluster_registries.models.host,
-            overlay=folder,
-            environ={**data["builder-settings"], **outside},
-        )
 
-    return make
+@pytest.fixture(scope="module")
+def new_site_for_all(
+    cluster: Cluster,
+    install_for_all: Callable[..., str],
+    cluster_mlflow: MlflowServer,
+    cluster_registries: ClusterRegistries,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Site]:
+    """As `new_site`, for the tests of a module."""
+    folder = tmp_path_factory.mktemp("site")
+    return partial(_site, cluster, install_for_all, cluster_mlflow, cluster_registries, folder)
+
+
+def _site(
+    cluster: Cluster,
+    install: Callable[..., str],
+    mlflow: MlflowServer,
+    registries: ClusterRegistries,
+    folder: Path,
+    overlay: str = "base",
+    **options: object,
+) -> Site:
+    namespace = install(overlay, patches=small_requests(overlay), **options)
+    maps = cluster.get(f"--namespace={namespace}", "configmaps", "-l", "app.kubernetes.io/name=builder")
+    data = {each["metadata"]["name"]: each["data"] for each in maps}
+    outside = {
+        "INSECURE_REGISTRIES": data["builder-network"]["INSECURE_REGISTRIES"],
+        "KUBECONFIG": str(cluster.kubeconfig),
+        "LOG_FORMAT": "text",
+        "NO_COLOR": "1",
+        "NO_PROXY": f"{cluster.address},127.0.0.1",
+    }
+    return Site(
+        cluster=cluster,
+        namespace=namespace,
+        mlflow=mlflow.uri,
+        registry=registries.models.host,
+        overlay=folder / namespace,
+        environ={**data["builder-settings"], **outside},
+    )
 
 
 @pytest.fixture

@@ -91,14 +91,14 @@ class Site:
             env=clean_environ(**{**self.environ, **environ}),
         )
 
-    def sweep(self, name: str = "sweep") -> str:
-        """Run the sweep's CronJob now, wait for its end, and return its log."""
+    def sweep(self, name: str = "sweep", *, ends: str = "Complete") -> str:
+        """Run the sweep's CronJob now, wait for its end, which is `ends`, and return its log."""
         self.kubectl("create", "job", name, "--from=cronjob/builder-sweep")
         ended = self.cluster.watch(
             f"job/{name}", "{.status.conditions[-1:].type}", JOB_ENDED, namespace=self.namespace
         )  # fmt: skip
         log = self.kubectl("logs", f"job/{name}")
-        assert ended == "Complete", log
+        assert ended == ends, log
         self.kubectl("delete", "job", name)
         return log
 
