@@ -11,10 +11,10 @@ import pytest
 
 from builder.errors import ExitCode
 from scripts.base_image import INTERPRETERS
+from scripts.certificates import for_loopback, self_signed
 from scripts.image_size import MEGABYTE, sizes
 from tests.builder_image import PYTHON, ca_bundle, docker, pip_config
 from tests.package_index.server import running
-from tests.servers.certificates import for_loopback, self_signed
 from tests.versions import register, seed_layout
 from tests.wheels.made import make
 
