@@ -44,7 +44,8 @@ def free_node(programs: Path, numbers: Sequence[int] = range(_NODES)) -> Iterato
     Raises:
         ServerDied: there is none.
     """
-    folder = cache_folder("kubernetes") / "nodes"
+    # Mounts are known by their real paths.
+    folder = (cache_folder("kubernetes") / "nodes").resolve()
     folder.mkdir(exist_ok=True)
     for number in numbers:
         node = Node(number=number, programs=programs, folder=folder / str(number))
