@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from builder.cluster.pods import (
     not_started,
     stuck,
 )
-from builder.errors import BuilderError, TryAgain, VersionNotFound
+from builder.errors import BuilderError, ServiceUnavailable, TryAgain, VersionNotFound
 from builder.log import get_logger, safe_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Seconds until a Pod is looked at again while nothing is heard of it.
 _LOOK = 2
+# Seconds for which the API server may be away.
+_AWAY = 120
 # Seconds for the last lines of a log, once its Pod has ended.
 _LAST_LINES = 10
 # Fields of a line that our own line has, or that logging takes for something else.
@@ -76,31 +79,44 @@ def follow(jobs: Jobs, version: ModelVersion, job: Object) -> Ended:
     Raises:
         TryAgain: the Job was deleted by somebody else.
     """
-    cluster, name = jobs.cluster, job["metadata"]["name"]
-    labels = f"{JOB_NAME}={name}"
-    logs = Logs(cluster)
-    said = ""
+    labels = f"{JOB_NAME}={job['metadata']['name']}"
+    logs = Logs(jobs.cluster)
+    heard = time.monotonic()
     while True:
-        # The Job first: what it tells of Pods is then there to be listed.
-        now = cluster.job(name)
-        if now is None or uid(now) != uid(job) or state_of(now) == "deleted":
-            message = f"The Job {name} was deleted while it ran."
-            raise TryAgain(message, remedy="Submit the version again.")
-        pods = [pod for pod in cluster.pods(labels) if is_of_job(pod, job)]
-        for pod in pods:
-            logs.show(pod)
-        if ended := _ended(jobs, version, now, pods):
+        try:
+            ended = _look(jobs, version, job, logs)
+            heard = time.monotonic()
+        except ServiceUnavailable as error:
+            # A control plane that is upgraded is away for a while; the Job runs on.
+            if time.monotonic() - heard > _AWAY:
+                message = f"{error.what} The Job {job['metadata']['name']} goes on."
+                raise TryAgain(message, remedy="Follow it again: builder submit NAME VERSION --wait.") from error
+            ended = None
+        if ended:
             logs.finish()
             return ended
-        error = hindered(cluster, now, pods)
-        if error and error.what != said:
-            _log.warning("the Job does not go on", job=name, why=error.what, remedy=error.remedy)
-        said = error.what if error else ""
-        if error and overdue(jobs.settings, now, pods, error):
-            jobs.end(version, now, error)
-            logs.finish()
-            return Ended(code=int(error.exit_code), error=error)
-        cluster.await_change(labels, seconds=_LOOK)
+        jobs.cluster.await_change(labels, seconds=_LOOK)
+
+
+def _look(jobs: Jobs, version: ModelVersion, job: Object, logs: Logs) -> Ended | None:
+    """Look at a Job once: show what is new, end it if it does not go on; return how it ended, None while it runs."""
+    cluster, name = jobs.cluster, job["metadata"]["name"]
+    # The Job first: what it tells of Pods is then there to be listed.
+    now = cluster.job(name)
+    if now is None or uid(now) != uid(job) or state_of(now) == "deleted":
+        message = f"The Job {name} was deleted while it ran."
+        raise TryAgain(message, remedy="Submit the version again.")
+    pods = [pod for pod in cluster.pods(f"{JOB_NAME}={name}") if is_of_job(pod, job)]
+    for pod in pods:
+        logs.show(pod)
+    if ended := _ended(jobs, version, now, pods):
+        return ended
+    error = hindered(cluster, now, pods)
+    logs.tell(error)
+    if error and overdue(jobs.settings, now, pods, error):
+        jobs.end(version, now, error)
+        return Ended(code=int(error.exit_code), error=error)
+    return None
 
 
 def _ended(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object]) -> Ended | None:
@@ -130,6 +146,13 @@ class Logs:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._threads: dict[tuple[str, str], threading.Thread] = {}
+        self._said = ""
+
+    def tell(self, error: BuilderError | None) -> None:
+        """Say why the Job does not go on, if that is new."""
+        if error and error.what != self._said:
+            _log.warning("the Job does not go on", why=error.what, remedy=error.remedy)
+        self._said = error.what if error else ""
 
     def show(self, pod: Object) -> None:
         """Begin to show the log of each container that has begun, if that was not done."""
