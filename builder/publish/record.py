@@ -143,7 +143,10 @@ def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: 
         if now.created_ms != version.created_ms:
             report.error("the outcome is not recorded: the version was deleted, and another has its number")
             return True
-        changed = {name: value for name, value in outcome.tags().items() if now.tags.get(name, "") != value}
+        # A version that waits for its first attempt need not say that there was none.
+        absent = Outcome(target=outcome.target).tags() if outcome.state == "pending" else {}
+        tags = outcome.tags().items()
+        changed = {name: value for name, value in tags if now.tags.get(name, absent.get(name, "")) != value}
         if changed:
             catalog.set_tags(version, changed)
     except BuilderError as error:

@@ -81,8 +81,8 @@ def test_new_versions_are_submitted_oldest_first_and_only_so_many_at_once(site, 
     assert most_at_once(asked) == most
     requests = asked.mlflow()
     assert sum(SEARCH in path for _, path in requests) == 1
-    # Each is read once more before its Job is made, and gets three tags.
-    assert len(requests) == 1 + 4 * new
+    # Each is read once more before its Job is made, and gets two tags.
+    assert len(requests) == 1 + 3 * new
     names = {version.name for version in there}
     assert not [path for _, path in requests if SEARCH not in path and any(f"name={name}" in path for name in names)]
 
