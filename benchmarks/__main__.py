@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import children, kaniko, plot, report, startup
+from benchmarks import children, kaniko, plot, report, scale, startup
 from benchmarks.environments import Environment, environments
 from benchmarks.jobs import JobSkipped, Outcome
 from benchmarks.results import Results
@@ -20,7 +20,7 @@ from benchmarks.site import CHECKOUT, Round, Site, new_round, site
 from benchmarks.wheels import ours
 
 JOBS: dict[str, Rival] = {**RIVALS, "ours": ours}
-DOCKERFILE, STARTUP, CHILDREN = "dockerfile", "startup", "children"
+DOCKERFILE, STARTUP, CHILDREN, SCALE = "dockerfile", "startup", "children", "scale"
 LOG = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     wanted = [name for name in JOBS if name in options.only] or list(JOBS)
     everything: list[Results] = []
-    if not options.only or not set(options.only) <= {DOCKERFILE, STARTUP, CHILDREN}:
+    if not options.only or not set(options.only) <= {DOCKERFILE, STARTUP, CHILDREN, SCALE}:
         with site() as place:
             for environment in chosen:
                 results = measure(place, environment, wanted, options.runs)
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         startup.main()
     if not options.only or CHILDREN in options.only:
         children.main()
+    if not options.only or SCALE in options.only:
+        scale.main([f"--rounds={options.runs}"])
     return 0
 
 
@@ -61,11 +63,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "tables, and write docs/benchmarks.md and docs/benchmarks.svg.",
         epilog=f"Environments: {', '.join(each.name for each in environments())}. Jobs: {', '.join(JOBS)}. And "
         f"{DOCKERFILE}: our dockerfile method beside bare Kaniko; {STARTUP}: a publish with nothing to do; "
-        f"{CHILDREN}: a child for each version of a sweep. "
+        f"{CHILDREN}: a child for each version of a sweep; {SCALE}: a large catalogue, in a cluster. "
         "KANIKO_IMAGE names Kaniko's image or its archive; "
         "BENCH_TORCH_INDEX an index of CPU builds of torch. The figures never decide the exit code.",
     )
-    names = [*(each.name for each in environments()), *JOBS, DOCKERFILE, STARTUP, CHILDREN]
+    names = [*(each.name for each in environments()), *JOBS, DOCKERFILE, STARTUP, CHILDREN, SCALE]
     parser.add_argument(
         "--only",
         nargs="+",

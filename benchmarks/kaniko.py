@@ -64,7 +64,9 @@ def measure(stack: contextlib.ExitStack, folder: Path, kaniko: str) -> None:
     python = load_base(folder)
     context = folder / "image"
     context.mkdir()
-    builder = build(build_context(context), "localhost/builder-bench", KANIKO_IMAGE=kaniko, PYTHON_IMAGE=python)
+    # Without interpreters that only compile.
+    images = {"PYTHON_IMAGE": python, **{f"PYTHON_3_{minor}_IMAGE": python for minor in range(9, 15)}}
+    builder = build(build_context(context), "localhost/builder-bench", KANIKO_IMAGE=kaniko, **images)
 
     files = seed_layout(base, DOCKERFILE)
     files["mymodel/weights.bin"] = os.urandom(16 << 20)

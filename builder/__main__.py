@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import click
 
@@ -21,12 +22,16 @@ from builder.masking import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import FrameType
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import FrameType, ModuleType
 
 
 # `import mlflow` leaves a hundred thousand objects that stay, and with Python's 700 they are searched for garbage 250
 # times, without result: a tenth of a publish that has nothing to do. See docs/decisions/0024-start-up.md.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
+# What `import mlflow` imports and no request of ours needs: two fifths of its time, FastAPI among it.
+_POSTPONED = frozenset({"mlflow.gateway", "mlflow.genai"})
 # Seconds that atexit's functions may take, and seconds after which a swallowed signal is repeated.
 _AT_EXIT = 3.0
 _AGAIN = 0.05
@@ -36,10 +41,57 @@ _MOST_CAUSES = 100
 def main() -> NoReturn:
     """Run the command line, and end the process with its exit code."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    postpone()
     code = int(ExitCode.TEMPORARY)
     with suppress(Terminated):  # it came between two statements of `run` that handle it
         code = run(sys.argv[1:], os.environ)
     _end(code)
+
+
+def postpone() -> None:
+    """Have some modules run in this process when something of them is first used, rather than when they are imported.
+
+    See docs/decisions/0024-start-up.md.
+    """
+    sys.meta_path.insert(0, _Postponed)
+
+
+class _Postponed:
+    """Finds modules of `_POSTPONED`, and loads them without running them.
+
+    The standard library's LazyLoader would run such a package as soon as a module in it is imported.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return how a module is loaded; None for any other module, which is found as ever."""
+        spec = PathFinder.find_spec(name, path, target) if name in _POSTPONED else None
+        if spec and spec.loader:
+            spec.loader = cast("Loader", cls(spec.loader))
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Make the module, empty."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave the module empty until an attribute of it is missing."""
+
+        def first_use(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            del module.__dict__["__getattr__"]
+            try:
+                self._loader.exec_module(module)
+            except BaseException:
+                module.__dict__["__getattr__"] = first_use
+                raise
+            return getattr(module, name)
+
+        module.__dict__["__getattr__"] = first_use
 
 
 def _end(code: int) -> NoReturn:

@@ -543,6 +543,8 @@ def submit(
     """
     with _in_cluster(invocation, name, version, namespace=namespace, context=context) as (jobs, found):
         made = jobs.submit(found, method=method, force=force, rebuild=rebuild)
+        if not made.created and (force or rebuild or method):
+            _warn("--force, --rebuild and --method have no effect on a Job that is there", job=made.name)
         return _submitted(invocation, jobs, found, made, wait=wait)
 
 
@@ -568,6 +570,12 @@ def _note(event: str, **facts: str) -> None:
     from builder import log
 
     log.get_logger("cli").info(event, **facts)
+
+
+def _warn(event: str, **facts: str) -> None:
+    from builder import log
+
+    log.get_logger("cli").warning(event, **facts)
 
 
 @contextmanager
@@ -618,7 +626,7 @@ def status(
     from builder.cluster.api_server import Cluster
     from builder.cluster.job import selector
     from builder.cluster.status import status as read
-    from builder.errors import InvalidSettings
+    from builder.errors import BuilderError
     from builder.models.catalog import MlflowCatalog
     from builder.settings import Settings
 
@@ -628,9 +636,12 @@ def status(
         cluster = None
         try:
             cluster = stack.enter_context(closing(Cluster(namespace, context=context)))
-        except InvalidSettings as error:
+            # Whatever cluster a kubeconfig happens to name may be away, or none of ours: the tags tell without it.
+            next(cluster.jobs(selector(settings.target)), None)
+        except BuilderError as error:
             if watch or namespace or context:
                 raise
+            cluster = None
             _note("Jobs are not shown", why=error.what)
         before: list[Status] = []
         while True:
@@ -679,9 +690,7 @@ def retry(
 ) -> int:  # fmt: skip
     """Publish a version again that has failed too often: earlier attempts no longer count."""
     with _in_cluster(invocation, name, version, namespace=namespace, context=context) as (jobs, found):
-        jobs.forget_attempts(found)
-        fresh = jobs.catalog.find(found.name, found.version)
-        return _submitted(invocation, jobs, fresh, jobs.submit(fresh), wait=wait)
+        return _submitted(invocation, jobs, found, jobs.retry(found), wait=wait)
 
 
 @builder.command(

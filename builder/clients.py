@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from builder.oci.authn import Credential, Credentials
 from builder.oci.clouds import CloudIdentity
 from builder.oci.registry import Registry
 from builder.oci.transport import REGISTRY, Transport
+from builder.reference import Reference
 from builder.settings import CommonSettings, Settings
 
 if TYPE_CHECKING:
@@ -75,14 +76,17 @@ class Registries(Closing):
             if settings.registry_user and settings.registry_token:
                 explicit = settings.registry_url.host
                 credential = Credential(settings.registry_user, settings.registry_token.get_secret_value())
-            identity = CloudIdentity(
-                variables={
-                    "GCE_METADATA_HOST": settings.gce_metadata_host,
-                    **{name: value.get_secret_value() for name, value in settings.mlflow_variables.items()},
-                },
-                ca_bundle=settings.ssl_cert_file,
-                proxies=settings.proxies,
-            ).for_host
+            identity = _of_operator(
+                settings,
+                CloudIdentity(
+                    variables={
+                        "GCE_METADATA_HOST": settings.gce_metadata_host,
+                        **{name: value.get_secret_value() for name, value in settings.mlflow_variables.items()},
+                    },
+                    ca_bundle=settings.ssl_cert_file,
+                    proxies=settings.proxies,
+                ).for_host,
+            )
         return cls(
             Credentials(explicit=explicit, credential=credential, docker_config=docker_config, identity=identity),
             ca_bundle=settings.ssl_cert_file,
@@ -108,6 +112,16 @@ class Registries(Closing):
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
+
+
+def _of_operator(
+    settings: Settings, identity: Callable[[str], Credential | None]
+) -> Callable[[str], Credential | None]:
+    """Return an identity for the hosts that the settings name: a Dockerfile may name any other of a cloud's."""
+    base = Reference.parse(settings.base_image.replace("{python_version}", "3.11"))
+    hosts = {settings.registry_url.host, base.repository.host}
+    hosts |= {pattern.host for pattern in settings.allowed_base_images}
+    return lambda host: identity(host) if host in hosts else None
 
 
 @dataclass(frozen=True, kw_only=True)

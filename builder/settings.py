@@ -550,8 +550,8 @@ class Settings(CatalogSettings, BuildSettings):
     )
     sweep_backoff: Annotated[int, Field(ge=0)] = _setting(
         "SWEEP_BACKOFF",
-        "In a cluster: seconds between the first attempt at a version and the second; each further pause is twice as "
-        "long, up to a day.",
+        "In a cluster: seconds between an attempt at a version and the next; twice as long after each attempt that "
+        "counts, up to a day.",
         300,
         form="a number of seconds",
     )
@@ -649,6 +649,7 @@ class Settings(CatalogSettings, BuildSettings):
         return [
             *super()._problems(values),
             *_half(values, "REGISTRY_USER", "REGISTRY_TOKEN"),
+            *_shared_identity(values),
             *_unreadable("NETRC", values, "file"),
             *_unreadable("WHEEL_COMPILERS", values, "folder"),
             *_no_docker_config(values.get("DOCKER_CONFIG")),
@@ -758,6 +759,14 @@ def _no_docker_config(folder: str | Path | None) -> list[str]:
     there = f"it contains {', '.join(repr(one_line(name, 60)) for name in names)}" if names else "it is empty"
     hint = "; mount the secret's key .dockerconfigjson as config.json" if ".dockerconfigjson" in names else ""
     return [f"DOCKER_CONFIG is the folder {str(path)!r}, which has no config.json: {there}{hint}"]
+
+
+def _shared_identity(values: Mapping[str, Any]) -> list[str]:
+    """Return a problem if an image that is tested would be in reach of the publisher's own identity."""
+    if not (values.get("GCE_METADATA_HOST") and values.get("SMOKE_TEST_CANDIDATE")):
+        return []
+    why = "the image that is tested would be served the publisher's token, as every container of the Pod is"
+    return [f"GCE_METADATA_HOST and SMOKE_TEST_CANDIDATE are both set: {why}"]
 
 
 def _half(values: Mapping[str, Any], *names: str) -> list[str]:

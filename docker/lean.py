@@ -40,7 +40,6 @@ PROGRAMS = re.compile(r"python[0-9.]*|uv")
 LAZILY = (
     "boto3",
     "kubernetes.config",
-    "kubernetes.watch",
     "mlflow",
     "mlflow.store.artifact.artifact_repository_registry",
     "mlflow.store.artifact.http_artifact_repo",

@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "how-it-works.md"
 BEGIN = "<!-- floors: made by `python -m scripts.house`; `make lint` compares it with the imports. -->\n"
 END = "<!-- end of floors -->\n"
 # Upper bounds, to be lowered as the program allows: modules, and floors of the drawing (0052, 0055, 0056, 0057).
-MODULES = 84
+MODULES = 85
 FLOORS = 14
 # Names that may look alike, and why.
 ALIKE = {

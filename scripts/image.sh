@@ -6,6 +6,7 @@
 # PYTHON_IMAGE   where the interpreter comes from; made from Debian packages where no image can be pulled
 # PYTHON_3_9_IMAGE to PYTHON_3_14_IMAGE   where the interpreters that only compile come from; likewise
 # MOST_MEGABYTES bound of the compressed size; none where it is not set
+# REPORT         `no` leaves out the sizes by part
 # CONTAINER_TOOL docker or buildah; docker where its daemon answers
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -72,7 +73,6 @@ for minor in 9 10 11 12 13 14; do
   fi
 done
 
-# The same commit gives the same image: its time is the commit's.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315619200)}
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' builder/__init__.py)
@@ -82,14 +82,19 @@ arguments+=(--build-arg "REVISION=$revision" --build-arg "VERSION=$version")
 arguments+=(--build-arg "CREATED=$(date --utc --date "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)")
 [ -z "${KANIKO_IMAGE:-}" ] || arguments+=(--build-arg "KANIKO_IMAGE=$KANIKO_IMAGE")
 [ "${KANIKO_IMAGE:-}" != scratch ] || arguments+=(--build-arg BUILDER_USER=65532)
-archive=$context/image.tar
 if [ "$tool" = docker ]; then
   docker build --network=host "${arguments[@]}" "$context"
+else
+  # Every file has one constant time (1980-01-02), so that the same content gives the same digest; a label has the
+  # commit's. Layers of an earlier commit stay usable.
+  buildah build --isolation chroot --layers --timestamp 315619200 "${arguments[@]}" "$context"
+fi
+"$tool" images --no-trunc --format '{{.ID}}' "$IMAGE"
+[ "${REPORT:-}" = no ] && exit
+archive=$context/image.tar
+if [ "$tool" = docker ]; then
   docker save --output "$archive" "$IMAGE"
 else
-  # One layer of our own, whose times are the commit's, so that the same commit gives the same digest.
-  buildah build --isolation chroot --layers --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" "$context"
   buildah push --quiet "$IMAGE" "docker-archive:$archive:$IMAGE" >/dev/null
 fi
 "$(find_python)" scripts/image_size.py "$archive" ${MOST_MEGABYTES:+"$MOST_MEGABYTES"}
-"$tool" images --no-trunc --format '{{.ID}}' "$IMAGE"

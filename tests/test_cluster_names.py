@@ -6,6 +6,7 @@ The statuses are those that a kubelet 1.34 wrote, cut to what is read. Real ones
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from builder.api import (
     BuildFailed,
+    Cluster,
     InvalidSettings,
     MissedDeadline,
     ModelVersion,
@@ -26,8 +28,11 @@ from builder.api import (
     PodNotStarted,
     ServiceUnavailable,
     Settings,
+    TryAgain,
     VersionCrashed,
 )
+from builder.cluster.api_server import lines_of
+from builder.cluster.follow import show_line
 from builder.cluster.job import job_name, job_of, label
 from builder.cluster.pods import ending, exit_code, image_of, not_started, stuck
 from builder.cluster.reconcile import next_try
@@ -228,6 +233,44 @@ def test_a_sidecar_s_end_says_nothing_of_the_publisher():
     killed = pod(phase="Pending", init=[("smoke", ended(0, "OOMKilled"))], main=[INITIALIZING])
     killed["spec"]["initContainers"][0]["restartPolicy"] = "Always"
     assert stuck(killed) is None
+
+
+def test_a_run_step_that_kills_its_engine_is_the_version_s_own_fault():
+    killed = pod(phase="Failed", init=[("fetch", ended(0)), ("build", ended(75))], main=[INITIALIZING])
+    assert type(ending(job(), [killed])) is VersionCrashed
+    away = pod(phase="Failed", init=[("fetch", ended(75, message='{"error": "TryAgain: later"}'))], main=[INITIALIZING])
+    assert type(ending(job(), [away])) is TryAgain
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"event": "x", "method_name": "y"}', '{"event": "x", "level": "NOTSET"}', '{"event": "x", "level": 5}',
+     '{"event": "x", "exc_info": true, "stack": 1, "self": 1, "container": "push"}', '{"event": 1}', "\ud800", ""],
+)  # fmt: skip
+def test_any_line_of_a_container_is_shown_under_its_name(line, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("builder"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="builder")
+    show_line(line, container="build")
+    (record,) = caplog.records
+    assert record.msg["container"] == "build"
+
+
+def test_a_log_without_lines_comes_in_pieces():
+    found = list(lines_of([b"a\nb", b"c\n"] + [b"x" * 1000] * 200))
+    assert found[:2] == ["a", "bc"]
+    assert "".join(found[2:]) == "x" * 200_000
+    assert max(map(len, found)) < 70_000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", "x", "users: 3", "{clusters: [], contexts: [], users: []}", "a: {b: c}"]
+)
+def test_a_kubeconfig_that_is_none_is_a_matter_of_the_settings(text, tmp_path, monkeypatch):
+    path = tmp_path / "config"
+    path.write_text(text)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    with pytest.raises(InvalidSettings, match="KUBECONFIG"):
+        Cluster()
 
 
 def test_a_deadline_is_told_before_all_else():

@@ -58,6 +58,15 @@ def test_no_heavy_package_is_imported_before_it_is_used(ours):
     assert new & BUILDS == set()
 
 
+def test_what_no_request_needs_of_mlflow_is_imported_when_it_is_used():
+    code = "from builder.__main__ import postpone\npostpone()\nfrom mlflow import MlflowClient"
+    new = modules(code)
+    assert "mlflow.tracking" in new
+    assert {"fastapi", "mlflow.genai.judges"} & new == set()
+    used = modules(f"{code}\nimport mlflow\nassert callable(mlflow.genai.evaluate)")
+    assert "mlflow.genai.judges" in used
+
+
 @pytest.fixture
 def published(mlflow_server, registry):
     """The environment of a version that is published already."""

@@ -94,14 +94,25 @@ class Jobs:
         if there and state_of(there) == "active":
             return Submitted(job=there, created=False)
         with self.record(version).failures():
-            template = self.template_of(method or self.method_of(version))
-        body = job_of(template, version, target=self.settings.target, force=force, rebuild=rebuild)
-        return self.replace(there, body, version)
+            template = self.template_of(method or self.method_of(version, there))
+            body = job_of(template, version, target=self.settings.target, force=force, rebuild=rebuild)
+            return self.replace(there, body, version)
+
+    def retry(self, version: ModelVersion) -> Submitted:
+        """Make the Job of a version, as `submit` does; earlier attempts no longer count."""
+        there = self.cluster.job(self.name_of(version))
+        if there and state_of(there) == "active":
+            return Submitted(job=there, created=False)
+        # What the attempts showed of the method is not forgotten.
+        method = self.method_of(version, there)
+        self.record(version).reset()
+        return self.submit(self.catalog.find(version.name, version.version), method=method)
 
     def replace(self, there: Object | None, body: Object, version: ModelVersion) -> Submitted:
         """Create a Job; one of its name that has ended is deleted before.
 
-        The name is the lock: however many call this at once, one Job is made, and all others get that one.
+        The name is the lock: however many call this at once, one Job is made, and all others get that one, which may
+        have ended by then.
 
         Args:
             there: the Job of that name, as far as it is known; it has ended.
@@ -109,26 +120,32 @@ class Jobs:
             version: the version, as it was found just now.
         """
         name = body["metadata"]["name"]
-        for race in range(_MOST_RACES):
+        known = uid(there) if there else ""
+        for _ in range(_MOST_RACES):
             if there is not None:
                 self.cluster.delete_job(there)
-            self.record(version).submitted(fresh=not race)
             made = self.cluster.create_job(body)
             if made is not None:
+                # The name is ours, so nobody else has begun to record anything since the version was found.
+                self.record(version).submitted(fresh=True)
                 _log.info("submitted", job=name, method=body["metadata"]["labels"].get(METHOD, ""))
                 return Submitted(job=made, created=True)
             there = self.cluster.job(name)
-            if there is not None and state_of(there) == "active":
+            if there is not None and state_of(there) != "deleted" and uid(there) != known:
                 return Submitted(job=there, created=False)
             if there is not None and state_of(there) == "deleted":
                 self.cluster.await_change(f"{JOB_NAME}={name}", seconds=_LOOK)
         message = f"The Job {name} cannot be made: it is deleted and made again by somebody else all the time."
         raise TryAgain(message, remedy="See who deletes it: kubectl get jobs --watch.")
 
-    def method_of(self, version: ModelVersion) -> Method:
+    def method_of(self, version: ModelVersion, last: Object | None = None) -> Method:
         """Return how a version is made, by the listing of its artifacts; none is needed where BUILD_METHOD tells.
 
-        Where a package was found to have no wheel, the template with an engine is tried next.
+        Where a package was found to have no wheel, the template with an engine is tried next, and from then on.
+
+        Args:
+            version: the version.
+            last: its last Job, if that is still there.
 
         Raises:
             InvalidVersion: a file may have been meant as the Dockerfile, but has another name or place.
@@ -139,6 +156,8 @@ class Jobs:
 
         outcome = Outcome.of(version, self.settings.target)
         if outcome.source_id == version.source_id() and outcome.error.startswith(f"{_NO_WHEEL}:"):
+            return "dockerfile"
+        if last and is_of_source(last, version) and last["metadata"]["labels"].get(METHOD) == "dockerfile":
             return "dockerfile"
         return chosen_method("auto", version, [artifact.path for artifact in self.catalog.artifacts(version)])
 
@@ -168,24 +187,23 @@ class Jobs:
             return outcome.interrupted
         return outcome.finished < created(job)
 
-    def record_end(self, version: ModelVersion, job: Object, error: BuilderError) -> None:
-        """Record how a Job ended, in place of its Pods; not if the version is another by now."""
+    def record_end(self, version: ModelVersion, job: Object, error: BuilderError) -> bool:
+        """Record how a Job ended, in place of its Pods; not if the version is gone, or another by now.
+
+        Returns:
+            False if MLflow did not take it, so that it is to be recorded later.
+        """
         try:
             now = self.catalog.find(version.name, version.version)
         except VersionNotFound:
-            return
-        if is_of_source(job, now):
-            self.record(now, attempt=uid(job)).not_recorded(error)
+            return True
+        return not is_of_source(job, now) or self.record(now, attempt=uid(job)).not_recorded(error)
 
     def end(self, version: ModelVersion, job: Object, error: BuilderError) -> None:
-        """Record why a Job does not go on, and delete it."""
-        self.record_end(version, job, error)
-        self.cluster.delete_job(job)
-        _log.warning("ended a Job that does not go on", job=job["metadata"]["name"], error=error.one_line())
-
-    def forget_attempts(self, version: ModelVersion) -> None:
-        """Record that earlier attempts at a version no longer count."""
-        self.record(version).reset()
+        """Record why a Job does not go on, and delete it; if it cannot be recorded, the next sweep does both."""
+        if self.record_end(version, job, error):
+            self.cluster.delete_job(job)
+            _log.warning("ended a Job that does not go on", job=job["metadata"]["name"], error=error.one_line())
 
     def record(self, version: ModelVersion, attempt: str = "") -> Record:
         """Return the record of a version, for an attempt by its ATTEMPT_ID."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from importlib import import_module
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
+import yaml
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from builder.errors import BuilderError, Defect, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
@@ -31,6 +33,7 @@ Object: TypeAlias = dict[str, Any]
 NAMESPACE = "builder"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PAGE = 500
+_LONGEST_LINE = 1 << 16
 _TIMEOUT = (5, 30)
 # A token or a client's certificate, as the account or the kubeconfig says.
 _AUTH = ["BearerToken"]
@@ -68,7 +71,8 @@ class Cluster:
         configuration = client.Configuration()
         own = ""
         try:
-            if in_cluster(os.environ) and not context:
+            # As kubectl does, a kubeconfig that is named comes before the Pod's own account.
+            if in_cluster(os.environ) and not context and not os.environ.get("KUBECONFIG"):
                 config.load_incluster_config(client_configuration=configuration)
                 own = (_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
                 # The API server is inside; a proxy for the way out does not lead there.
@@ -78,9 +82,10 @@ class Cluster:
                 contexts, current = config.list_kube_config_contexts()
                 chosen = next((each for each in contexts if each["name"] == context), current)
                 own = chosen["context"].get("namespace", "")
-        except (ConfigException, OSError) as error:
-            message = f"No cluster can be reached: {one_line(str(error), 300)}."
-            remedy = "Run this in a Pod with a service account, or set KUBECONFIG to a kubeconfig file."
+        except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+            # The client checks little of what a kubeconfig holds.
+            message = f"No cluster can be reached: {type(error).__name__}: {one_line(str(error), 300)}."
+            remedy = "Run this in a Pod with a service account, or set KUBECONFIG to a file that kubectl takes."
             raise InvalidSettings(message, remedy=remedy) from error
         self.namespace = namespace or own or NAMESPACE
         # Typed as Any: bodies and answers are JSON here, and not the client's classes.
@@ -102,13 +107,13 @@ class Cluster:
         with self._answering(f"read the Job {name}"):
             return self._found("jobs", name)
 
-    def jobs(self, selector: str) -> Iterator[Object]:
-        """Yield the Jobs with some labels, page by page."""
-        return self._pages("list Jobs", "jobs", labelSelector=selector)
+    def jobs(self, selector: str, *, fields: str = "") -> Iterator[Object]:
+        """Yield the Jobs with some labels, and some values of fields, page by page."""
+        return self._pages("list Jobs", "jobs", labelSelector=selector, fieldSelector=fields)
 
-    def pods(self, selector: str) -> list[Object]:
-        """Return the Pods with some labels, the oldest first."""
-        found = self._pages("list Pods", "pods", labelSelector=selector)
+    def pods(self, selector: str, *, fields: str = "") -> list[Object]:
+        """Return the Pods with some labels, and some values of fields, the oldest first."""
+        found = self._pages("list Pods", "pods", labelSelector=selector, fieldSelector=fields)
         return sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
     def events(self, uid: str) -> list[Object]:
@@ -152,7 +157,17 @@ class Cluster:
                     raise
 
     def await_change(self, selector: str, *, seconds: int, of_jobs: bool = False) -> None:
-        """Wait until a Pod, or a Job, with some labels changes, or some seconds have passed."""
+        """Wait until a Pod, or a Job, with some labels changes, or some seconds have passed.
+
+        An API server that is away, or cuts the watch, ends the wait early: what is asked next says so.
+        """
+        began = time.monotonic()
+        try:
+            self._watched(selector, seconds=seconds, of_jobs=of_jobs)
+        except ServiceUnavailable:
+            time.sleep(max(min(seconds, 1) - (time.monotonic() - began), 0))
+
+    def _watched(self, selector: str, *, seconds: int, of_jobs: bool) -> None:
         path = self._path("jobs" if of_jobs else "pods")
         with self._answering("watch Jobs"):
             # What is there already comes first: the watch begins after it.
@@ -177,22 +192,18 @@ class Cluster:
         with self._answering(f"read the log of {container} in {pod}"):
             query = {"container": container, "follow": str(follow).lower()}
             answer = self._send("GET", self._path("pods", pod, "log"), query=query, timeout=None)
-        rest = b""
         try:
-            for chunk in answer.stream(amt=None, decode_content=True):
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from (line.decode(errors="replace") for line in lines)
+            yield from lines_of(answer.stream(amt=None, decode_content=True))
         except HTTPError:
             pass  # the Pod was deleted, or its node is gone: there is no more to read
         finally:
             answer.release_conn()
-        if rest:
-            yield rest.decode(errors="replace")
 
     def _pages(self, what: str, kind: str, **selectors: str) -> Iterator[Object]:
         @_attempts
         def page(token: str) -> Object:
-            query: dict[str, str | int] = {"limit": _PAGE, **selectors, **({"continue": token} if token else {})}
+            asked = {name: value for name, value in {**selectors, "continue": token}.items() if value}
+            query: dict[str, str | int] = {"limit": _PAGE, **asked}
             with self._answering(what):
                 return _read(self._send("GET", self._path(kind), query=query))
 
@@ -265,9 +276,33 @@ class Cluster:
             raise ServiceUnavailable(message, remedy="Try again when it answers.") from error
 
 
+def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Yield the lines of a log; a line of more than 64 KiB comes in pieces, since nothing bounds a log."""
+    pieces: list[bytes] = []
+    held = 0
+    for chunk in chunks:
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            yield b"".join([*pieces, line]).decode(errors="replace")
+            pieces, held = [], 0
+        if rest:
+            pieces.append(rest)
+            held += len(rest)
+        if held > _LONGEST_LINE:
+            yield b"".join(pieces).decode(errors="replace")
+            pieces, held = [], 0
+    if pieces:
+        yield b"".join(pieces).decode(errors="replace")
+
+
 def _read(answer: Any) -> Object:
     found: Object = json.loads(answer.data)
     return found
+
+
+_REFUSED = (
+    "Check the account, its role, and the policies of the namespace. A sweep that is to publish without Jobs: --inline."
+)
 
 
 def _error(what: str, error: ApiException) -> BuilderError:
@@ -278,7 +313,7 @@ def _error(what: str, error: ApiException) -> BuilderError:
     if status == HTTPStatus.FORBIDDEN and "exceeded quota" in said:
         return TryAgain(message, remedy="Raise the namespace's quota, or wait for other Jobs to end.")
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return PermissionRefused(message, remedy="Check the account, its role, and the policies of the namespace.")
+        return PermissionRefused(message, remedy=_REFUSED)
     if status in {HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.UNPROCESSABLE_ENTITY}:
         return InvalidSettings(message, remedy="Check the namespace and the templates (k8s/).")
     if status in {0, HTTPStatus.GONE, HTTPStatus.TOO_MANY_REQUESTS} or status >= HTTPStatus.INTERNAL_SERVER_ERROR:

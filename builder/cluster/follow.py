@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ from builder.cluster.pods import (
     not_started,
     stuck,
 )
-from builder.errors import BuilderError, TryAgain, VersionNotFound
+from builder.errors import BuilderError, ServiceUnavailable, TryAgain, VersionNotFound
 from builder.log import get_logger, safe_line
 
 if TYPE_CHECKING:
@@ -34,11 +36,18 @@ if TYPE_CHECKING:
 
 # Seconds until a Pod is looked at again while nothing is heard of it.
 _LOOK = 2
+# Seconds for which the API server may be away.
+_AWAY = 120
 # Seconds for the last lines of a log, once its Pod has ended.
 _LAST_LINES = 10
+# Fields of a line that our own line has, or that logging takes for something else.
 _RESERVED = frozenset(
-    {"timestamp", "logger", "event", "level", "exc_info", "stack_info", "stacklevel", "extra", "args", "self"}
+    {
+        *("timestamp", "logger", "event", "level", "method_name", "exc_info", "exception", "stack_info", "stack"),
+        *("stacklevel", "extra", "args", "self"),
+    }
 )
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _log = get_logger("cluster")
 
 
@@ -70,31 +79,44 @@ def follow(jobs: Jobs, version: ModelVersion, job: Object) -> Ended:
     Raises:
         TryAgain: the Job was deleted by somebody else.
     """
-    cluster, name = jobs.cluster, job["metadata"]["name"]
-    labels = f"{JOB_NAME}={name}"
-    logs = Logs(cluster)
-    said = ""
+    labels = f"{JOB_NAME}={job['metadata']['name']}"
+    logs = Logs(jobs.cluster)
+    heard = time.monotonic()
     while True:
-        # The Job first: what it tells of Pods is then there to be listed.
-        now = cluster.job(name)
-        if now is None or uid(now) != uid(job) or state_of(now) == "deleted":
-            message = f"The Job {name} was deleted while it ran."
-            raise TryAgain(message, remedy="Submit the version again.")
-        pods = [pod for pod in cluster.pods(labels) if is_of_job(pod, job)]
-        for pod in pods:
-            logs.show(pod)
-        if ended := _ended(jobs, version, now, pods):
+        try:
+            ended = _look(jobs, version, job, logs)
+            heard = time.monotonic()
+        except ServiceUnavailable as error:
+            # A control plane that is upgraded is away for a while; the Job runs on.
+            if time.monotonic() - heard > _AWAY:
+                message = f"{error.what} The Job {job['metadata']['name']} goes on."
+                raise TryAgain(message, remedy="Follow it again: builder submit NAME VERSION --wait.") from error
+            ended = None
+        if ended:
             logs.finish()
             return ended
-        error = hindered(cluster, now, pods)
-        if error and error.what != said:
-            _log.warning("the Job does not go on", job=name, why=error.what, remedy=error.remedy)
-        said = error.what if error else ""
-        if error and overdue(jobs.settings, now, pods, error):
-            jobs.end(version, now, error)
-            logs.finish()
-            return Ended(code=int(error.exit_code), error=error)
-        cluster.await_change(labels, seconds=_LOOK)
+        jobs.cluster.await_change(labels, seconds=_LOOK)
+
+
+def _look(jobs: Jobs, version: ModelVersion, job: Object, logs: Logs) -> Ended | None:
+    """Look at a Job once: show what is new, end it if it does not go on; return how it ended, None while it runs."""
+    cluster, name = jobs.cluster, job["metadata"]["name"]
+    # The Job first: what it tells of Pods is then there to be listed.
+    now = cluster.job(name)
+    if now is None or uid(now) != uid(job) or state_of(now) == "deleted":
+        message = f"The Job {name} was deleted while it ran."
+        raise TryAgain(message, remedy="Submit the version again.")
+    pods = [pod for pod in cluster.pods(f"{JOB_NAME}={name}") if is_of_job(pod, job)]
+    for pod in pods:
+        logs.show(pod)
+    if ended := _ended(jobs, version, now, pods):
+        return ended
+    error = hindered(cluster, now, pods)
+    logs.tell(error)
+    if error and overdue(jobs.settings, now, pods, error):
+        jobs.end(version, now, error)
+        return Ended(code=int(error.exit_code), error=error)
+    return None
 
 
 def _ended(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object]) -> Ended | None:
@@ -107,8 +129,10 @@ def _ended(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object
     if state_of(job) == "active":
         return None
     error = ending(job, pods)
-    if jobs.unrecorded(jobs.catalog.find(version.name, version.version), job):
-        jobs.record_end(version, job, error)
+    # What cannot be recorded now, a sweep records.
+    with suppress(BuilderError):
+        if jobs.unrecorded(jobs.catalog.find(version.name, version.version), job):
+            jobs.record_end(version, job, error)
     return Ended(code=int(error.exit_code), error=error)
 
 
@@ -122,6 +146,13 @@ class Logs:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._threads: dict[tuple[str, str], threading.Thread] = {}
+        self._said = ""
+
+    def tell(self, error: BuilderError | None) -> None:
+        """Say why the Job does not go on, if that is new."""
+        if error and error.what != self._said:
+            _log.warning("the Job does not go on", why=error.what, remedy=error.remedy)
+        self._said = error.what if error else ""
 
     def show(self, pod: Object) -> None:
         """Begin to show the log of each container that has begun, if that was not done."""
@@ -153,12 +184,12 @@ def show_line(line: str, **about: str) -> None:
     """
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         _log.info(safe_line(line), **about)
         return
-    level = logging.getLevelNamesMapping().get(str(event.get("level", "info")).upper(), logging.INFO)
+    level = _LEVELS.get(str(event.get("level", "info")), logging.INFO)
     fields = {name: value for name, value in event.items() if name not in _RESERVED}
     _log.log(level, safe_line(event["event"]), **{**fields, **about})
 
@@ -182,7 +213,9 @@ def hindered(cluster: Cluster, job: Object, pods: Sequence[Object]) -> BuilderEr
 
 def overdue(settings: Settings, job: Object, pods: Sequence[Object], error: BuilderError) -> bool:
     """Return whether a Job that does not go on is to be ended: one that never will is ended at once."""
-    since = max([created(job), *(last_moment(pod) for pod in pods)])
+    # A queue may have held the Job back until its start.
+    began = job.get("status", {}).get("startTime") or created(job)
+    since = max([began, *(last_moment(pod) for pod in pods)])
     return not error.retryable or seconds_since(since) > settings.job_start_timeout
 
 

@@ -175,26 +175,30 @@ def _ending_of(pod: Object) -> BuilderError | None:
             return OverBudget(message, remedy=remedy)
         return PodLost(message, remedy="The node ran short; the next sweep tries again.")
     for container, state in _phases(pod):
-        ended = state.get("state", {}).get("terminated")
-        if not ended:
-            continue
-        if ended.get("reason") == "OOMKilled":
-            message = f"The container {container} was killed: it needed more memory than its limit allows."
-            return OverBudget(message, remedy=_REMEDY_MEMORY)
-        code = int(ended.get("exitCode") or 0)
-        if code in _CODES:
-            # It begins with the error's kind, which the exit code tells as well.
-            told = _KIND.sub("", str(_told(container, ended).get("error") or ""), count=1)
-            return of_code(code, told or f"The container {container} ended with exit code {code}.")
-        if code:
-            why = ended.get("reason", "no reason given")
-            message = f"The container {container} ended with exit code {code} ({why})."
-            if code == _KILLED:
-                return PodLost(message, remedy="It was killed from outside; the next sweep tries again.")
-            return VersionCrashed(message, remedy="See `builder logs`.")
+        if error := _ending_of_container(container, state.get("state", {}).get("terminated") or {}):
+            return error
     if status.get("phase") == "Failed":
         return PodLost(f"The Pod {name} has failed: {said}.", remedy="The next sweep tries again.")
     return None
+
+
+def _ending_of_container(container: str, ended: Object) -> BuilderError | None:
+    if ended.get("reason") == "OOMKilled":
+        message = f"The container {container} was killed: it needed more memory than its limit allows."
+        return OverBudget(message, remedy=_REMEDY_MEMORY)
+    code, why = int(ended.get("exitCode") or 0), ended.get("reason", "no reason given")
+    if code == ExitCode.TEMPORARY and container not in _OURS:
+        # A RUN step is root there, and may kill what runs it: that must not be tried for ever.
+        message = f"The engine was killed in the container {container}."
+        return VersionCrashed(message, remedy="See `builder logs`.")
+    if code in _CODES:
+        # It begins with the error's kind, which the exit code tells as well.
+        told = _KIND.sub("", str(_told(container, ended).get("error") or ""), count=1)
+        return of_code(code, told or f"The container {container} ended with exit code {code}. See `builder logs`.")
+    message = f"The container {container} ended with exit code {code} ({why})."
+    if code == _KILLED:
+        return PodLost(message, remedy="It was killed from outside; the next sweep tries again.")
+    return VersionCrashed(message, remedy="See `builder logs`.") if code else None
 
 
 def exit_code(pod: Object) -> int | None:
@@ -229,7 +233,7 @@ def _told(container: str, ended: Object) -> Object:
         return {}
     try:
         found = json.loads(ended.get("message") or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

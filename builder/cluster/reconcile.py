@@ -13,9 +13,12 @@ from builder.batch import Batch, Result
 from builder.batch.sweep import in_vain, log_near_misses, settled
 from builder.cluster import Jobs
 from builder.cluster.follow import hindered, overdue, seconds_since
-from builder.cluster.job import is_of_source, job_of, selector, state_of
+from builder.cluster.job import MODEL_NAME, MODEL_VERSION, is_of_source, job_of, selector, state_of
 from builder.cluster.pods import ending, is_of_job
+from builder.errors import BuilderError, InvalidSettings, PermissionRefused
+from builder.log import get_logger
 from builder.models.catalog import MlflowCatalog
+from builder.publish.inspect import reference_of
 from builder.publish.record import Outcome
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 _LONGEST_PAUSE = timedelta(days=1)
 _SWEEP = Batch(kind=Result, logger="sweep", modules=())
+_log = get_logger("sweep")
 
 
 def reconcile(settings: Settings, cluster: Cluster, *, retry_failed: bool = False) -> Iterator[Result]:
@@ -52,6 +56,7 @@ def reconcile(settings: Settings, cluster: Cluster, *, retry_failed: bool = Fals
         found = _SWEEP.result(version, partial(sweep.look, version))
         if found.state != "queued":
             yield found
+    sweep.look_at_others()
     if not seen:
         log_near_misses(catalog, settings.target_tag)
     yield from sweep.submit_all()
@@ -74,6 +79,7 @@ class _Sweep:
     active: set[str] = field(default_factory=set)
     _templates: dict[Method, Object] = field(default_factory=dict)
     _pods: list[Object] | None = None
+    _seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.settings, self.cluster = self.jobs.settings, self.jobs.cluster
@@ -83,7 +89,9 @@ class _Sweep:
 
     def look(self, version: ModelVersion) -> Result:
         """Return what is to be done about a version; `queued` where it needs a Job, and is now in the queue."""
-        job = self.by_name.get(self.jobs.name_of(version))
+        name = self.jobs.name_of(version)
+        self._seen.add(name)
+        job = self.by_name.get(name)
         if job and state_of(job) == "active":
             return self._look_at(version, job)
         outcome = Outcome.of(version, self.settings.target)
@@ -98,6 +106,21 @@ class _Sweep:
             return found
         self.queue.append(((*in_vain(self.settings, version), version.created_ms), version.untagged()))
         return Result(name=str(version), state="queued")
+
+    def look_at_others(self) -> None:
+        """Look at Jobs whose version is not listed: deselected or deleted. They are left to end, but not to hang."""
+        for name, job in self.by_name.items():
+            if name in self._seen or state_of(job) not in {"active", "failed"}:
+                continue
+            annotations = job["metadata"].get("annotations") or {}
+            try:
+                version = self.jobs.catalog.find(annotations.get(MODEL_NAME, ""), annotations.get(MODEL_VERSION, ""))
+                if state_of(job) == "active":
+                    self._look_at(version, job)
+                elif is_of_source(job, version) and self.jobs.unrecorded(version, job):
+                    self.jobs.record_end(version, job, ending(job, self._pods_of(job)))
+            except BuilderError as error:
+                _log.info("a Job whose version is not listed", job=name, why=error.one_line())
 
     def _look_at(self, version: ModelVersion, job: Object) -> Result:
         """Return what is known of a Job that runs; one that does not go on for too long is ended."""
@@ -114,12 +137,13 @@ class _Sweep:
     def _pods_of(self, job: Object) -> list[Object]:
         """Return the Pods of a Job; those of all Jobs are listed once."""
         if self._pods is None:
-            self._pods = self.cluster.pods(selector(self.settings.target))
+            found = self.cluster.pods(selector(self.settings.target), fields="status.phase!=Succeeded")
+            self._pods = [_slim(pod) for pod in found]
         return [pod for pod in self._pods if is_of_job(pod, job)]
 
     def _foreign(self, version: ModelVersion, outcome: Outcome) -> Result | None:
         """Return that the tag holds somebody else's image: only a hand changes that."""
-        if outcome.state != "foreign" or self.retry_failed:
+        if outcome.state != "foreign" or self.retry_failed or outcome.tag != str(reference_of(self.settings, version)):
             return None
         return Result(name=str(version), state="foreign", detail=f"{outcome.tag} was not made by this publisher")
 
@@ -135,20 +159,25 @@ class _Sweep:
         self.queue.sort(key=lambda entry: entry[0])
         left = deque(version for _, version in self.queue)
         deadline = time.monotonic() + self.settings.sweep_wait
+        refused = 0
         while left:
-            while left and len(self.active) < self.settings.sweep_parallel:
+            while left and len(self.active) < self.settings.sweep_parallel and refused < _MOST_REFUSED:
                 version = left.popleft()
-                yield _SWEEP.result(version, partial(self._submit, version))
+                found = _SWEEP.result(version, partial(self._submit, version))
+                refused = refused + 1 if isinstance(found.error, _REFUSALS) and not found.own_fault else 0
+                yield found
+            if refused >= _MOST_REFUSED:
+                break
             remaining = deadline - time.monotonic()
             if not left or remaining <= 0:
                 break
             labels = selector(self.settings.target)
             self.cluster.await_change(labels, seconds=int(min(remaining, _LOOK)) + 1, of_jobs=True)
-            self.active = {
-                job["metadata"]["name"] for job in self.cluster.jobs(labels) if state_of(job) == "active"
-            }  # fmt: skip
+            unfinished = self.cluster.jobs(labels, fields="status.successful=0")
+            self.active = {job["metadata"]["name"] for job in unfinished if state_of(job) == "active"}
         for version in left:
-            yield Result(name=str(version), version=version, state="queued", detail="waits for other Jobs to end")
+            why = "the last Jobs were refused" if refused >= _MOST_REFUSED else "waits for other Jobs to end"
+            yield Result(name=str(version), version=version, state="queued", detail=why)
 
     def _submit(self, version: ModelVersion) -> Result:
         settings = self.settings
@@ -158,31 +187,38 @@ class _Sweep:
             return Result(name=str(version), state="gone", detail="no longer carries the target tag")
         if found := settled(settings, version, retry=self.retry_failed):
             return found
+        last = self.by_name.get(self.jobs.name_of(version))
         with self.jobs.record(version).failures():
-            method = self.jobs.method_of(version)
+            method = self.jobs.method_of(version, last)
             if method not in self._templates:
                 self._templates[method] = self.jobs.template_of(method)
-        body = job_of(self._templates[method], version, target=settings.target)
-        made = self.jobs.replace(self.by_name.get(body["metadata"]["name"]), body, version)
+            body = job_of(self._templates[method], version, target=settings.target)
+            made = self.jobs.replace(last, body, version)
         self.active.add(made.name)
         return Result(name=str(version), state="submitted" if made.created else "running", detail=f"Job {made.name}")
 
 
 # Seconds until Jobs are looked at again, if nothing is heard of them.
 _LOOK = 10
+# After so many refusals in a row that are no version's fault, the next version would be refused, too.
+_MOST_REFUSED = 3
+_REFUSALS = (PermissionRefused, InvalidSettings)
 
 
-def _slim(job: Object) -> Object:
-    """Return a Job without its Pod and without the record of who set which field: nine tenths of it."""
-    metadata = {name: value for name, value in job["metadata"].items() if name != "managedFields"}
-    spec = {name: value for name, value in job["spec"].items() if name != "template"}
-    return {**job, "metadata": metadata, "spec": spec}
+def _slim(found: Object) -> Object:
+    """Return a Job or a Pod without what is not looked at: most of the Pod, and the record of who set which field."""
+    metadata = {name: value for name, value in found["metadata"].items() if name != "managedFields"}
+    spec = {name: value for name, value in found["spec"].items() if name not in {"template", "volumes"}}
+    for kind in ("initContainers", "containers"):
+        if kind in spec:
+            spec[kind] = [{key: each[key] for key in ("name", "restartPolicy") if key in each} for each in spec[kind]]
+    return {**found, "metadata": metadata, "spec": spec}
 
 
 def next_try(settings: Settings, outcome: Outcome) -> str:
     """Return when a sweep tries a version again that has failed, RFC 3339 in UTC; empty where it does not.
 
-    The pause is SWEEP_BACKOFF after the first attempt, and twice as long after each further one, at most a day. What
+    The pause is SWEEP_BACKOFF, and twice as long after each further attempt that counts, at most a day. What
     was ended by a signal, as by somebody who deleted its Job, needs no pause.
     """
     if not outcome.error or not outcome.finished or outcome.attempts >= settings.sweep_attempts:

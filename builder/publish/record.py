@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict
 
 from builder.budget import out_of_memory
-from builder.errors import BuilderError, ExitCode, Terminated
+from builder.errors import BuilderError, ExitCode, Terminated, VersionNotFound
 from builder.log import get_logger
 from builder.masking import one_line
 from builder.models import Catalog, ModelVersion
@@ -123,7 +123,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: bool = False) -> None:
+def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: bool = False) -> bool:
     """Set the version's tags to an outcome, but only those that differ from MLflow's.
 
     It never raises: a failure to record is logged, so that it cannot hide the outcome itself.
@@ -133,20 +133,29 @@ def record(catalog: Catalog, version: ModelVersion, outcome: Outcome, *, fresh: 
         version: the version.
         outcome: what is recorded.
         fresh: whether `version` was found just now; else it may be from before an earlier record of the same run.
+
+    Returns:
+        Whether MLflow has it now; True as well if there is no such version any more.
     """
     report = _log.bind(version=str(version), state=outcome.state)
     try:
         now = version if fresh else catalog.find(version.name, version.version)
         if now.created_ms != version.created_ms:
             report.error("the outcome is not recorded: the version was deleted, and another has its number")
-            return
-        changed = {name: value for name, value in outcome.tags().items() if now.tags.get(name, "") != value}
+            return True
+        # A version that waits for its first attempt need not say that there was none.
+        absent = Outcome(target=outcome.target).tags() if outcome.state == "pending" else {}
+        tags = outcome.tags().items()
+        changed = {name: value for name, value in tags if now.tags.get(name, absent.get(name, "")) != value}
         if changed:
             catalog.set_tags(version, changed)
     except BuilderError as error:
         report.error("the outcome could not be recorded", error=error.one_line())
+        return isinstance(error, VersionNotFound)
     except Exception:  # noqa: BLE001, see above: the outcome matters more than any error
         report.exception("the outcome could not be recorded")
+        return False
+    return True
 
 
 # Failures that are the version's own fault and would recur. All others (an unavailable service, an expired credential,
@@ -281,17 +290,20 @@ class Record:
         if self._before.attempts or self._before.state == "failed":
             self._write(state="pending", error="", attempts=0, attempt="")
 
-    def not_recorded(self, error: BuilderError) -> None:
+    def not_recorded(self, error: BuilderError) -> bool:
         """Record the end of an attempt whose processes could not: killed, evicted, never started.
 
         Args:
             error: what ended it. It counts as an attempt where it is the version's own fault.
+
+        Returns:
+            Whether it is recorded.
         """
         own_fault = error.of_version or error.exit_code in _OWN_FAULTS
         counted = self._begun
         attempts = (self._before.attempts if self._same_source else 0) + (own_fault - counted)
         present = self._before.state == "published" and self._same_source
-        self._write(
+        return self._write(
             state="published" if present and not own_fault else "failed",
             source_id=self._source_id,
             error=error.one_line(),
@@ -327,7 +339,7 @@ class Record:
     def _failed(self, error: str, *, own_fault: bool) -> None:
         """Record a failure; unless it is the version's fault, an existing image of this source stays `published`."""
         present = self._plan.same_source if self._plan else self._before.state == "published" and self._same_source
-        counted = bool(self._plan and self._plan.builds)
+        counted = self._begun or bool(self._plan and self._plan.builds)
         attempts = (self._before.attempts if self._same_source else 0) + (own_fault - counted)
         self._write(
             state="published" if present and not own_fault else "failed",
@@ -349,9 +361,9 @@ class Record:
         """Whether the record is of earlier work on the same source."""
         return self._before.source_id == self._source_id
 
-    def _write(self, **facts: object) -> None:
+    def _write(self, **facts: object) -> bool:
         self._before = self._before.model_copy(update=facts)
-        record(self._catalog, self._version, self._before)
+        return record(self._catalog, self._version, self._before)
 
 
 def _now() -> str:

@@ -45,7 +45,7 @@ def builder_archive(kaniko: str = "scratch") -> tuple[Path, str]:
         loaded = f"localhost/kaniko:{key}" if Path(kaniko).is_file() else ""
         if loaded:
             _run("skopeo", "copy", "--quiet", f"docker-archive:{kaniko}", f"containers-storage:{loaded}")
-        _run("scripts/image.sh", CONTAINER_TOOL="buildah", IMAGE=name, KANIKO_IMAGE=loaded or kaniko)
+        _run("scripts/image.sh", CONTAINER_TOOL="buildah", IMAGE=name, KANIKO_IMAGE=loaded or kaniko, REPORT="no")
         part = archive.with_suffix(".part")
         part.unlink(missing_ok=True)
         _run("skopeo", "copy", "--quiet", f"containers-storage:{name}", f"docker-archive:{part}:{name}")

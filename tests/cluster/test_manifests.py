@@ -9,12 +9,14 @@ import copy
 import json
 import os
 import re
+import shutil
 import ssl
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import certifi
 import pytest
 import yaml
 
@@ -110,13 +112,13 @@ class Install:
         return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
-def overlay(folder, namespace, *resources, components=(), **more):
+def overlay(folder, namespace, *resources, components=(), k8s=K8S, **more):
     """Write a kustomization on top of folders of k8s/, and return its folder."""
     folder.mkdir(exist_ok=True)
     document = {
         "namespace": namespace,
-        "resources": [os.path.relpath(K8S / each, folder.resolve()) for each in resources],
-        "components": [os.path.relpath(K8S / each, folder.resolve()) for each in components],
+        "resources": [os.path.relpath(k8s / each, folder.resolve()) for each in resources],
+        "components": [os.path.relpath(k8s / each, folder.resolve()) for each in components],
         **more,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(document))
@@ -539,6 +541,18 @@ def test_the_api_server_takes_a_component_on_top(cluster, new_namespace, tmp_pat
     namespace = new_namespace(level, {"pod-security.kubernetes.io/warn": level})
     folder = overlay(tmp_path / "overlay", namespace, overlaid, components=[component])
     cluster.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "-k", str(folder))
+
+
+def test_a_bundle_that_is_too_large_for_an_annotation_fits_by_server_side_apply(cluster, new_namespace, tmp_path):
+    """As k8s/air-gapped/kustomization.yaml says."""
+    shutil.copytree(K8S, tmp_path / "k8s")
+    public = Path(certifi.where()).read_text()
+    (tmp_path / "k8s" / "air-gapped" / "ca-bundle.pem").write_text(public + public)
+    folder = overlay(tmp_path / "overlay", new_namespace(), "base", components=["air-gapped"], k8s=tmp_path / "k8s")
+    apply = ("apply", "--dry-run=server", "-k", str(folder))
+    with pytest.raises(KubectlFailed, match="Too long"):
+        cluster.kubectl(*apply)
+    cluster.kubectl(*apply, "--server-side", "--force-conflicts")
 
 
 def test_two_targets_side_by_side(cluster):

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from builder.cluster.pods import MissedDeadline, PodLost
-from builder.errors import BuildFailed, OverBudget, Terminated
+from builder.errors import BuilderError, BuildFailed, InvalidVersion, OverBudget, ServiceUnavailable, Terminated
 from builder.models import ModelVersion
 from builder.plan import Build, Plan
 from builder.publish.record import Outcome, Record
@@ -105,3 +105,37 @@ def test_an_attempt_that_ended_before_its_platforms_were_known_counts(catalog):
     catalog.process("job-2").submitted()
     work(catalog, "job-2", BuildFailed("no"))
     assert catalog.outcome.attempts == 2
+
+
+def early(catalog, attempt, error):
+    """Fail in a new process before there is a plan."""
+    with contextlib.suppress(BuilderError), catalog.process(attempt).failures():
+        raise error
+
+
+def test_what_was_away_before_a_plan_was_made_takes_the_attempt_back(catalog):
+    for _ in range(3):
+        work(catalog, "job-1")
+        early(catalog, "job-1", ServiceUnavailable("MLflow is away."))
+        assert catalog.outcome.attempts == 0
+    work(catalog, "job-1", BuildFailed("no"))
+    assert catalog.outcome.attempts == 1
+
+
+def test_a_fault_found_before_a_plan_is_made_is_the_attempt_that_was_begun(catalog):
+    work(catalog, "job-1")
+    early(catalog, "job-1", InvalidVersion("no"))
+    assert catalog.outcome.attempts == 1
+
+
+class Away(Catalog):
+    """MLflow answers, and takes nothing."""
+
+    def set_tags(self, version, tags):
+        message = f"{version} and its {len(tags)} tags"
+        raise ServiceUnavailable(message)
+
+
+def test_what_mlflow_does_not_take_is_said(catalog):
+    assert catalog.process("job-1").not_recorded(PodLost("gone"))
+    assert not Away().process("job-1").not_recorded(PodLost("gone"))

@@ -64,7 +64,10 @@ class Pod:
 
     @contextlib.contextmanager
     def sidecar(self):
-        with self._podman.started(self.candidate) as container:
+        with contextlib.ExitStack() as stack:
+            removed = ["podman", "rmi", "--force", str(self.candidate)]
+            stack.callback(subprocess.run, removed, check=False, capture_output=True)
+            container = stack.enter_context(self._podman.started(self.candidate))
             form = "--format={{.State.Pid}}"
             argv = ["podman", "inspect", form, container.name]
             pid = subprocess.run(argv, check=True, text=True, capture_output=True).stdout.strip()
@@ -89,7 +92,7 @@ class Pod:
 
 
 @pytest.fixture
-def pod(small_environ, base_image, podman):
+def pod(small_environ, base_image, podman, alone_with_smoke_tests):
     """Return the Pod of a version."""
     if os.geteuid():
         pytest.skip("only root may enter a container's network")

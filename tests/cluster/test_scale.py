@@ -1,0 +1,139 @@
+"""A sweep of a large catalogue: what it asks of MLflow and of the API server, and which Jobs it makes in which order."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+from builder.cluster.job import job_name
+from builder.settings import Settings
+from scripts.launch import clean_environ
+from tests.catalogue import insert, published, versions
+
+PAGE = 500
+REQUEST = re.compile(r'"([A-Z]+) (/api/\S+) HTTP')
+SEARCH = "model-versions/search"
+
+
+class Asked:
+    """What the sweep of a site asks MLflow and the API server for, from here on."""
+
+    def __init__(self, site, mlflow):
+        self._site, self._mlflow = site, mlflow
+        self._before = len(mlflow.log()), len(site.cluster.requests())
+
+    def mlflow(self):
+        """Return method and path of each request, with its parameters."""
+        return REQUEST.findall(self._mlflow.log()[self._before[0] :])
+
+    def kubernetes(self):
+        """Return the requests of the sweep's account."""
+        account = f"system:serviceaccount:{self._site.namespace}:builder-sweep"
+        made = self._site.cluster.requests()[self._before[1] :]
+        return [each for each in made if each["user"]["username"] == account]
+
+    def everybody(self):
+        """Return all requests to the API server."""
+        return self._site.cluster.requests()[self._before[1] :]
+
+
+def catalogue(site, mlflow, count, *, new=0):
+    """Write a catalogue of published versions and of new ones, which are registered last; return both."""
+    settings = Settings.from_environ(site.environ)
+    made = list(versions(count + new, target_tag=settings.target_tag, prefix=site.namespace))
+    there = [published(version, settings) for version in made[:count]]
+    insert(Path(mlflow.artifacts).parent / "mlflow.db", [*there, *made[count:]])
+    return there, made[count:]
+
+
+def test_what_is_published_costs_the_listing_and_nothing_else(site, cluster_mlflow):
+    count = 2 * PAGE + 100
+    catalogue(site, cluster_mlflow, count)
+    asked = Asked(site, cluster_mlflow)
+    assert f'"current": {count}' in site.sweep()
+    requests = asked.mlflow()
+    assert len(requests) == math.ceil(count / PAGE)
+    assert all(SEARCH in path for _, path in requests), requests
+    (listing,) = asked.kubernetes()
+    assert (listing["verb"], listing["objectRef"]["resource"]) == ("list", "jobs")
+
+
+def test_new_versions_are_submitted_oldest_first_and_only_so_many_at_once(site, cluster_mlflow):
+    new, most = 30, 4
+    site.patch_settings(SWEEP_PARALLEL=str(most))
+    # The Jobs are this test's to end: Kubernetes makes no Pod of them.
+    managed = {"op": "add", "path": "/spec/jobTemplate/spec/managedBy", "value": "example.com/test"}
+    site.patch_template("wheels", managed)
+    there, queued = catalogue(site, cluster_mlflow, 50, new=new)
+    asked = Asked(site, cluster_mlflow)
+    site.kubectl("create", "job", "sweep", "--from=cronjob/builder-sweep")
+    ended = end_jobs(site, new, most)
+    assert site.ended("sweep") == "Complete", site.kubectl("logs", "job/sweep")
+    log = site.kubectl("logs", "job/sweep")
+    assert f'"submitted": {new}' in log, log
+
+    target = Settings.from_environ(site.environ).target
+    assert ended == [job_name(target, version) for version in queued]
+    assert [each["objectRef"]["name"] for each in made(asked.kubernetes())] == ended
+    assert most_at_once(asked) == most
+    requests = asked.mlflow()
+    assert sum(SEARCH in path for _, path in requests) == 1
+    # Each is read once more before its Job is made, and gets two tags.
+    assert len(requests) == 1 + 3 * new
+    names = {version.name for version in there}
+    assert not [path for _, path in requests if SEARCH not in path and any(f"name={name}" in path for name in names)]
+
+
+def made(requests):
+    return [each for each in requests if each["verb"] == "create" and each["objectRef"]["resource"] == "jobs"]
+
+
+def end_jobs(site, count, most):
+    """Let Jobs of versions succeed, the first of them each time as many run as may; return their names in order."""
+    cluster = site.cluster
+    command = [str(cluster.kubectl_path), f"--kubeconfig={cluster.kubeconfig}", f"--namespace={site.namespace}"]
+    command += ["get", "jobs", "-l", "app.kubernetes.io/component=publish", "--watch", "-o", "name"]
+    names, ended = [], []
+    environ = clean_environ(**cluster.environ)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+        for line in process.stdout:
+            name = line.strip().partition("/")[2]
+            if name not in names:
+                names.append(name)
+            while (len(names) == count and len(ended) < count) or len(names) - len(ended) == most:
+                succeed(site, names[len(ended)])
+                ended.append(names[len(ended)])
+            if len(ended) == count:
+                process.kill()
+                return ended
+    message = f"{len(names)} Jobs were made"
+    raise AssertionError(message)
+
+
+def succeed(site, name):
+    """Do what the Job controller does when a Job's Pod has succeeded."""
+    now = "2026-01-02T03:04:05Z"
+    conditions = [
+        {"type": kind, "status": "True", "lastTransitionTime": now} for kind in ("SuccessCriteriaMet", "Complete")
+    ]
+    status = {"startTime": now, "completionTime": now, "succeeded": 1, "conditions": conditions}
+    patch = json.dumps({"status": status})
+    site.kubectl("patch", "job", name, "--subresource=status", "--type=merge", "-p", patch)
+
+
+def most_at_once(asked):
+    """Return how many Jobs ran at once at most, by when each was surely made, and when it was asked to end."""
+    moments = [(each["stageTimestamp"], 1) for each in made(asked.kubernetes())]
+    moments += [
+        (each["requestReceivedTimestamp"], -1)
+        for each in asked.everybody()
+        if each["verb"] == "patch" and each["objectRef"].get("subresource") == "status"
+    ]
+    running, most = 0, 0
+    for _, change in sorted(moments):
+        running += change
+        most = max(most, running)
+    return most
