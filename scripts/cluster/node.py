@@ -27,6 +27,7 @@ from scripts.machine import native_platform
 # What a node is called decides everything else of it: folder, bridge, control group, subnet. So one that was killed
 # is cleared away by the next of that name.
 _NODES = 16
+_LOCKS = Path("/run/lock/model-image-builder")
 # containerd answers at once; on processors that many want, within a minute.
 _CONTAINERD_SECONDS = 120
 _RUNTIME = frozenset({"containerd", "containerd-shim-runc-v2"})
@@ -47,9 +48,11 @@ def free_node(programs: Path, numbers: Sequence[int] = range(_NODES)) -> Iterato
     # Mounts are known by their real paths.
     folder = (cache_folder("kubernetes") / "nodes").resolve()
     folder.mkdir(exist_ok=True)
+    # Networks, ports and kernel settings are the machine's, whichever cache somebody has.
+    _LOCKS.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         node = Node(number=number, programs=programs, folder=folder / str(number))
-        with (folder / f"{number}.lock").open("w") as lock:
+        with (_LOCKS / f"{number}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -58,7 +61,7 @@ def free_node(programs: Path, numbers: Sequence[int] = range(_NODES)) -> Iterato
                 continue
             node.clear()
             node.folder.mkdir()
-            with kept_sysctls(folder):
+            with kept_sysctls(_LOCKS):
                 try:
                     yield node
                 finally:
