@@ -728,7 +728,8 @@ def test_a_run_step_finds_no_credential_and_is_nobody_elsewhere(kaniko, new_pump
     logs = site.kubectl("logs", site.pod_of(job_of(site, version))["metadata"]["name"], "-c", "build")
     found = dict(re.findall(r'"found ([^ "]+) ([a-z0-9]+)"', logs))
     metadata, api_server, kubelet, registry = (found.get(url) for url in urls)
-    assert metadata == "nothing", found
+    # Where the network has such a server, it may answer, but with nothing for a Pod.
+    assert metadata in {"nothing", "401", "403", "404"}, found
     assert api_server in {"401", "403"}, found
     assert (kubelet, registry) == ("401", "401"), found
     assert "plan.json: Read-only file system" in logs
