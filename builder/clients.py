@@ -17,7 +17,6 @@ from builder.log import stage
 from builder.models import Catalog
 from builder.models.catalog import MlflowCatalog
 from builder.oci.authn import Credential, Credentials
-from builder.oci.clouds import CloudIdentity
 from builder.oci.registry import Registry
 from builder.oci.transport import REGISTRY, Transport
 from builder.reference import Reference
@@ -27,6 +26,16 @@ if TYPE_CHECKING:
     from builder.smoke import SmokeTests
     from builder.smoke.sidecar import Sidecar
     from builder.wheels.recipe import WheelsMethod
+
+
+# What a cloud, or an operator, sets for a workload identity; most publishers have none.
+_IDENTITIES = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "GCE_METADATA_HOST",
+)
 
 
 class Registries(Closing):
@@ -76,17 +85,7 @@ class Registries(Closing):
             if settings.registry_user and settings.registry_token:
                 explicit = settings.registry_url.host
                 credential = Credential(settings.registry_user, settings.registry_token.get_secret_value())
-            identity = _of_operator(
-                settings,
-                CloudIdentity(
-                    variables={
-                        "GCE_METADATA_HOST": settings.gce_metadata_host,
-                        **{name: value.get_secret_value() for name, value in settings.mlflow_variables.items()},
-                    },
-                    ca_bundle=settings.ssl_cert_file,
-                    proxies=settings.proxies,
-                ).for_host,
-            )
+            identity = _identity(settings)
         return cls(
             Credentials(explicit=explicit, credential=credential, docker_config=docker_config, identity=identity),
             ca_bundle=settings.ssl_cert_file,
@@ -114,14 +113,22 @@ class Registries(Closing):
         self._client.close()
 
 
-def _of_operator(
-    settings: Settings, identity: Callable[[str], Credential | None]
-) -> Callable[[str], Credential | None]:
-    """Return an identity for the hosts that the settings name: a Dockerfile may name any other of a cloud's."""
+def _identity(settings: Settings) -> Callable[[str], Credential | None] | None:
+    """Return what finds credentials by a workload identity; None where there is no identity.
+
+    It is for the hosts that the settings name: a Dockerfile may name any other of a cloud's.
+    """
+    variables = {name: value.get_secret_value() for name, value in settings.mlflow_variables.items()}
+    variables["GCE_METADATA_HOST"] = settings.gce_metadata_host
+    if not any(variables.get(name) for name in _IDENTITIES):
+        return None
+    from builder.oci.clouds import CloudIdentity
+
+    find = CloudIdentity(variables=variables, ca_bundle=settings.ssl_cert_file, proxies=settings.proxies).for_host
     base = Reference.parse(settings.base_image.replace("{python_version}", "3.11"))
     hosts = {settings.registry_url.host, base.repository.host}
     hosts |= {pattern.host for pattern in settings.allowed_base_images}
-    return lambda host: identity(host) if host in hosts else None
+    return lambda host: find(host) if host in hosts else None
 
 
 @dataclass(frozen=True, kw_only=True)
