@@ -16,12 +16,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from builder.clients import Registries
 from builder.errors import BuilderError, ExitCode, InvalidSettings, PermissionRefused, ServiceUnavailable
 from builder.http import RetryPolicy
 from builder.masking import masked
 from builder.oci.authn import Credential, Credentials
 from builder.oci.clouds import CloudIdentity
 from builder.oci.transport import Authorizer
+from builder.settings import Settings
 from tests.oci.test_credentials import auth, config
 
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -373,3 +375,41 @@ def test_a_credential_that_has_ended_is_asked_for_again():
     object.__setattr__(given[0], "ends", time.monotonic())
     assert authorizer.header(frozenset()) == given[1].basic
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "served"),
+    [
+        ({"REGISTRY_URL": f"{GAR}/project/models"}, {GAR}),
+        ({"BASE_IMAGE": f"{GAR}/project/python:{{python_version}}"}, {GAR}),
+        ({"ALLOWED_BASE_IMAGES": f"{GAR}/project/*"}, {GAR}),
+        ({}, set()),
+        ({"REGISTRY_URL": f"{GAR}/project/models", "GCE_METADATA_HOST": ""}, set()),
+    ],
+)
+def test_an_identity_is_used_at_the_hosts_that_the_settings_name(cloud, environ, served):
+    """An author's FROM may name any registry: it gets no token, and nobody is asked for one."""
+    cloud.answers = {GOOGLE_TOKEN: (200, json.dumps({"access_token": "ya29.token", "expires_in": 3000}))}
+    settings = Settings.from_environ(
+        {
+            "MLFLOW_TRACKING_URI": "https://mlflow.test",
+            "REGISTRY_URL": "registry.test/models",
+            "GCE_METADATA_HOST": cloud.host,
+            **environ,
+        }
+    )
+    with Registries.from_settings(settings) as registries:
+        find = registries._credentials.for_host
+        assert {host for host in (GAR, "us-docker.pkg.dev", "gcr.io") if find(host)} == served
+    assert len(cloud.asked) == len(served)
+
+
+def test_an_image_under_test_is_not_beside_an_identity_that_every_container_is_served():
+    environ = {
+        "MLFLOW_TRACKING_URI": "https://mlflow.test",
+        "REGISTRY_URL": "registry.test/models",
+        "GCE_METADATA_HOST": "metadata.test",
+        "SMOKE_TEST_CANDIDATE": "registry.test/models/candidates:pod",
+    }
+    with pytest.raises(InvalidSettings, match="SMOKE_TEST_CANDIDATE"):
+        Settings.from_environ(environ)
