@@ -27,6 +27,8 @@ from builder.masking import indented, json_visible, masked, one_line, visible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from structlog.stdlib import BoundLogger
+
     from builder.cluster import Jobs, Submitted
     from builder.cluster.status import Status
     from builder.models import ModelVersion
@@ -544,7 +546,7 @@ def submit(
     with _in_cluster(invocation, name, version, namespace=namespace, context=context) as (jobs, found):
         made = jobs.submit(found, method=method, force=force, rebuild=rebuild)
         if not made.created and (force or rebuild or method):
-            _warn("--force, --rebuild and --method have no effect on a Job that is there", job=made.name)
+            _lines().warning("--force, --rebuild and --method have no effect on a Job that is there", job=made.name)
         return _submitted(invocation, jobs, found, made, wait=wait)
 
 
@@ -553,7 +555,7 @@ def _submitted(invocation: Invocation, jobs: Jobs, version: ModelVersion, made: 
     from builder.cluster.follow import follow
 
     if not made.created:
-        _note("the version has a Job that runs already", job=made.name)
+        _lines().info("the version has a Job that runs already", job=made.name)
     if not wait:
         invocation.product(made.name)
         return 0
@@ -566,16 +568,10 @@ def _submitted(invocation: Invocation, jobs: Jobs, version: ModelVersion, made: 
     return ended.code
 
 
-def _note(event: str, **facts: str) -> None:
+def _lines() -> BoundLogger:
     from builder import log
 
-    log.get_logger("cli").info(event, **facts)
-
-
-def _warn(event: str, **facts: str) -> None:
-    from builder import log
-
-    log.get_logger("cli").warning(event, **facts)
+    return log.get_logger("cli")
 
 
 @contextmanager
@@ -642,7 +638,7 @@ def status(
             if watch or namespace or context:
                 raise
             cluster = None
-            _note("Jobs are not shown", why=error.what)
+            _lines().info("Jobs are not shown", why=error.what)
         before: list[Status] = []
         while True:
             found = read(settings, catalog, cluster, settings.model_name, settings.model_version)

@@ -304,6 +304,11 @@ def full_path(host: str, path: str) -> str:
     return f"library/{path}" if host == DOCKER_HUB and "/" not in path else path
 
 
+def ascii_of(text: str) -> str:
+    """Return what is left of a text in ASCII: letters without their accents, and nothing of other scripts."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
 def repository_component(model_name: str, reserved: Collection[str] = ()) -> str:
     """Return the repository component for a registered model's name.
 
@@ -323,8 +328,7 @@ def repository_component(model_name: str, reserved: Collection[str] = ()) -> str
     )
     if plain:
         return model_name
-    ascii_name = unicodedata.normalize("NFKD", model_name).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", ascii_name)[:_SLUG_LENGTH].strip("-") or "model"
+    slug = re.sub(r"[^a-z0-9]+", "-", ascii_of(model_name).lower())[:_SLUG_LENGTH].strip("-") or "model"
     digest = hashlib.sha256(model_name.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{slug}--x{digest[:20]}"
 

@@ -63,6 +63,15 @@ class Demo:
         yield
         self.times.append((title, time.monotonic() - start))
 
+    def show_times(self) -> None:
+        """Show how long each step took."""
+        table = Table(box=None, show_header=False)
+        for title, seconds in [*self.times, ("together", sum(seconds for _, seconds in self.times))]:
+            table.add_row(title, f"{seconds:6.1f} s")
+        CONSOLE.print()
+        CONSOLE.rule("[bold]What each step took", align="left")
+        CONSOLE.print(table)
+
     def run(self, *argv: str, shown: Mapping[str, str] | None = None, stdin: IO[str] | None = None) -> str:
         """Show a command, run it, show what it prints, and return that.
 
@@ -244,12 +253,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="builder-demo-") as folder:
         demo = Demo(Path(folder))
         tell(demo)
-    table = Table(box=None, show_header=False)
-    for title, seconds in [*demo.times, ("together", sum(seconds for _, seconds in demo.times))]:
-        table.add_row(title, f"{seconds:6.1f} s")
-    CONSOLE.print()
-    CONSOLE.rule("[bold]What each step took", align="left")
-    CONSOLE.print(table)
+    demo.show_times()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.table import Table
-
 from examples.demo import CONSOLE, FLOWERS, Demo
 from examples.models import save_flower_model
 from scripts import machine
@@ -150,12 +148,7 @@ def main() -> None:
                 tell(demo, stack)
         except NoCluster as error:
             sys.exit(str(error))
-    table = Table(box=None, show_header=False)
-    for title, seconds in [*demo.times, ("together", sum(seconds for _, seconds in demo.times))]:
-        table.add_row(title, f"{seconds:6.1f} s")
-    CONSOLE.print()
-    CONSOLE.rule("[bold]What each step took", align="left")
-    CONSOLE.print(table)
+    demo.show_times()
 
 
 if __name__ == "__main__":

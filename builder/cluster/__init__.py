@@ -13,7 +13,6 @@ from builder.cluster.job import (
     JOB_NAME,
     METHOD,
     TEMPLATES,
-    Method,
     created,
     is_of_source,
     job_name,
@@ -28,6 +27,7 @@ from builder.publish.record import Outcome, Record
 if TYPE_CHECKING:
     from builder.cluster.api_server import Cluster, Object
     from builder.models import Catalog, ModelVersion
+    from builder.plan import Method
     from builder.settings import Settings
 
 # Seconds until a Job that is being deleted is looked at again, if nothing is heard of it.
@@ -127,7 +127,7 @@ class Jobs:
             made = self.cluster.create_job(body)
             if made is not None:
                 # The name is ours, so nobody else has begun to record anything since the version was found.
-                self.record(version).submitted(fresh=True)
+                self.record(version).submitted()
                 _log.info("submitted", job=name, method=body["metadata"]["labels"].get(METHOD, ""))
                 return Submitted(job=made, created=True)
             there = self.cluster.job(name)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from builder.cluster.job import JOB_NAME, created, state_of, uid
+from builder.cluster.job import JOB_NAME, JOB_UID, created, state_of, uid
 from builder.cluster.pods import (
     begun,
     containers,
     ending,
     exit_code,
     image_of,
-    is_of_job,
     last_moment,
     not_started,
     stuck,
@@ -106,7 +105,7 @@ def _look(jobs: Jobs, version: ModelVersion, job: Object, logs: Logs) -> Ended |
     if now is None or uid(now) != uid(job) or state_of(now) == "deleted":
         message = f"The Job {name} was deleted while it ran."
         raise TryAgain(message, remedy="Submit the version again.")
-    pods = [pod for pod in cluster.pods(f"{JOB_NAME}={name}") if is_of_job(pod, job)]
+    pods = pods_of(cluster, job)
     for pod in pods:
         logs.show(pod)
     if ended := _ended(jobs, version, now, pods):
@@ -194,6 +193,11 @@ def show_line(line: str, **about: str) -> None:
     _log.log(level, safe_line(event["event"]), **{**fields, **about})
 
 
+def pods_of(cluster: Cluster, job: Object) -> list[Object]:
+    """Return the Pods of a Job, the oldest first."""
+    return cluster.pods(f"{JOB_UID}={uid(job)}")
+
+
 def hindered(cluster: Cluster, job: Object, pods: Sequence[Object]) -> BuilderError | None:
     """Return why a Job does not go on; None where nothing is known to hinder it.
 
@@ -246,7 +250,7 @@ def log_of(jobs: Jobs, version: ModelVersion, *, follow: bool = False) -> Iterat
         if job is None:
             message = f"{version} has no Job in the namespace {cluster.namespace}."
             raise VersionNotFound(message, remedy="Submit it: builder submit NAME VERSION.")
-        pods = [pod for pod in cluster.pods(labels) if is_of_job(pod, job)]
+        pods = pods_of(cluster, job)
         if not pods and (state_of(job) != "active" or not follow):
             raise _no_logs(cluster, job)
         for pod in pods if follow else pods[-1:]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-import unicodedata
 from typing import TYPE_CHECKING, Literal
+
+from builder.reference import ascii_of
 
 if TYPE_CHECKING:
     from builder.cluster.api_server import Object
     from builder.models import ModelVersion
 
-Method = Literal["dockerfile", "wheels"]
 # What a Job is: still to run or running, or how it ended. `deleted` waits for its finalizers.
 State = Literal["active", "complete", "failed", "deleted"]
 
@@ -24,7 +24,9 @@ METHOD = "builder/method"
 TARGET = "builder/target"
 FORCE = "builder/force"
 REBUILD = "builder/rebuild"
+# Labels that the Job controller gives to Pods. A UID is never that of an earlier Job of the same name.
 JOB_NAME = "batch.kubernetes.io/job-name"
+JOB_UID = "batch.kubernetes.io/controller-uid"
 
 _LONGEST_SLUG = 24
 _LONGEST_LABEL = 63
@@ -36,17 +38,13 @@ def job_name(target: str, version: ModelVersion) -> str:
     Two versions never share one: it ends in 40 bits of a hash of target, model and version.
     """
     whole = f"{target}\0{version.name}\0{version.version}".encode("utf-8", "surrogatepass")
-    slug = re.sub(r"[^a-z0-9]+", "-", _ascii(version.name).lower())[:_LONGEST_SLUG].strip("-") or "model"
+    slug = re.sub(r"[^a-z0-9]+", "-", ascii_of(version.name).lower())[:_LONGEST_SLUG].strip("-") or "model"
     return f"publish-{slug}-v{version.version}-{hashlib.sha256(whole).hexdigest()[:10]}"
 
 
 def label(text: str) -> str:
     """Return a text as the value of a label: what is not allowed there becomes a hyphen."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", _ascii(text))[:_LONGEST_LABEL].strip("-._") or "model"
-
-
-def _ascii(text: str) -> str:
-    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]", "-", ascii_of(text))[:_LONGEST_LABEL].strip("-._") or "model"
 
 
 def selector(target: str) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from builder.cluster.job import failure, uid
+from builder.cluster.job import JOB_UID, failure, uid
 from builder.errors import BuilderError, ExitCode, OverBudget, TryAgain, VersionCrashed, of_code
 from builder.masking import one_line
 
@@ -26,7 +26,6 @@ _WAITS = frozenset(
 )  # fmt: skip
 _KILLED = 137
 _CODES = frozenset(int(code) for code in ExitCode if code)
-_OWNER = "batch.kubernetes.io/controller-uid"
 _KIND = re.compile(r"[A-Za-z]+: ")
 _LONGEST = 400
 _REMEDY_MEMORY = "Raise the memory limit of that container in the template, or make the model smaller."
@@ -123,7 +122,7 @@ def last_moment(pod: Object) -> str:
 
 def is_of_job(pod: Object, job: Object) -> bool:
     """Return whether a Pod is one of a Job, and not of an earlier one that had its name."""
-    return bool((pod["metadata"].get("labels") or {}).get(_OWNER) == uid(job))
+    return bool((pod["metadata"].get("labels") or {}).get(JOB_UID) == uid(job))
 
 
 def stuck(pod: Object) -> OverBudget | None:

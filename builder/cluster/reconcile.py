@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from builder.cluster.api_server import Cluster, Object
-    from builder.cluster.job import Method
     from builder.models import ModelVersion
+    from builder.plan import Method
     from builder.settings import Settings
 
 _LONGEST_PAUSE = timedelta(days=1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from builder.cluster import Jobs
-from builder.cluster.follow import hindered
-from builder.cluster.job import JOB_NAME, METHOD, created, is_of_source, selector, state_of
-from builder.cluster.pods import begun, ending, is_of_job
+from builder.cluster.follow import hindered, pods_of
+from builder.cluster.job import METHOD, created, is_of_source, selector, state_of
+from builder.cluster.pods import begun, ending
 from builder.cluster.reconcile import next_try
 from builder.publish.record import Outcome
 
@@ -105,12 +105,12 @@ def _with_job(jobs: Jobs, version: ModelVersion, job: Object | None) -> Status:
     name = str(job["metadata"]["name"])
     found = replace(found, job=name, method=str((job["metadata"].get("labels") or {}).get(METHOD, "")))
     if state_of(job) == "active":
-        pods = [pod for pod in jobs.cluster.pods(f"{JOB_NAME}={name}") if is_of_job(pod, job)]
+        pods = pods_of(jobs.cluster, job)
         error = hindered(jobs.cluster, job, pods)
         state = "running" if any(map(begun, pods)) else "pending"
         said = error.one_line() if error else ""
         return replace(found, state=state, since=created(job), next_try="", error=said)
     if state_of(job) == "failed" and is_of_source(job, version) and jobs.unrecorded(version, job):
-        pods = [pod for pod in jobs.cluster.pods(f"{JOB_NAME}={name}") if is_of_job(pod, job)]
+        pods = pods_of(jobs.cluster, job)
         return replace(found, state="failed", since=created(job), error=ending(job, pods).one_line())
     return found

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -222,7 +222,7 @@ class Record:
 
     def succeeded(self, plan: Plan, pinned: Reference) -> None:
         """Record the published image; a version whose tags say so already is left untouched."""
-        facts = {
+        facts: dict[str, Any] = {
             "state": "published",
             "image": str(pinned),
             "tag": str(plan.reference),
@@ -237,7 +237,7 @@ class Record:
 
     def left_alone(self, plan: Plan) -> None:
         """Record that the tag holds an image that is not ours."""
-        facts = {
+        facts: dict[str, Any] = {
             "state": "foreign",
             "image": "",
             "tag": str(plan.reference),
@@ -270,20 +270,15 @@ class Record:
             finished=_now(),
         )
 
-    def submitted(self, *, fresh: bool = False) -> None:
+    def submitted(self) -> None:
         """Record that a Job is made for the version, unless its image of this source is there, or it runs already.
 
-        Args:
-            fresh: whether the version was found just now, so that its tags need not be read again.
+        The version was found just now, so its tags are not read again.
         """
         if self._before.state in {"published", "running"} and self._same_source:
             return
-        facts: dict[str, object] = (
-            {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
-        )
-        facts |= {"state": "pending", "source_id": self._source_id, "error": ""}
-        self._before = self._before.model_copy(update=facts)
-        record(self._catalog, self._version, self._before, fresh=fresh)
+        facts: dict[str, Any] = {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
+        self._write(**facts, fresh=True, state="pending", source_id=self._source_id, error="")
 
     def reset(self) -> None:
         """Record that somebody wants the version to be tried again: earlier attempts no longer count."""
@@ -299,18 +294,7 @@ class Record:
         Returns:
             Whether it is recorded.
         """
-        own_fault = error.of_version or error.exit_code in _OWN_FAULTS
-        counted = self._begun
-        attempts = (self._before.attempts if self._same_source else 0) + (own_fault - counted)
-        present = self._before.state == "published" and self._same_source
-        return self._write(
-            state="published" if present and not own_fault else "failed",
-            source_id=self._source_id,
-            error=error.one_line(),
-            attempts=max(attempts, 0),
-            attempt=self._attempt if own_fault else f"{self._attempt} {_NOT_COUNTED}",
-            finished=_now(),
-        )
+        return self._failed(error.one_line(), own_fault=_is_own_fault(error))
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -322,7 +306,7 @@ class Record:
         try:
             yield
         except BuilderError as error:
-            self._failed(error.one_line(), own_fault=error.of_version or error.exit_code in _OWN_FAULTS)
+            self._failed(error.one_line(), own_fault=_is_own_fault(error))
             raise
         except Terminated:
             said = f"{_INTERRUPTED}: the process was ended by a signal. Publish the version again."
@@ -336,12 +320,12 @@ class Record:
             self._failed(f"Defect: {type(error).__name__}. See the publisher's log.", own_fault=True)
             raise
 
-    def _failed(self, error: str, *, own_fault: bool) -> None:
+    def _failed(self, error: str, *, own_fault: bool) -> bool:
         """Record a failure; unless it is the version's fault, an existing image of this source stays `published`."""
         present = self._plan.same_source if self._plan else self._before.state == "published" and self._same_source
         counted = self._begun or bool(self._plan and self._plan.builds)
         attempts = (self._before.attempts if self._same_source else 0) + (own_fault - counted)
-        self._write(
+        return self._write(
             state="published" if present and not own_fault else "failed",
             source_id=self._source_id,
             error=error,
@@ -361,9 +345,13 @@ class Record:
         """Whether the record is of earlier work on the same source."""
         return self._before.source_id == self._source_id
 
-    def _write(self, **facts: object) -> bool:
+    def _write(self, *, fresh: bool = False, **facts: object) -> bool:
         self._before = self._before.model_copy(update=facts)
-        return record(self._catalog, self._version, self._before)
+        return record(self._catalog, self._version, self._before, fresh=fresh)
+
+
+def _is_own_fault(error: BuilderError) -> bool:
+    return error.of_version or error.exit_code in _OWN_FAULTS
 
 
 def _now() -> str:

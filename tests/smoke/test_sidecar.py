@@ -24,10 +24,9 @@ from builder.smoke import Candidate, SmokeTests, sidecar
 from builder.smoke.runtime import ContainerRuntime, Content, Ended, listening
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
-from tests.package_index.server import running
 from tests.servers.forwarding import forwarding
 from tests.servers.relay import relayed
-from tests.smoke.test_smoke import LISTEN, NO_CLIENT, SERVER, UVICORN
+from tests.smoke.test_smoke import LISTEN, NO_CLIENT, SERVER
 from tests.versions import MLMODEL, register, seed_layout
 
 ROOT = Path(__file__).parents[2]
@@ -138,16 +137,6 @@ def test_a_client_that_opens_another_port_is_refused(small, pod):
     pod.prepare()
     assert pod.push().returncode == 65
     assert "no port is open that the image exposes (8080); open is 9090" in pod.model.outcome()["error"]
-
-
-@pytest.fixture(scope="module")
-def server_packages():
-    """An index whose scoring server is the model's own server.py."""
-    with running() as index:
-        index.add("mlflow-skinny", "3.1.0")
-        index.add("pandas", "2.2.0")
-        index.add("uvicorn", "0.30.0", files={"uvicorn/__main__.py": UVICORN})
-        yield index
 
 
 @pytest.mark.parametrize(

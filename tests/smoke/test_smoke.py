@@ -23,7 +23,6 @@ from builder.smoke import Answer, Candidate, Question, SmokeTestFailed, SmokeTes
 from builder.smoke.runtime import PREFIX, Content, Docker, Podman, listening
 from scripts.launch import clean_environ
 from scripts.machine import native_platform, pip_configuration
-from tests.package_index.server import running
 from tests.versions import MLMODEL, register
 
 pytestmark = pytest.mark.usefixtures("alone_with_smoke_tests")
@@ -35,7 +34,6 @@ import http.server
 http.server.HTTPServer(("0.0.0.0", 8080), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
 # What MLflow's server is started as runs the model's own server.py: an author may bring such a wheel.
-UVICORN = b"import os, runpy\nrunpy.run_path(os.environ['__pyfunc_model_path__'] + '/server.py')\n"
 SERVER = """\
 import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -52,16 +50,6 @@ class Handler(BaseHTTPRequestHandler):
         {post}
 HTTPServer(("0.0.0.0", 8080), Handler).serve_forever()
 """
-
-
-@pytest.fixture(scope="module")
-def server_packages():
-    """An index whose scoring server is the model's own server.py."""
-    with running() as index:
-        index.add("mlflow-skinny", "3.1.0")
-        index.add("pandas", "2.2.0")
-        index.add("uvicorn", "0.30.0", files={"uvicorn/__main__.py": UVICORN})
-        yield index
 
 
 @pytest.fixture
