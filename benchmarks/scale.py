@@ -2,8 +2,8 @@
 
 `python -m benchmarks.scale` starts a Kubernetes of its own, with MLflow and a registry on its bridge, and installs
 k8s/base there. All is measured in Pods of the builder image: a sweep of 1,000 and of 10,000 versions that are
-published, beside `sweep --inline` of the same; 100 versions to publish; and one publish from its Job to the tag in the
-registry, part by part.
+published, beside `sweep --inline` of the same; 100 versions to publish; one publish from its Job to the tag in the
+registry, part by part; the same from the tag on the version, through the listener; and a burst of deliveries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from scripts.cluster.install import Site, install
 from scripts.demo_tools import BUILDER, Debian
 from scripts.launch import Processes, Running, clean_environ, free_port, running
 from tests.catalogue import insert, published, versions
+from tests.signed import post, signed, tag_set
 
 SIZES = (1_000, 10_000)
 # Seconds for a whole sweep with nothing to do, bytes, and seconds for a hundred Jobs.
@@ -50,6 +53,9 @@ AIMS = {1_000: 3.0, 10_000: 15.0}
 MEMORY_AIM = 200 << 20
 NEW, NEW_AIM = 100, 10.0
 PUBLISH_AIM = 3.0
+TAG_AIM, TAGGED_AIM = 1.0, 5.0
+BURST, CONNECTIONS = 1_000, 50
+PARTS = ["idle", "publish", "tag", "burst"]
 ROUNDS = 5
 _PAGE = 500
 _ENDED = ("Complete", "Failed")
@@ -102,6 +108,23 @@ class Lab:
         """Run kubectl in the namespace."""
         return self.cluster.kubectl(f"--namespace={self.namespace}", *arguments)
 
+    def listener(self) -> str:
+        """Return host and port of the listener's Pod."""
+        pods = json.loads(self.kubectl("get", "pods", "-l", "app.kubernetes.io/component=listener", "-o", "json"))
+        (address,) = [pod["status"]["podIP"] for pod in pods["items"] if not pod["metadata"].get("deletionTimestamp")]
+        return f"{address}:8080"
+
+    def builder(self, *arguments: str) -> str:
+        """Run `builder` here, and return what it prints."""
+        environ = clean_environ(
+            **self.settings(),
+            KUBECONFIG=str(self.cluster.kubeconfig),
+            NO_PROXY=f"{self.cluster.address},127.0.0.1",
+            WEBHOOK_SECRET=_SECRET,
+        )
+        done = subprocess.run([BUILDER, *arguments], check=True, env=environ, capture_output=True, text=True)
+        return done.stdout
+
     def sweep(self, *arguments: str) -> Swept:
         """Run a sweep in a Pod now, and return what it took; `arguments` are further ones of its command line."""
         name = f"sweep-{uuid.uuid4().hex[:8]}"
@@ -151,11 +174,20 @@ class Swept:
 
 
 @contextlib.contextmanager
-def lab(cluster: Cluster, image: str, folder: Path) -> Iterator[Lab]:
-    """Run MLflow and a registry, and install the base for them in a namespace of its own."""
+def lab(cluster: Cluster, image: str, folder: Path, *, listens: bool = False) -> Iterator[Lab]:
+    """Run MLflow and a registry, and install the base for them in a namespace of its own.
+
+    Args:
+        cluster: where.
+        image: the builder image.
+        folder: for the servers' files.
+        listens: whether the listener runs, one Pod of it, and MLflow delivers to that.
+    """
     folder.mkdir()
     address = cluster.address
     mlflow = machine.mlflow(folder, free_port(address), address=address)
+    if listens:
+        mlflow = dataclasses.replace(mlflow, environ={**mlflow.environ, **_DELIVERS})
     registry = Debian().registry(folder, free_port(address), address)
     namespace = f"scale-{uuid.uuid4().hex[:6]}"
     with running(Processes(), registry), running(Processes(), mlflow) as server:
@@ -179,8 +211,17 @@ def lab(cluster: Cluster, image: str, folder: Path) -> Iterator[Lab]:
                 [{"op": "replace", "path": f"{_POD}/containers/0/resources/requests/cpu", "value": "50m"}]
             ),
         }
-        install(cluster, folder / "overlay", site, namespace=namespace, patches=[suspended, small])
+        listener = {
+            "target": {"kind": "Deployment", "name": "builder-listener"},
+            "patch": json.dumps([{"op": "replace", "path": "/spec/replicas", "value": int(listens)}]),
+        }
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "builder-listener"}}
+        cluster.create({**secret, "stringData": {"WEBHOOK_SECRET": _SECRET}}, namespace=namespace)
+        install(cluster, folder / "overlay", site, namespace=namespace, patches=[suspended, small, listener])
         try:
+            if listens:
+                made.kubectl("rollout", "status", "deployment/builder-listener", "--timeout=300s")
+                made.builder("webhook", "create", f"http://{made.listener()}")
             yield made
         finally:
             now = ("--all", "--grace-period=1", "--wait=false")
@@ -189,6 +230,10 @@ def lab(cluster: Cluster, image: str, folder: Path) -> Iterator[Lab]:
 
 
 _POD = "/spec/jobTemplate/spec/template/spec"
+_SECRET = uuid.uuid4().hex
+# What MLflow's server needs to deliver to a Pod.
+_DELIVERS = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+_TAG = "EXTERNAL_TARGET_PLTR_FOUNDRY"
 
 
 def settings_of(place: Lab) -> Settings:
@@ -271,19 +316,86 @@ def jobs_made(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def one_publish(place: Lab, rounds: int) -> None:
-    """Tag, sweep, publish: where the seconds go, with no layer in the registry, and then with all of them."""
+    """Submit, publish: where the seconds go, with no layer in the registry, and then with all of them."""
+    _publishes(place, rounds, by_tag=False)
+    _CONSOLE.print(f"Aim: from the Job to the tag at most {PUBLISH_AIM:g} s, warm.")
+
+
+def one_tag(place: Lab, rounds: int) -> None:
+    """Tag a version, and have MLflow deliver that to the listener: where the seconds go, until it is published."""
+    _publishes(place, rounds, by_tag=True)
+    _CONSOLE.print(
+        f"Aims, warm: {TAG_AIM:g} s from the tag on the version to the Job, {TAGGED_AIM:g} s to that in the registry. "
+        "With a schedule of 15 minutes alone a tag waits for its Job 7.5 minutes on average."
+    )
+
+
+def _publishes(place: Lab, rounds: int, *, by_tag: bool) -> None:
     register_pump(place)
-    table = Table("seconds", "cold", "warm: min", "median", "max", title="One publish by wheels: where the time goes")
+    title = f"One publish by wheels, {'tagged' if by_tag else 'submitted'}: where the time goes"
+    table = Table("seconds", "cold", "warm: min", "median", "max", title=title)
     timed: list[dict[str, float]] = []
     for number in range(rounds + 1):
-        found = publish_once(place, f"pump-{number}")
+        found = publish_once(place, f"pump-{'tag' if by_tag else 'job'}-{number}", by_tag=by_tag)
         timed.append(found)
         _say(f"  {'cold' if not number else 'warm'}: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
     for part in timed[0]:
         warm = [each[part] for each in timed[1:] if part in each]
         table.add_row(part, f"{timed[0][part]:.2f}", *_three(warm))
     _CONSOLE.print(table)
-    _CONSOLE.print(f"Aim: from the Job to the tag at most {PUBLISH_AIM:g} s, warm.")
+
+
+def burst(place: Lab) -> None:
+    """Send 1,000 deliveries for 250 versions to the listener; say how quickly they are answered, and the Jobs made."""
+    from mlflow import MlflowClient
+
+    register_pump(place)
+    client, run = MlflowClient(place.uri), (place.folder / "run").read_text()
+    client.create_registered_model("burst")
+    source = f"{client.get_run(run).info.artifact_uri}/mymodel"
+    place.kubectl(
+        "patch",
+        "cronjob",
+        "builder-publish-wheels",
+        "--type=json",
+        '-p=[{"op": "add", "path": "/spec/jobTemplate/spec/suspend", "value": true}]',
+    )
+    place.change(LISTEN_PARALLEL="5000", TARGET_TAG="EXTERNAL_TARGET_BURST")
+    place.kubectl("rollout", "restart", "deployment/builder-listener")
+    place.kubectl("rollout", "status", "deployment/builder-listener", "--timeout=300s")
+    tags = {"MODEL_ENTRY_POINT": "serve.py", "EXTERNAL_TARGET_BURST": "true"}
+    numbers = [client.create_model_version("burst", source, run, tags=tags).version for _ in range(BURST // 4)]
+    bodies = [json.dumps(tag_set("burst", str(number), "EXTERNAL_TARGET_BURST")).encode() for number in numbers * 4]
+    address = place.listener()
+    before = len(place.cluster.requests())
+
+    def send(body: bytes) -> tuple[float, int]:
+        began = time.monotonic()
+        status, _ = post(address, "/webhook", body, signed(body, _SECRET))
+        return time.monotonic() - began, status
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        answers = list(pool.map(send, bodies))
+    answered = time.monotonic() - began
+    while len(jobs_made(place.cluster.requests()[before:])) < len(numbers):
+        time.sleep(0.5)
+    made = time.monotonic() - began
+    name = place.kubectl("get", "pods", "-l", "app.kubernetes.io/component=listener", "-o", "name").split()[-1]
+    peak = place.kubectl("exec", name, "--", "/kaniko/venv/bin/python3", "-I", "-c", _PEAK)
+    table = Table(
+        "what", "figure", "aim", title=f"{BURST:,} deliveries for {len(numbers)} versions, {CONNECTIONS} at once"
+    )
+    table.add_row("seconds until an answer: min / median / max", _figures([each for each, _ in answers]), "1 at most")
+    table.add_row("answers", ", ".join(f"{count} {code}" for code, count in Counter(c for _, c in answers).items()), "")
+    table.add_row("seconds until all are answered", f"{answered:.1f}", "")
+    table.add_row("seconds until all Jobs are made", f"{made:.1f}", "")
+    table.add_row("Jobs made", str(len(jobs_made(place.cluster.requests()[before:]))), str(len(numbers)))
+    table.add_row("peak MiB of the listener", f"{int(peak) / 1024:.0f}", "512, its limit")
+    _CONSOLE.print(table)
+
+
+_PEAK = "print(next(l for l in open('/proc/1/status') if l.startswith('VmHWM')).split()[1])"
 
 
 def register_pump(place: Lab) -> None:
@@ -300,23 +412,22 @@ def register_pump(place: Lab) -> None:
     (place.folder / "run").write_text(run.info.run_id)
 
 
-def publish_once(place: Lab, name: str) -> dict[str, float]:
-    """Register a version, submit it from here, and return the seconds of each part until its tag is in the registry."""
+def publish_once(place: Lab, name: str, *, by_tag: bool) -> dict[str, float]:
+    """Register a version, tag or submit it, and return the seconds of each part until its tag is in the registry."""
     from mlflow import MlflowClient
 
     client, run = MlflowClient(place.uri), (place.folder / "run").read_text()
     client.create_registered_model(name)
     source = f"{client.get_run(run).info.artifact_uri}/mymodel"
-    tags = {"MODEL_ENTRY_POINT": "serve.py", "EXTERNAL_TARGET_PLTR_FOUNDRY": "true"}
+    tags = {"MODEL_ENTRY_POINT": "serve.py", _TAG: "false" if by_tag else "true"}
     client.create_model_version(name, source=source, run_id=run, tags=tags)
-    environ = clean_environ(
-        **place.settings(), KUBECONFIG=str(place.cluster.kubeconfig), NO_PROXY=f"{place.cluster.address},127.0.0.1"
-    )
     requests, asked = len(place.cluster.requests()), len(place.mlflow.log())
     with watched(place.cluster.node, ["publish"]) as ran, _pods(place) as seen:
         submitted = time.time()
-        command = [BUILDER, "submit", name, "1", "-n", place.namespace]
-        subprocess.run(command, check=True, env=environ, capture_output=True)
+        if by_tag:
+            client.set_model_version_tag(name, "1", _TAG, "true")
+        else:
+            place.builder("submit", name, "1", "-n", place.namespace)
         ran.wait()
     (create,) = jobs_made(place.cluster.requests()[requests:])
     job = create["objectRef"]["name"]
@@ -335,13 +446,14 @@ def publish_once(place: Lab, name: str) -> dict[str, float]:
     tagged = link.stat().st_mtime
     began = done - end["seconds"]
     found = {
-        "submit: command to Job": created - submitted,
+        "tag on the version to Job" if by_tag else "submit: command to Job": created - submitted,
         "Job to Pod": seen["created"] - created,
         "Pod to its node": seen["scheduled"] - seen["created"],
         "node to process": ran.started - seen["scheduled"],
         "process to work: interpreter, imports, MLflow": began - ran.started,
         "work, to the tag": tagged - began,
         "Job to tag": tagged - created,
+        "all, to the tag": tagged - submitted,
         "tag to the process's end": ran.ended - tagged,
         "process's end to Job complete": complete - ran.ended,
         "processor seconds": ran.processor,
@@ -397,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print tables; say why where it cannot be measured here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each (default: {ROUNDS})")
-    parser.add_argument("--only", nargs="+", choices=["idle", "publish"], default=["idle", "publish"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
     table = Table(
@@ -430,6 +542,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "publish" in options.only:
             with lab(cluster, image, folder / "publish") as place:
                 one_publish(place, options.rounds)
+        if "tag" in options.only or "burst" in options.only:
+            with lab(cluster, image, folder / "tag", listens=True) as place:
+                if "tag" in options.only:
+                    one_tag(place, options.rounds)
+                if "burst" in options.only:
+                    burst(place)
     _CONSOLE.print(f"{machine_words()} Load before: {load:.1f}.", markup=False)
     return 0
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import click
 
-from builder import cli
+from builder.cli import builder
+from builder.cli.invocation import Invocation
 from builder.errors import BuilderError, ExitCode, InvalidSettings, Terminated
 from builder.masking import shown
 
@@ -131,9 +132,9 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, _terminated)
     sys.unraisablehook = _unraisable
-    context = cli.Invocation(environ=environ)
+    context = Invocation(environ=environ)
     try:
-        code = cli.builder.main(list(arguments), prog_name="builder", standalone_mode=False, obj=context)
+        code = builder.main(list(arguments), prog_name="builder", standalone_mode=False, obj=context)
     except click.UsageError as error:
         message = io.StringIO()
         error.show(message)
@@ -157,7 +158,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     return int(code or 0)
 
 
-def _ended_by_signal(context: cli.Invocation) -> int:
+def _ended_by_signal(context: Invocation) -> int:
     context.failed("Terminated", "The process was ended by a signal.", "Run the command again.", ExitCode.TEMPORARY)
     return ExitCode.TEMPORARY
 

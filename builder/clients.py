@@ -108,6 +108,17 @@ class Registries(Closing):
                 self._registries[host] = Registry(transport)
             return self._registries[host]
 
+    def credential_of(self, host: str) -> tuple[str, bool]:
+        """Return what names the credential of a host, empty for nothing, and whether it gives one.
+
+        Raises:
+            InvalidSettings: DOCKER_CONFIG's config.json cannot be used, or the helper that it names is not installed.
+            PermissionRefused: the helper failed, or the cloud refuses the identity.
+            ServiceUnavailable: the cloud does not answer.
+        """
+        source, found = self._credentials.source(host), self._credentials.for_host(host)
+        return source or ("the workload identity" if found else ""), found is not None
+
     def close(self) -> None:
         """Close all connections."""
         self._client.close()

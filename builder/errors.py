@@ -8,7 +8,7 @@ podFailurePolicy can tell a hopeless input from an unavailable service.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from builder.masking import one_line
 
@@ -113,6 +113,16 @@ class TryAgain(BuilderError):
     """The same command can succeed later: after a lost race, or on a full disk."""
 
     exit_code = ExitCode.TEMPORARY
+
+
+class StillRunning(TryAgain):
+    """What was followed has not ended in the time that was given, and goes on."""
+
+    @classmethod
+    def after(cls, job: str, seconds: float) -> Self:
+        """Return the error for a Job, by its name, that was followed for so many seconds."""
+        message = f"The Job {job} has not ended after {seconds:g} s, and goes on."
+        return cls(message, remedy="Look at it: builder status; or run the same command again.")
 
 
 class EngineKilled(TryAgain):

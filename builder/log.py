@@ -98,6 +98,8 @@ def configure(log_format: str = "auto", level: str = "info") -> None:
     ours.propagate = False
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(handler)
+        # Libraries say more than anybody asked for below a warning.
+        logging.getLogger().setLevel(max(logging.WARNING, ours.level))
         logging.captureWarnings(capture=True)
 
 
@@ -142,6 +144,7 @@ _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 _lock = threading.Lock()
 # Of one publish: threads that it begins share it, since they have a copy of its context.
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
+_blobs: ContextVar[dict[str, tuple[int, int]] | None] = ContextVar("blobs", default=None)
 
 
 @contextmanager
@@ -165,6 +168,30 @@ def taken() -> dict[str, float]:
         seconds = {name: round(value, 3) for name, value in (_seconds.get() or {}).items()}
     _seconds.set({})
     return seconds
+
+
+def transferred(blob: str, size: int, *, sent: int) -> None:
+    """Count a blob that an image needs, once for each publish, however many repositories it is put into.
+
+    Args:
+        blob: its digest.
+        size: its bytes.
+        sent: how many of them were sent; 0 if the registry had it.
+    """
+    with _lock:
+        blobs = _blobs.get()
+        if blobs is None:
+            blobs = {}
+            _blobs.set(blobs)
+        blobs[blob] = (size, blobs.get(blob, (0, 0))[1] + sent)
+
+
+def transfers() -> tuple[int, int]:
+    """Return the bytes of blobs that were sent, and of those that the registry had, in this context; begin anew."""
+    with _lock:
+        blobs = list((_blobs.get() or {}).values())
+    _blobs.set({})
+    return sum(sent for _, sent in blobs), sum(size for size, sent in blobs if not sent)
 
 
 @contextmanager

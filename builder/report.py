@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from builder.batch import Result
     from builder.batch.warm import Warmed
     from builder.cluster.status import Status
+    from builder.doctor import Finding
     from builder.models.context import Progress
+    from builder.models.webhooks import Webhook
     from builder.plan import Plan
 
 
@@ -33,6 +35,7 @@ _THOUSAND = 1000
 _MOST_FILES = 20
 # A column of the status is padded to this many characters at most.
 _WIDEST = 60
+_LONGEST_FOUND = 1000
 _COLUMNS = "MODEL VERSION STATE METHOD PLATFORMS DIGEST ATTEMPTS SINCE NEXT-TRY JOB ERROR"
 # A reference is never masked.
 _OURS = frozenset({"image", "digest", "job"})
@@ -124,8 +127,8 @@ def results(event: str, found: Sequence[Result]) -> None:
     _table(found, caption + (f". {remedy}" if waiting else ""))
 
 
-def as_json(found: Sequence[Result | Status]) -> str:
-    """Return results, or what is known of versions, as a JSON array; what others wrote in it is masked."""
+def as_json(found: Sequence[Result | Status | Webhook | Finding]) -> str:
+    """Return results, versions, webhooks, or what checks found, as a JSON array; what others wrote in it is masked."""
     from builder.batch import Result
 
     rows = []
@@ -168,8 +171,35 @@ def statuses(found: Sequence[Status], *, heading: bool = True) -> str:
         cells["digest"] = each.digest[: len("sha256:") + 12]
         cells["attempts"] = str(each.attempts or "")
         rows.append([_cell(cells[column.lower().replace("-", "_")]) or "-" for column in _COLUMNS.split()])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells in columns, each padded to its longest cell, or to 60 characters."""
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def findings(found: Sequence[Finding]) -> str:
+    """Return what checks found as a table: a line for each, and what to do below it."""
+    width = max(len(each.check) for each in found)
+    lines = []
+    for each in found:
+        lines.append(f"{each.state:<7}  {each.check:<{width}}  {_cell(one_line(each.found, _LONGEST_FOUND))}")
+        if each.remedy:
+            lines.append(f"{'':<7}  {'':<{width}}  -> {_cell(one_line(each.remedy, _LONGEST_FOUND))}")
+    counts = Counter(each.state for each in found)
+    lines.append(", ".join(f"{counts[state]} {state}" for state in ("ok", "warn", "fail", "skipped") if counts[state]))
+    return "\n".join(lines)
+
+
+def webhooks(found: Sequence[Webhook]) -> str:
+    """Return MLflow's webhooks as a table."""
+    if not found:
+        return "This MLflow server has no webhook."
+    rows = [("ID", "NAME", "ACTIVE", "URL", "EVENTS")]
+    rows += [(each.id, each.name, "yes" if each.active else "no", each.url, ",".join(each.events)) for each in found]
+    return aligned([[_cell(cell) for cell in row] for row in rows])
 
 
 def warmed(found: Sequence[Warmed]) -> None:

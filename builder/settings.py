@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -106,6 +107,7 @@ _MOST_NAMES = 20
 _USERS = {"REGISTRY_TOKEN": "REGISTRY_USER", "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_USERNAME"}
 _SECRET_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _MOST_SECRET_BYTES = 1 << 20
+_SHORTEST_SECRET = 16
 
 
 def _parsed(parse: Callable[[str], object]) -> BeforeValidator:
@@ -130,6 +132,7 @@ def _patterns(text: str) -> tuple[BasePattern, ...]:
     return tuple(map(BasePattern.parse, _list(text)))
 
 
+LOG_FIELDS = ("model", "version", "target", "pod", "job", "attempt", "started")
 _PLATFORMS = _parsed(parse_platforms)
 _PATTERNS = _parsed(_patterns)
 _LIST = _parsed(_list)
@@ -233,6 +236,7 @@ class CommonSettings(BaseModel):
             if _MLFLOW_VARIABLE.fullmatch(name) and name != "MLFLOW_TRACKING_URI"
         }
         values["container_variables"] = {name: str(values[name]) for name in _CONTAINER_VARIABLES if values.get(name)}
+        values["in_pod"] = bool(environ.get("KUBERNETES_SERVICE_HOST"))
         _mask(values, environ.get("HOME", ""), from_files)
         values["holds_credential"] = any(_is_credential(name, value) for name, value in values.items()) or bool(
             values["DOCKER_CONFIG"] and (Path(values["DOCKER_CONFIG"]) / "config.json").exists()
@@ -607,7 +611,25 @@ class Settings(CatalogSettings, BuildSettings):
         shown="none: a Pod tests nothing",
         form="a reference with a tag, such as quay.io/domino/candidates:wheels",
     )
+    log_url: str = _setting(
+        "LOG_URL",
+        "Pattern of the address at which people find a publish's log; it is written to the version's tags when the "
+        "publish begins. Its fields, each quoted for a URL: `{model}`, `{version}`, `{target}`, `{pod}`, `{job}`, "
+        "`{attempt}` (ATTEMPT_ID) and `{started}` (RFC 3339, in UTC).",
+        "",
+        shown="no link is written",
+        form=f"an address with no other fields than {', '.join(f'{{{name}}}' for name in LOG_FIELDS)}",
+    )
     container_variables: dict[str, str] = Field(default_factory=dict)
+    # Derived from the environment, not a setting of its own.
+    in_pod: bool = False
+
+    @field_validator("log_url")
+    @classmethod
+    def _log_url_has_known_fields(cls, value: str) -> str:
+        if why := _no_pattern(value):
+            raise ValueError(why)
+        return value
 
     @field_validator("registry_url")
     @classmethod
@@ -676,6 +698,139 @@ class Settings(CatalogSettings, BuildSettings):
         return self.registry_url.child(self.component_of(model_name))
 
 
+class WebhookSettings(CatalogSettings):
+    """Settings of `builder webhook`."""
+
+    webhook_secret: SecretStr | None = _setting(
+        "WEBHOOK_SECRET",
+        "Secret of MLflow's webhook, at least 16 characters. Several, separated by blanks or line ends, are all "
+        "accepted, so that one can follow another; the first is given to MLflow.",
+        None,
+        shown="no deliveries are taken",
+        form="one or more secrets of at least 16 characters each",
+    )
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _secrets_are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        return _long_secrets(value)
+
+
+class ListenSettings(WebhookSettings, Settings):
+    """Settings of `builder listen`."""
+
+    submit_secret: SecretStr | None = _setting(
+        "SUBMIT_SECRET",
+        "Secret that signs the requests of `builder submit --via`, of `builder hook` and of CI pipelines; several as "
+        "in WEBHOOK_SECRET.",
+        None,
+        shown="no such requests are taken",
+        form="one or more secrets of at least 16 characters each",
+    )
+    status_access: Literal["off", "token", "open"] = _setting(
+        "STATUS_ACCESS",
+        "Who may see the status page: nobody (`off`), those who have STATUS_TOKEN (`token`), or everybody who reaches "
+        "the listener (`open`), such as behind a sign-in of the cluster's.",
+        "off",
+        form="off, token or open",
+    )
+    status_token: SecretStr | None = _setting(
+        "STATUS_TOKEN",
+        "Password of the status page, for any user name, at least 16 characters; several as in WEBHOOK_SECRET.",
+        None,
+    )
+    mlflow_ui_url: str = _setting(
+        "MLFLOW_UI_URL",
+        "Address of MLflow's pages, to which the status page links.",
+        "",
+        shown="MLFLOW_TRACKING_URI",
+        form="an address such as https://mlflow.example.com",
+    )
+    listen_host: str = _setting(
+        "LISTEN_HOST", "Address that the listener binds to.", "", shown="all, IPv4 and IPv6", form="an IP address"
+    )
+    listen_port: Annotated[int, Field(ge=0, le=65535)] = _setting(
+        "LISTEN_PORT", "Port for deliveries, requests and the status page.", 8080, form="a port"
+    )
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = _setting(
+        "METRICS_PORT", "Port for metrics and health checks.", 9090, form="a port"
+    )
+    listen_certificate: Path | None = _setting(
+        "LISTEN_CERTIFICATE",
+        "PEM file of the certificate, and its chain, with which LISTEN_PORT speaks TLS.",
+        None,
+        shown="plain HTTP",
+    )
+    listen_key: Path | None = _setting("LISTEN_KEY", "PEM file of the key of LISTEN_CERTIFICATE.", None)
+    listen_parallel: Annotated[int, Field(gt=0)] = _setting(
+        "LISTEN_PARALLEL",
+        "How many Jobs that a listener has made for deliveries may run at once. Versions that wait are in its memory; "
+        "if it ends, the next sweep makes their Jobs.",
+        20,
+        form="a positive number",
+    )
+    warm_on_create: bool = _setting(
+        "WARM_ON_CREATE",
+        "Whether a version that is registered without the target tag gets a Job that makes its wheel layers, so that "
+        "they are known when the tag comes; needs the component k8s/warm.",
+        default=False,
+        form="true or false",
+    )
+    overview_interval: Annotated[int, Field(gt=0)] = _setting(
+        "OVERVIEW_INTERVAL",
+        "Seconds after which the listener lists the tagged versions again, for metrics and the status page; longer "
+        "where a listing takes long.",
+        30,
+        form="a positive number of seconds",
+    )
+    metrics_by_model: bool = _setting(
+        "METRICS_BY_MODEL",
+        "Whether metrics of versions have the model's name as a label: a time series for each model.",
+        default=False,
+        form="true or false",
+    )
+
+    @field_validator("submit_secret", "status_token")
+    @classmethod
+    def _other_secrets_are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        return _long_secrets(value)
+
+    @field_validator("mlflow_ui_url")
+    @classmethod
+    def _pages_are_on_the_web(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s\"'<>]+", value):
+            raise ValueError
+        return value.rstrip("/")
+
+    @classmethod
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        open_page = values.get("STATUS_ACCESS") == "token" and not values.get("STATUS_TOKEN")
+        return [
+            *super()._problems(values),
+            *_half(values, "LISTEN_CERTIFICATE", "LISTEN_KEY"),
+            *_unreadable("LISTEN_CERTIFICATE", values, "file"),
+            *_unreadable("LISTEN_KEY", values, "file"),
+            *(["STATUS_TOKEN is missing: STATUS_ACCESS is token, and needs it"] if open_page else []),
+        ]
+
+
+def _no_pattern(text: str) -> str:
+    """Return why a text is not a pattern of LOG_URL; empty if it is one, or empty."""
+    if not text:
+        return ""
+    try:
+        fields = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(text) if name is not None]
+    except ValueError:
+        return "its braces do not match"
+    if unknown := [name for name, form, conversion in fields if name not in LOG_FIELDS or form or conversion]:
+        return f"it has the unknown field {{{one_line(unknown[0], 60)}}}"
+    if not re.fullmatch(r"https?://[^\s/{\"'<>][^\s\"'<>]*", text):
+        return "it is not the address of a web page"
+    return (
+        "it holds a credential, which everybody who sees the version would see" if _holds_url_credential(text) else ""
+    )
+
+
 def _no_server(uri: str) -> str:
     """Return why an address is not that of an MLflow server; empty if it is valid.
 
@@ -721,7 +876,8 @@ def _mask(values: Mapping[str, Any], home: str, from_files: Collection[str]) -> 
         home: the user's home; empty if there is none.
         from_files: names of the variables read from SECRETS_DIR: secrets, except for plain settings.
     """
-    plain = {field.validation_alias for field in Settings.model_fields.values()}
+    kinds = (ListenSettings, HookSettings)
+    plain = {field.validation_alias for kind in kinds for field in kind.model_fields.values()}
     for name, value in values.items():
         if not isinstance(value, str) or name in PATH_VARIABLES:
             continue
@@ -734,6 +890,25 @@ def _mask(values: Mapping[str, Any], home: str, from_files: Collection[str]) -> 
             mask([value], user=str(values.get(_USERS.get(name, ""), "")))
             mask_secrets(in_connection_string(value) if ";" in value else in_text(value) if "{" in value else iter(()))
     mask_files(values, home)
+
+
+def several(value: SecretStr | None) -> list[str]:
+    """Return the secrets of a setting that may have several, separated by blanks or line ends."""
+    return value.get_secret_value().split() if value else []
+
+
+def _long_secrets(value: SecretStr | None) -> SecretStr | None:
+    """Return a text of one or more secrets, all of which are masked from now on.
+
+    Raises:
+        ValueError: one is too short.
+    """
+    parts = several(value)
+    if value and (not parts or min(map(len, parts)) < _SHORTEST_SECRET):
+        message = f"shorter than {_SHORTEST_SECRET} characters"
+        raise ValueError(message)
+    mask(parts)
+    return value
 
 
 def _unreadable(variable: str, values: Mapping[str, Any], kind: Literal["file", "folder"]) -> list[str]:
@@ -817,3 +992,111 @@ def network(settings: BuildSettings) -> Network:
         insecure_registries=settings.insecure_registries,
         netrc=settings.netrc if isinstance(settings, Settings) else None,
     )
+
+
+class ListenerAddress(CommonSettings):
+    """Where the listener is, for those who ask it."""
+
+    listener_url: str = _setting(
+        "LISTENER_URL",
+        "Address of the listener (`builder listen`) that makes Jobs on request.",
+        "",
+        form="an address such as https://builder.example.com, without a user, a query or a fragment",
+    )
+
+    @field_validator("listener_url")
+    @classmethod
+    def _listener_is_on_the_web(cls, value: str) -> str:
+        return _web_address(value)
+
+
+class DoctorSettings(ListenerAddress, ListenSettings):
+    """Settings of `builder doctor`: those of all commands that run in a cluster, and where the listener is."""
+
+    @classmethod
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        # A Job, or a laptop, has neither STATUS_TOKEN nor the listener's certificate: only a listener needs them.
+        return super(ListenSettings, cls)._problems(values)
+
+
+class RemoteSettings(ListenerAddress):
+    """Settings of a client of the listener: it needs neither MLflow nor a registry."""
+
+    submit_secret: SecretStr | None = _setting(
+        "SUBMIT_SECRET",
+        "Secret that signs requests to the listener: the first of those in its own SUBMIT_SECRET.",
+        None,
+        form="a secret of at least 16 characters",
+    )
+    model_name: str = _setting("MODEL_NAME", "The registered model to publish.", "")
+    model_version: str = _setting("MODEL_VERSION", "Its version: a number, or an alias as `@champion`.", "")
+
+    @field_validator("submit_secret")
+    @classmethod
+    def _one_secret_signs(cls, value: SecretStr | None) -> SecretStr | None:
+        parts = several(value)
+        mask(parts)
+        return SecretStr(parts[0]) if parts else None
+
+
+class HookSettings(RemoteSettings):
+    """Settings of `builder hook` and `builder domino`; Domino sets most of them in each run."""
+
+    kube_namespace: str = _setting(
+        "KUBE_NAMESPACE",
+        "Namespace of the Jobs that `builder hook` makes by the Kubernetes API; `--namespace` overrides it.",
+        "",
+        shown="the account's or the context's own, or else builder",
+    )
+    domino_run_id: SecretStr | None = _setting("DOMINO_RUN_ID", "The Domino run that this process is in.", None)
+    mlflow_run_id: str = _setting(
+        "MLFLOW_RUN_ID", "The MLflow run whose newest selected version `builder hook` publishes.", ""
+    )
+    domino_working_dir: Path | None = _setting(
+        "DOMINO_WORKING_DIR",
+        "The project's root in a Domino run, where `builder hook` writes dominostats.json.",
+        None,
+        shown="nothing is written",
+    )
+    domino_api_host: str = _setting(
+        "DOMINO_API_HOST",
+        "Domino's address; in a run an internal one, elsewhere the one that people open in a browser.",
+        "",
+        form="an address such as https://domino.example.com",
+    )
+    domino_api_proxy: str = _setting(
+        "DOMINO_API_PROXY",
+        "The proxy in a Domino run that adds the identity to requests, and gives tokens at `/access-token`.",
+        "",
+        form="an address such as http://localhost:8899",
+    )
+    domino_token: SecretStr | None = _setting(
+        "DOMINO_TOKEN", "Outside a run: a Personal Access Token, or a service account's token.", None
+    )
+    domino_token_file: Path | None = _setting(
+        "DOMINO_TOKEN_FILE", "Outside a run: a file with such a token, read anew for each request.", None
+    )
+    domino_user_api_key: SecretStr | None = _setting(
+        "DOMINO_USER_API_KEY", "A legacy API key of Domino's, sent where there is no token.", None
+    )
+    domino_project_id: str = _setting("DOMINO_PROJECT_ID", "The project that a job is started in.", "")
+    domino_project_name: str = _setting("DOMINO_PROJECT_NAME", "The project's name, for the log.", "")
+    domino_project_owner: str = _setting("DOMINO_PROJECT_OWNER", "The project's owner, for the log.", "")
+    domino_starting_username: str = _setting("DOMINO_STARTING_USERNAME", "Who started the run, for the log.", "")
+
+    @field_validator("domino_api_host", "domino_api_proxy")
+    @classmethod
+    def _domino_is_on_the_web(cls, value: str) -> str:
+        # Domino's own clients take the proxy without a scheme.
+        return _web_address(value if "://" in value or not value else f"http://{value}")
+
+    @classmethod
+    def _problems(cls, values: Mapping[str, Any]) -> list[str]:
+        return [*super()._problems(values), *_unreadable("DOMINO_TOKEN_FILE", values, "file")]
+
+
+def _web_address(value: str) -> str:
+    """Return the address of a web server without its last slash; empty if it is."""
+    if value and not re.fullmatch(r"https?://[^\s\"'<>@?#]+", value):
+        raise ValueError
+    return value.rstrip("/")

@@ -49,6 +49,11 @@ LAZILY = (
     "mlflow.store.artifact.s3_artifact_repo",
     "mlflow.store.model_registry.rest_store",
     "mlflow.store.tracking.rest_store",
+    "prometheus_client",
+    "prometheus_client.exposition",
+    "standardwebhooks.webhooks",
+    "uvicorn.lifespan.off",
+    "uvicorn.loops.asyncio",
 )
 
 

@@ -21,14 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "how-it-works.md"
 BEGIN = "<!-- floors: made by `python -m scripts.house`; `make lint` compares it with the imports. -->\n"
 END = "<!-- end of floors -->\n"
-# Upper bounds, to be lowered as the program allows: modules, and floors of the drawing (0052, 0055, 0056, 0057).
-MODULES = 85
+# Upper bounds, to be lowered as the program allows: modules, and floors of the drawing (0052, 0055, 0056, 0057, 0061,
+# 0062).
+MODULES = 118
 FLOORS = 14
 # Names that may look alike, and why.
 ALIKE = {
     frozenset({"builder.errors", "builder.models.errors"}): "a package's own errors, as in requests.exceptions",
     frozenset({"builder.clients", "builder.package_index.client"}): "those of all services; that of one",
     frozenset({"builder.models.store", "builder.oci.store"}): "artifacts in MLflow's store; layers in a registry's",
+    frozenset({"builder.cli.listen", "builder.listener"}): "a command; what it runs",
     frozenset({"builder.wheels", "builder.wheels.wheel"}): "the package is named after BUILD_METHOD=wheels",
 }
 # Functions of a package that are called like a module of it: importing the module later replaces the function.

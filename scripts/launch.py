@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.1
 # Every variable that the program, MLflow, boto3 or an engine would take a setting from. What describes the machine's
 # network (proxies, CA bundles, package indexes) stays: the servers and the builds need it.
 _AMBIENT = re.compile(
-    r"(?:MLFLOW|REGISTRY|DOMINO|TARGET|BUILD|MODEL|SWEEP|KUBERNETES|BUILDAH|STORAGE|TRUST|ALLOWED|INSECURE)_.*"
+    r"(?:MLFLOW|REGISTRY|DOMINO|TARGET|BUILD|MODEL|SWEEP|KUBERNETES|LISTENER|SUBMIT|KUBE|BUILDAH|STORAGE|TRUST|ALLOWED|INSECURE)_.*"
     r"|BUILDER_(?!TEST_).*|AWS_(?!CA_BUNDLE$).*"
     r"|DOCKER_CONFIG|BASE_IMAGE|WHEEL_LAYERS|SECRETS_DIR|LOG_FORMAT|LOG_LEVEL|TERMINATION_LOG|RESOLVE_AS_OF|NO_COLOR"
 )

@@ -8,7 +8,17 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from builder.settings import BuildSettings, CatalogSettings, CommonSettings, Settings
+from builder.settings import (
+    BuildSettings,
+    CatalogSettings,
+    CommonSettings,
+    HookSettings,
+    ListenerAddress,
+    ListenSettings,
+    RemoteSettings,
+    Settings,
+    WebhookSettings,
+)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """\
@@ -23,6 +33,11 @@ Secret; the environment wins. An empty variable counts as not set.
 """
 GROUPS: tuple[tuple[str, type[CommonSettings], str], ...] = (
     ("What to publish, and where", Settings, "Read by `publish`, `plan`, `fetch`, `push`, `sweep` and `download`."),
+    ("The listener", ListenSettings, "Read by `listen`, beside the others."),
+    ("MLflow's webhook", WebhookSettings, "Read by `listen` and `webhook`."),
+    ("Where the listener is", ListenerAddress, "Read by `doctor`, `submit --via`, `hook` and `domino`."),
+    ("The listener's callers", RemoteSettings, "Read by `submit --via`, `hook` and `domino`."),
+    ("Domino", HookSettings, "Read by `hook` and `domino`; Domino sets most of them in a run."),
     ("MLflow and the versions on it", CatalogSettings, "Read by the same commands, and by `register`."),
     ("How a Dockerfile is run", BuildSettings, "Read by `publish`, `sweep` and `build`."),
     ("Everywhere", CommonSettings, "Read by every command."),

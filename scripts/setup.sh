@@ -13,7 +13,8 @@ demo_tools="docker-registry:docker-registry skopeo:skopeo buildah:buildah podman
   mmdebstrap:mmdebstrap qemu-aarch64-static:qemu-user-static update-binfmts:binfmt-support"
 cluster_tools="$demo_tools containerd:containerd ip:iproute2 iptables:iptables
   /usr/lib/cni/bridge:containernetworking-plugins"
-test_tools="$cluster_tools dockerd:docker.io"
+# A browser for the status page; promtool and Prometheus for rules and dashboard.
+test_tools="$cluster_tools dockerd:docker.io chromium:chromium chromedriver:chromium-driver promtool:prometheus"
 
 # Print the packages of those of the given words whose command is not there.
 missing() {

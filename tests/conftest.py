@@ -12,6 +12,8 @@ pytest_plugins = [
     "tests.servers.registries",
     "tests.servers.mlflow",
     "tests.servers.mlflow_releases",
+    "tests.servers.domino",
+    "tests.servers.interpreters",
     "tests.servers.images",
     "tests.servers.containers",
     "tests.servers.small",

@@ -18,6 +18,7 @@ from builder.process import side_by_side
 from scripts.launch import clean_environ
 from tests.models.http_answers import Answers, answering_server
 from tests.servers.small import small_files
+from tests.waiting import HANG
 
 PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 TABLE = PAGE.partition("## What there is")[2].partition("\n## ")[0]
@@ -106,13 +107,13 @@ def test_timings_are_those_of_one_publish():
         taken()
         with stage("theirs"):
             begun.set()
-            done.wait(60)
+            done.wait(HANG)
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(other,))
     taken()
     with stage("ours"):
         thread.start()
-        assert begun.wait(60)
+        assert begun.wait(HANG)
 
         def work(number):
             with stage("in a thread"):

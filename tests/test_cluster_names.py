@@ -161,6 +161,28 @@ def test_a_pod_that_only_begins_is_not_hindered():
     assert not_started([], ()) is None
 
 
+def mount(message, count=1):
+    return {"reason": "FailedMount", "message": f'MountVolume.SetUp failed for volume "x" : {message}', "count": count}
+
+
+def test_a_volume_that_a_busy_node_mounts_a_moment_later_is_no_hindrance():
+    waiting = [pod(phase="Pending", main=[("publish", waits("ContainerCreating"))])]
+    late = "failed to sync configmap cache: timed out waiting for the condition"
+    assert not_started(waiting, [mount(late)]) is None
+    absent = 'secret "not-there" not found'
+    assert absent in not_started(waiting, [mount(absent), mount(late)]).what
+    # It lasts.
+    assert late in not_started(waiting, [mount(late, count=20)]).what
+
+
+def test_a_configuration_that_a_busy_node_reads_a_moment_later_is_no_hindrance():
+    late = waits("CreateContainerConfigError", "failed to sync configmap cache: timed out waiting for the condition")
+    young, old = (pod(phase="Pending", main=[("publish", late)]) for _ in range(2))
+    young["metadata"]["creationTimestamp"] = datetime.now(tz=UTC).isoformat()
+    assert not_started([young], ()) is None
+    assert "configmap cache" in not_started([old], ()).what
+
+
 def test_a_quota_and_a_refusal_have_remedies_of_their_own():
     def event(message):
         return [{"reason": "FailedCreate", "message": message}]

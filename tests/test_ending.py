@@ -97,7 +97,7 @@ __main__.main()
 def ended(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
     environ = {**clean_environ(), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["publish"], 78), (["no-command"], 64)])

@@ -205,7 +205,7 @@ WAIT = "import resource, time\nwhile resource.getrlimit(resource.RLIMIT_DATA)[0]
 def limited(code, tmp_path, limits):
     lines = []
     argv = [sys.executable, "-c", code]
-    return run(argv, env=PATH, cwd=tmp_path, timeout=60, output=lines.append, name="it", limits=limits), lines
+    return run(argv, env=PATH, cwd=tmp_path, timeout=HANG, output=lines.append, name="it", limits=limits), lines
 
 
 def test_memory_is_limited_for_what_a_program_starts_as_well(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from builder.errors import ExitCode, InvalidSettings
 from builder.masking import masked
 from builder.reference import Platform
-from builder.settings import BuildSettings, CatalogSettings, Settings
+from builder.settings import BuildSettings, CatalogSettings, DoctorSettings, ListenSettings, Settings
 
 GOOD = {"MLFLOW_TRACKING_URI": "http://mlflow.example.com", "REGISTRY_URL": "quay.io/domino"}
 
@@ -217,3 +217,20 @@ def test_every_problem_is_an_item_of_a_list():
         "REGISTRY_URL",
         "SWEEP_ATTEMPTS",
     ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"STATUS_ACCESS": "token"},
+        {"LISTEN_CERTIFICATE": "/nonexistent/tls.crt", "LISTEN_KEY": "/nonexistent/tls.key"},
+        {"LISTEN_CERTIFICATE": "/nonexistent/tls.crt"},
+    ],
+    ids=["status page", "certificate", "half of it"],
+)
+def test_a_doctor_does_without_what_a_listener_alone_needs(changes):
+    with pytest.raises(InvalidSettings):
+        ListenSettings.from_environ({**GOOD, **changes})
+    assert DoctorSettings.from_environ({**GOOD, **changes}).listen_port
+    with pytest.raises(InvalidSettings, match="REGISTRY_USER is missing"):
+        DoctorSettings.from_environ({**GOOD, **changes, "REGISTRY_TOKEN": "t0ken-of-mine"})

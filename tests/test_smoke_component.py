@@ -73,9 +73,22 @@ def test_a_sidecar_runs_between_candidate_and_push(tmp_path, overlaid, method):
 @pytest.mark.parametrize("overlaid", ["base", "dockerfile"])
 def test_an_install_with_it_is_valid(tmp_path, overlaid, release):
     documents = install(tmp_path, overlaid, SMOKE_TEST_CANDIDATE=CANDIDATE)
-    assert documents["ConfigMap", "builder-settings"]["data"]["SWEEP_PARALLEL"] == "1"
     for document in documents.values():
         kubernetes_validate.validate(document, release, strict=True)
+
+
+@pytest.mark.parametrize("overlaid", ["base", "dockerfile"])
+def test_sweep_and_listener_start_one_job_at_a_time(tmp_path, overlaid):
+    documents = install(tmp_path, overlaid, SMOKE_TEST_CANDIDATE=CANDIDATE)
+    data = documents["ConfigMap", "builder-settings"]["data"]
+    assert (data["SWEEP_PARALLEL"], data["LISTEN_PARALLEL"]) == ("1", "1")
+    assert documents["Deployment", "builder-listener"]["spec"]["replicas"] == 1
+
+
+def test_a_node_with_the_only_listener_can_be_drained(tmp_path):
+    documents = install(tmp_path, "base", SMOKE_TEST_CANDIDATE=CANDIDATE)
+    budget = documents["PodDisruptionBudget", "builder-listener"]["spec"]
+    assert (budget["maxUnavailable"], budget.get("minAvailable")) == (1, None)
 
 
 def test_without_the_candidate_s_name_it_cannot_be_rendered(tmp_path):

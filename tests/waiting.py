@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Seconds. What is waited for comes within one on an idle machine; where it never comes, this is less than the bound of
 # a whole test (`timeout` in pyproject.toml), and the test's own message is seen.
 HANG = 300.0
+# For a command that waits for whole publishes, or for namespaces to be gone.
+LONG_HANG = 1500.0
 
 
 def ended(pid: int) -> bool:
@@ -31,3 +35,12 @@ def growing(first: float) -> Iterator[float]:
         seconds *= 4
     message = f"it did not begin within {seconds / 4:g} seconds"
     raise AssertionError(message)
+
+
+def until(there: Callable[[], Any]) -> Any:
+    """Return what a function returns, once that is true; it is asked again and again, since nothing tells."""
+    deadline = time.monotonic() + HANG
+    while not (found := there()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+    return found

@@ -215,17 +215,20 @@ class Warmed(Result):
 _WARM = Batch(kind=Warmed, logger="warm", modules=("mlflow", "builder.batch.warm"), gone="", key="of")
 
 
-def warm(settings: Settings, *, verify: bool = False) -> Iterator[Warmed]:
-    """Make the wheel layers and locks of every version that carries the target tag; yield each as it is done.
+def warm(settings: Settings, *, name: str = "", version: str = "", verify: bool = False) -> Iterator[Warmed]:
+    """Make the wheel layers and locks of versions; yield each as it is done.
 
     Args:
         settings: what the environment says; MODEL_NAME and MODEL_VERSION are not used.
+        name: of a model, one version of which is meant, whatever its tags; empty for all that carry the target tag.
+        version: of that model.
         verify: write nothing; rebuild layers, and compare what is stored with them.
 
     Raises:
         BuilderError: the listing failed. What fails of one version is yielded, not raised.
     """
-    versions = natural_order(MlflowCatalog.from_settings(settings).tagged(settings.target_tag))
+    catalog = MlflowCatalog.from_settings(settings)
+    versions = [catalog.find(name, version)] if name else natural_order(catalog.tagged(settings.target_tag))
     seen: dict[str, Check] = {}
 
     def in_child(children: Children, version: ModelVersion) -> Warmed:

@@ -9,22 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from builder.cluster.events import tell_failed, tell_hung, tell_submitted
 from builder.cluster.job import (
     JOB_NAME,
     METHOD,
     TEMPLATES,
+    WARM_TEMPLATE,
     created,
     is_of_source,
     job_name,
     job_of,
     state_of,
     uid,
+    warm_job_of,
 )
 from builder.errors import BuilderError, InvalidSettings, TryAgain, VersionNotFound
 from builder.log import get_logger
 from builder.publish.record import Outcome, Record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from builder.cluster.api_server import Cluster, Object
     from builder.models import Catalog, ModelVersion
     from builder.plan import Method
@@ -108,6 +113,26 @@ class Jobs:
         self.record(version).reset()
         return self.submit(self.catalog.find(version.name, version.version), method=method)
 
+    def warm(self, version: ModelVersion) -> str:
+        """Make the Job that makes a version's wheel layers ahead of time, unless it has one; return that name.
+
+        Args:
+            version: the version.
+
+        Returns:
+            The name of the Job that was made; empty if there was one.
+
+        Raises:
+            InvalidSettings: there is no template of such Jobs.
+            PermissionRefused: the account may not create it.
+        """
+        template = self.cluster.template(WARM_TEMPLATE)
+        if template is None:
+            message = f"The namespace {self.cluster.namespace} has no template {WARM_TEMPLATE}."
+            raise InvalidSettings(message, remedy="Add the component k8s/warm, or unset WARM_ON_CREATE.")
+        made = self.cluster.create_job(warm_job_of(template, version, target=self.settings.target))
+        return str(made["metadata"]["name"]) if made else ""
+
     def replace(self, there: Object | None, body: Object, version: ModelVersion) -> Submitted:
         """Create a Job; one of its name that has ended is deleted before.
 
@@ -128,6 +153,7 @@ class Jobs:
             if made is not None:
                 # The name is ours, so nobody else has begun to record anything since the version was found.
                 self.record(version).submitted()
+                tell_submitted(self.cluster, made, version)
                 _log.info("submitted", job=name, method=body["metadata"]["labels"].get(METHOD, ""))
                 return Submitted(job=made, created=True)
             there = self.cluster.job(name)
@@ -187,8 +213,21 @@ class Jobs:
             return outcome.interrupted
         return outcome.finished < created(job)
 
-    def record_end(self, version: ModelVersion, job: Object, error: BuilderError) -> bool:
+    def record_end(
+        self,
+        version: ModelVersion,
+        job: Object,
+        error: BuilderError,
+        *,
+        tell: Callable[[Cluster, Object, BuilderError], None] = tell_failed,
+    ) -> bool:
         """Record how a Job ended, in place of its Pods; not if the version is gone, or another by now.
+
+        Args:
+            version: the version.
+            job: its Job.
+            error: what ended it.
+            tell: makes the Event of it.
 
         Returns:
             False if MLflow did not take it, so that it is to be recorded later.
@@ -197,11 +236,16 @@ class Jobs:
             now = self.catalog.find(version.name, version.version)
         except VersionNotFound:
             return True
-        return not is_of_source(job, now) or self.record(now, attempt=uid(job)).not_recorded(error)
+        if not is_of_source(job, now):
+            return True
+        recorded = self.record(now, attempt=uid(job)).not_recorded(error)
+        if recorded:
+            tell(self.cluster, job, error)
+        return recorded
 
     def end(self, version: ModelVersion, job: Object, error: BuilderError) -> None:
         """Record why a Job does not go on, and delete it; if it cannot be recorded, the next sweep does both."""
-        if self.record_end(version, job, error):
+        if self.record_end(version, job, error, tell=tell_hung):
             self.cluster.delete_job(job)
             _log.warning("ended a Job that does not go on", job=job["metadata"]["name"], error=error.one_line())
 

@@ -6,11 +6,13 @@ client's classes do not know.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +23,7 @@ import yaml
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from builder.errors import BuilderError, Defect, InvalidSettings, PermissionRefused, ServiceUnavailable, TryAgain
+from builder.log import get_logger
 from builder.masking import one_line
 
 if TYPE_CHECKING:
@@ -34,20 +37,34 @@ NAMESPACE = "builder"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PAGE = 500
 _LONGEST_LINE = 1 << 16
+# etcd takes objects of 1.5 MiB.
+_LONGEST_OBJECT = 4 << 20
 _TIMEOUT = (5, 30)
+# Characters of an Event's message; the API server takes 1,024 bytes. Nobody waits for an Event for long.
+_LONGEST_MESSAGE = 500
+_EVENT_TIMEOUT = (5, 10)
+_log = get_logger("cluster")
 # A token or a client's certificate, as the account or the kubeconfig says.
 _AUTH = ["BearerToken"]
-_attempts = retry(
-    retry=retry_if_exception_type(ServiceUnavailable),
-    stop=stop_after_attempt(4),
-    wait=wait_random_exponential(multiplier=0.3, max=5),
-    reraise=True,
+_attempts, _two_attempts = (
+    retry(
+        retry=retry_if_exception_type(ServiceUnavailable),
+        stop=stop_after_attempt(most),
+        wait=wait_random_exponential(multiplier=0.3, max=5),
+        reraise=True,
+    )
+    for most in (4, 2)
 )
 
 
 def in_cluster(environ: Mapping[str, str]) -> bool:
     """Return whether this process is in a Pod that may use the Kubernetes API."""
     return bool(environ.get("KUBERNETES_SERVICE_HOST")) and (_ACCOUNT / "token").is_file()
+
+
+def import_client() -> None:
+    """Import the client: for a process that makes its `Cluster` in one of several threads."""
+    import_module("kubernetes.config")
 
 
 class Cluster:
@@ -84,7 +101,7 @@ class Cluster:
                 own = chosen["context"].get("namespace", "")
         except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
             # The client checks little of what a kubeconfig holds.
-            message = f"No cluster can be reached: {type(error).__name__}: {one_line(str(error), 300)}."
+            message = f"No cluster can be reached: {type(error).__name__}: {one_line(str(error), 300).rstrip('.')}."
             remedy = "Run this in a Pod with a service account, or set KUBECONFIG to a file that kubectl takes."
             raise InvalidSettings(message, remedy=remedy) from error
         self.namespace = namespace or own or NAMESPACE
@@ -110,6 +127,53 @@ class Cluster:
     def jobs(self, selector: str, *, fields: str = "") -> Iterator[Object]:
         """Yield the Jobs with some labels, and some values of fields, page by page."""
         return self._pages("list Jobs", "jobs", labelSelector=selector, fieldSelector=fields)
+
+    def jobs_as_of(self, selector: str) -> tuple[list[Object], str]:
+        """Return the Jobs with some labels, and the version of that listing, from which `job_changes` goes on."""
+        versions: list[str] = []
+        found = list(self._pages("list Jobs", "jobs", versions, labelSelector=selector))
+        return found, versions[0]
+
+    def job_changes(self, selector: str, version: str, *, seconds: int) -> Iterator[tuple[str, Object]]:
+        """Yield what happens to Jobs with some labels, until the API server ends the watch.
+
+        Args:
+            selector: the labels.
+            version: of the listing, or of the last change, to go on from.
+            seconds: after which the API server ends it.
+
+        Yields:
+            `OPENED` and an empty object once the API server has taken the request; then `ADDED`, `MODIFIED` or
+            `DELETED`, and the Job; `BOOKMARK` and an object with nothing but its version.
+
+        Raises:
+            ServiceUnavailable: the API server is away, or no longer knows that version: list again.
+        """
+        from urllib3.exceptions import HTTPError
+
+        watch: dict[str, str | int] = {
+            "watch": "true",
+            "labelSelector": selector,
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": seconds,
+        }
+        with self._answering("watch Jobs"):
+            answer = self._send("GET", self._path("jobs"), query=watch, timeout=(_TIMEOUT[0], seconds + 10))
+        try:
+            yield "OPENED", {}
+            for line in lines_of(answer.stream(amt=None, decode_content=True), longest=_LONGEST_OBJECT):
+                change = json.loads(line)
+                if change["type"] == "ERROR":
+                    message = f"The watch of Jobs has ended: {one_line(str(change['object'].get('message')), 300)}."
+                    raise ServiceUnavailable(message, remedy="Try again.")
+                yield change["type"], change["object"]
+        except (HTTPError, ValueError) as error:
+            message = f"The watch of Jobs was cut off: {one_line(str(error), 300)}."
+            raise ServiceUnavailable(message, remedy="Try again.") from error
+        finally:
+            # There may be more to come, so the connection cannot be used again.
+            answer.close()
 
     def pods(self, selector: str, *, fields: str = "") -> list[Object]:
         """Return the Pods with some labels, and some values of fields, the oldest first."""
@@ -156,6 +220,71 @@ class Cluster:
                 if error.status not in {HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT}:
                     raise
 
+    def record_event(self, job: Object, reason: str, message: str, *, warning: bool = False) -> None:
+        """Record something that happened to a Job as an Event of it, once: its name is made of UID and reason.
+
+        Nothing is raised: an Event is for people who look, and an account that may not create one works all the same.
+
+        Args:
+            job: the Job.
+            reason: what happened, in one word.
+            message: a sentence; it is cut to 500 characters.
+            warning: whether it is of the type `Warning`.
+        """
+        body = _event(job, reason, message, namespace=self.namespace, warning=warning)
+        try:
+            self._record(body)
+        except BuilderError as error:
+            _log.debug("an event is not recorded", event_name=body["metadata"]["name"], why=error.what)
+
+    @_two_attempts
+    def _record(self, event: Object) -> None:
+        with self._answering(f"create the event {event['metadata']['name']}"):
+            _read(self._send("POST", self._path("events"), body=event, timeout=_EVENT_TIMEOUT))
+
+    @_attempts
+    def account(self) -> str:
+        """Return as whom the API server knows this client."""
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+        with self._answering("say who asks"):
+            found = _read(self._send("POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", body=body))
+        return one_line(str(found["status"]["userInfo"].get("username", "")), 200)
+
+    @_attempts
+    def may(self, verb: str, kind: str, *, group: str = "", name: str = "") -> bool:
+        """Return whether the account may do something in the namespace.
+
+        Args:
+            verb: `get`, `create` and so on.
+            kind: the resource, perhaps with its part: `pods/log`.
+            group: the API's group; empty for the core's.
+            name: of the one object; empty for all.
+        """
+        kind, _, part = kind.partition("/")
+        asked = {"namespace": self.namespace, "verb": verb, "group": group, "resource": kind, "subresource": part}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": {**asked, "name": name}},
+        }
+        with self._answering("say what the account may do"):
+            path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+            return bool(_read(self._send("POST", path, body=body))["status"].get("allowed"))
+
+    @_attempts
+    def policy(self, kind: str, name: str) -> Object | None:
+        """Return an object of admission registration, such as a policy; None if it does not exist.
+
+        Args:
+            kind: `validatingadmissionpolicies` or `validatingadmissionpolicybindings`.
+            name: its name.
+
+        Raises:
+            PermissionRefused: the account may not see what belongs to the whole cluster.
+        """
+        with self._answering(f"read {name} of {kind}"):
+            return self._found_at(f"/apis/admissionregistration.k8s.io/v1/{kind}/{quote(name, safe='')}")
+
     def await_change(self, selector: str, *, seconds: int, of_jobs: bool = False) -> None:
         """Wait until a Pod, or a Job, with some labels changes, or some seconds have passed.
 
@@ -199,7 +328,9 @@ class Cluster:
         finally:
             answer.release_conn()
 
-    def _pages(self, what: str, kind: str, **selectors: str) -> Iterator[Object]:
+    def _pages(self, what: str, kind: str, versions: list[str] | None = None, **selectors: str) -> Iterator[Object]:
+        """Yield objects page by page; `versions` receives the version of each page, which are the same."""
+
         @_attempts
         def page(token: str) -> Object:
             asked = {name: value for name, value in {**selectors, "continue": token}.items() if value}
@@ -210,16 +341,21 @@ class Cluster:
         token = ""
         while True:
             answer = page(token)
+            if versions is not None:
+                versions.append(answer["metadata"]["resourceVersion"])
             yield from answer["items"]
             token = answer["metadata"].get("continue", "")
             if not token:
                 return
 
     def _found(self, kind: str, name: str) -> Object | None:
+        return self._found_at(self._path(kind, name))
+
+    def _found_at(self, path: str) -> Object | None:
         from kubernetes.client import ApiException
 
         try:
-            return _read(self._send("GET", self._path(kind, name)))
+            return _read(self._send("GET", path))
         except ApiException as error:
             if error.status == HTTPStatus.NOT_FOUND:
                 return None
@@ -276,8 +412,34 @@ class Cluster:
             raise ServiceUnavailable(message, remedy="Try again when it answers.") from error
 
 
-def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Yield the lines of a log; a line of more than 64 KiB comes in pieces, since nothing bounds a log."""
+def _event(job: Object, reason: str, message: str, *, namespace: str, warning: bool) -> Object:
+    """Return the Event of a Job; a Job made again has another UID, and so Events of its own."""
+    metadata = job["metadata"]
+    digest = hashlib.sha256(f"{metadata['uid']} {reason}".encode()).hexdigest()[:16]
+    now = datetime.now(tz=UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{metadata['name']}.{digest}", "namespace": namespace},
+        "involvedObject": {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "name": metadata["name"],
+            "namespace": namespace,
+            "uid": metadata["uid"],
+        },
+        "reason": reason,
+        "message": one_line(message, _LONGEST_MESSAGE),
+        "type": "Warning" if warning else "Normal",
+        "source": {"component": "builder"},
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+    }
+
+
+def lines_of(chunks: Iterable[bytes], *, longest: int = _LONGEST_LINE) -> Iterator[str]:
+    """Yield the lines of a log; a longer one than 64 KiB, or `longest`, comes in pieces: nothing bounds a log."""
     pieces: list[bytes] = []
     held = 0
     for chunk in chunks:
@@ -288,7 +450,7 @@ def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
         if rest:
             pieces.append(rest)
             held += len(rest)
-        if held > _LONGEST_LINE:
+        if held > longest:
             yield b"".join(pieces).decode(errors="replace")
             pieces, held = [], 0
     if pieces:

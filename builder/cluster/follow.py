@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from builder.cluster.job import JOB_NAME, JOB_UID, created, state_of, uid
+from builder.cluster.events import tell_failed, tell_published
+from builder.cluster.job import JOB_NAME, JOB_UID, created, seconds_since, state_of, uid
 from builder.cluster.pods import (
     begun,
     containers,
@@ -22,7 +23,7 @@ from builder.cluster.pods import (
     not_started,
     stuck,
 )
-from builder.errors import BuilderError, ServiceUnavailable, TryAgain, VersionNotFound
+from builder.errors import BuilderError, ServiceUnavailable, StillRunning, TryAgain, VersionNotFound
 from builder.log import get_logger, safe_line
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Ended:
     error: BuilderError | None = None
 
 
-def follow(jobs: Jobs, version: ModelVersion, job: Object) -> Ended:
+def follow(jobs: Jobs, version: ModelVersion, job: Object, *, seconds: float = math.inf) -> Ended:
     """Follow a Job to its end, and show its logs, and why its Pod does not start.
 
     A Job whose Pod does not start within JOB_START_TIMEOUT, or never will, is ended, and that is recorded.
@@ -74,13 +75,16 @@ def follow(jobs: Jobs, version: ModelVersion, job: Object) -> Ended:
         jobs: the Jobs it is one of.
         version: the version.
         job: the Job.
+        seconds: after which it is no longer followed.
 
     Raises:
+        StillRunning: the time is over; the Job goes on.
         TryAgain: the Job was deleted by somebody else.
     """
     labels = f"{JOB_NAME}={job['metadata']['name']}"
     logs = Logs(jobs.cluster)
     heard = time.monotonic()
+    until = heard + seconds
     while True:
         try:
             ended = _look(jobs, version, job, logs)
@@ -93,8 +97,19 @@ def follow(jobs: Jobs, version: ModelVersion, job: Object) -> Ended:
             ended = None
         if ended:
             logs.finish()
+            _tell(jobs.cluster, job, ended)
             return ended
+        if time.monotonic() >= until:
+            raise StillRunning.after(job["metadata"]["name"], seconds)
         jobs.cluster.await_change(labels, seconds=_LOOK)
+
+
+def _tell(cluster: Cluster, job: Object, ended: Ended) -> None:
+    """Record as an Event how a Job ended; one that was ended here, or recorded as failed, has its Event."""
+    if ended.image:
+        tell_published(cluster, job, ended.image)
+    elif ended.error:
+        tell_failed(cluster, job, ended.error)
 
 
 def _look(jobs: Jobs, version: ModelVersion, job: Object, logs: Logs) -> Ended | None:
@@ -108,7 +123,7 @@ def _look(jobs: Jobs, version: ModelVersion, job: Object, logs: Logs) -> Ended |
     pods = pods_of(cluster, job)
     for pod in pods:
         logs.show(pod)
-    if ended := _ended(jobs, version, now, pods):
+    if ended := end_of(jobs, version, now, pods):
         return ended
     error = hindered(cluster, now, pods)
     logs.tell(error)
@@ -118,8 +133,15 @@ def _look(jobs: Jobs, version: ModelVersion, job: Object, logs: Logs) -> Ended |
     return None
 
 
-def _ended(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object]) -> Ended | None:
-    """Return how a Job has ended; None while it runs. Its last Pod tells two seconds before the Job does."""
+def end_of(jobs: Jobs, version: ModelVersion, job: Object, pods: Sequence[Object]) -> Ended | None:
+    """Return how a Job has ended; None while it runs. An end that its Pods could not record is recorded.
+
+    Args:
+        jobs: the Jobs it is one of.
+        version: the version.
+        job: the Job as it is now.
+        pods: its Pods, the oldest first; the last one tells two seconds before the Job does.
+    """
     last = pods[-1] if pods else None
     if last and exit_code(last) == 0:
         return Ended(code=0, image=image_of(last))
@@ -221,14 +243,6 @@ def overdue(settings: Settings, job: Object, pods: Sequence[Object], error: Buil
     began = job.get("status", {}).get("startTime") or created(job)
     since = max([began, *(last_moment(pod) for pod in pods)])
     return not error.retryable or seconds_since(since) > settings.job_start_timeout
-
-
-def seconds_since(moment: str) -> float:
-    """Return the seconds since a moment, RFC 3339 in UTC; 0 where it cannot be read."""
-    try:
-        return (datetime.now(tz=UTC) - datetime.fromisoformat(moment)).total_seconds()
-    except (ValueError, TypeError):
-        return 0
 
 
 def log_of(jobs: Jobs, version: ModelVersion, *, follow: bool = False) -> Iterator[tuple[str, str]]:

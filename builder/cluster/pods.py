@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from builder.cluster.job import JOB_UID, failure, uid
+from builder.cluster.job import JOB_UID, created, failure, seconds_since, uid
 from builder.errors import BuilderError, ExitCode, OverBudget, TryAgain, VersionCrashed, of_code
 from builder.masking import one_line
 
@@ -24,9 +25,14 @@ _WAITS = frozenset(
         "CreatePodSandboxError",
     }
 )  # fmt: skip
+_PHASES = frozenset({"preflight", "fetch", "build", "candidate", "push"})
+_MOST_SECONDS = 10_000_000
 _KILLED = 137
 _CODES = frozenset(int(code) for code in ExitCode if code)
 _KIND = re.compile(r"[A-Za-z]+: ")
+# A kubelet that has not read a Secret yet says so in a warning, and mounts it a moment later; see kubernetes#99475.
+_NOT_READ_YET = re.compile(r"failed to sync \w+ cache: timed out|object \S+ not registered")
+_FEW, _SOON = 5, 60
 _LONGEST = 400
 _REMEDY_MEMORY = "Raise the memory limit of that container in the template, or make the model smaller."
 
@@ -63,7 +69,7 @@ def _not_created(events: Sequence[Object]) -> PodNotStarted | None:
     if not found:
         return None
     said = found[-1]
-    if "exceeded quota" in said:
+    if "exceeded quota" in said or "unknown for quota" in said:
         remedy = "Raise the namespace's quota, or wait for other Jobs to end."
     elif "PodSecurity" in said or "denied" in said:
         remedy = "The namespace does not admit this Pod: see docs/kubernetes.md for what each template needs."
@@ -76,7 +82,7 @@ def _waiting(pod: Object) -> PodNotStarted | None:
     for name, status in _statuses(pod):
         waiting = status.get("state", {}).get("waiting", {})
         reason = waiting.get("reason", "")
-        if reason in _WAITS:
+        if reason in _WAITS and not (_not_read_yet(waiting) and seconds_since(created(pod)) < _SOON):
             image = "Image" in reason or "Registry" in reason
             remedy = (
                 "Check the image's name in the templates, and the pull Secret of the service account."
@@ -98,10 +104,15 @@ def _unscheduled(pod: Object) -> PodNotStarted | None:
 def _without_volume(events: Sequence[Object]) -> PodNotStarted | None:
     told = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedMapVolume"}
     for event in reversed(events):
-        if event.get("reason") in told:
+        if event.get("reason") in told and not (_not_read_yet(event) and (event.get("count") or 1) < _FEW):
             remedy = "Check the Secrets and ConfigMaps that the template names, and the node."
             return _not_started(str(event["reason"]), event.get("message", ""), remedy)
     return None
+
+
+def _not_read_yet(told: Object) -> bool:
+    """Return whether an event, or what a container waits for, is of a kubelet that is only late."""
+    return bool(_NOT_READ_YET.search(told.get("message") or ""))
 
 
 def _not_started(what: str, said: str, remedy: str) -> PodNotStarted:
@@ -213,10 +224,40 @@ def exit_code(pod: Object) -> int | None:
 
 def image_of(pod: Object) -> str:
     """Return the digest reference that a Pod's publisher left in its termination message; empty if there is none."""
+    return str(result_of(pod).get("image") or "")
+
+
+def result_of(pod: Object) -> Object:
+    """Return what a Pod's publisher left in its termination message when it had published; empty if it has not."""
     for container, state in _statuses(pod):
         if container in {"push", "publish"}:
-            return str(_told(container, state.get("state", {}).get("terminated") or {}).get("image") or "")
-    return ""
+            return _told(container, state.get("state", {}).get("terminated") or {})
+    return {}
+
+
+def phase_seconds(pod: Object) -> dict[str, float]:
+    """Return how long each phase of a Pod that has ended took: those of its containers, or what `publish` told.
+
+    `start` is the time until its first container began: scheduling, and the pull of the builder image.
+    """
+    found: dict[str, float] = {}
+    began = ""
+    for container, state in _phases(pod):
+        ended = state.get("state", {}).get("terminated") or {}
+        moments = str(ended.get("startedAt") or ""), str(ended.get("finishedAt") or "")
+        began = began or moments[0]
+        if container in _PHASES and all(moments):
+            found[container] = _between(*moments)
+    told = result_of(pod).get("seconds")
+    for phase, seconds in (told if isinstance(told, dict) else {}).items():
+        if phase in _PHASES and isinstance(seconds, (int, float)) and 0 <= seconds < _MOST_SECONDS:
+            found.setdefault(phase, float(seconds))
+    return {"start": _between(str(pod["metadata"]["creationTimestamp"]), began), **found} if began else found
+
+
+def _between(start: str, end: str) -> float:
+    """Return the seconds between two moments, RFC 3339; 0 where the clocks of two machines disagree."""
+    return max((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds(), 0.0)
 
 
 def containers(pod: Object) -> list[tuple[str, str]]:

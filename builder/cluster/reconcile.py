@@ -12,17 +12,29 @@ from typing import TYPE_CHECKING
 from builder.batch import Batch, Result
 from builder.batch.sweep import in_vain, log_near_misses, settled
 from builder.cluster import Jobs
-from builder.cluster.follow import hindered, overdue, seconds_since
-from builder.cluster.job import MODEL_NAME, MODEL_VERSION, is_of_source, job_of, selector, state_of
+from builder.cluster.follow import hindered, overdue, pods_of
+from builder.cluster.job import (
+    MADE_BY,
+    MODEL_NAME,
+    MODEL_VERSION,
+    SWEEP,
+    is_of_source,
+    job_of,
+    seconds_since,
+    selector,
+    slim,
+    state_of,
+)
 from builder.cluster.pods import ending, is_of_job
-from builder.errors import BuilderError, InvalidSettings, PermissionRefused
+from builder.errors import BuilderError, InvalidSettings, InvalidVersion, PermissionRefused
 from builder.log import get_logger
+from builder.models import wanted_platforms
 from builder.models.catalog import MlflowCatalog
 from builder.publish.inspect import reference_of
 from builder.publish.record import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from builder.cluster.api_server import Cluster, Object
     from builder.models import ModelVersion
@@ -30,6 +42,7 @@ if TYPE_CHECKING:
     from builder.settings import Settings
 
 _LONGEST_PAUSE = timedelta(days=1)
+_DESELECTED = "no longer carries the target tag"
 _SWEEP = Batch(kind=Result, logger="sweep", modules=())
 _log = get_logger("sweep")
 
@@ -49,7 +62,13 @@ def reconcile(settings: Settings, cluster: Cluster, *, retry_failed: bool = Fals
         BuilderError: a listing failed. What fails of one version is yielded, not raised.
     """
     catalog = MlflowCatalog.from_settings(settings)
-    sweep = _Sweep(Jobs(settings=settings, cluster=cluster, catalog=catalog), retry_failed=retry_failed)
+    jobs = cluster.jobs(selector(settings.target))
+    sweep = _Sweep(
+        Jobs(settings=settings, cluster=cluster, catalog=catalog),
+        retry_failed=retry_failed,
+        by_name={job["metadata"]["name"]: slim(job) for job in jobs},
+        by=SWEEP,
+    )
     seen = False
     for version in catalog.tagged(settings.target_tag):
         seen = True
@@ -62,19 +81,66 @@ def reconcile(settings: Settings, cluster: Cluster, *, retry_failed: bool = Fals
     yield from sweep.submit_all()
 
 
+def reconcile_one(
+    jobs: Jobs, version: ModelVersion, *, retry_failed: bool = False, after_its_job: bool = False
+) -> Result:  # fmt: skip
+    """Make the Job of one tagged version, if a sweep would; return what was done.
+
+    Args:
+        jobs: the Jobs it would be one of.
+        version: the version, as it was found just now.
+        retry_failed: make it although the version has failed before, without a pause.
+        after_its_job: its Job has just ended. One that has published this source is not followed by another, whatever
+            the settings here say, which may be older than its own; but for platforms that the author has added.
+
+    Raises:
+        BuilderError: the Job cannot be made.
+    """
+    if not version.selected_by(jobs.settings.target_tag):
+        return Result(name=str(version), state="gone", detail=_DESELECTED)
+    name = jobs.name_of(version)
+    job = jobs.cluster.job(name)
+    if job and state_of(job) == "active":
+        return Result(name=str(version), state="running", detail=f"Job {name}")
+    done = after_its_job and job and state_of(job) == "complete" and is_of_source(job, version)
+    if done and not _asks_for_more(version, jobs.settings.target):
+        return Result(name=str(version), state="current", detail=f"Job {name} has ended")
+    if job and state_of(job) == "failed" and is_of_source(job, version) and jobs.unrecorded(version, job):
+        jobs.record_end(version, job, ending(job, pods_of(jobs.cluster, job)))
+        version = jobs.catalog.find(version.name, version.version)
+    sweep = _Sweep(jobs, retry_failed=retry_failed, by_name={name: job} if job else {})
+    found = sweep.look(version)
+    return found if found.state != "queued" else sweep.submit(version)
+
+
+def _asks_for_more(version: ModelVersion, target: str) -> bool:
+    """Return whether a version names platforms that are not published: its tag has changed while its Job ran."""
+    outcome = Outcome.of(version, target)
+    try:
+        wanted = wanted_platforms(version, ())
+    except InvalidVersion:
+        return False
+    return outcome.state == "published" and not set(map(str, wanted)) <= set(outcome.platforms)
+
+
 @dataclass
 class _Sweep:
     """One sweep: what it has found so far.
 
     Attributes:
+        jobs: the Jobs of its target.
+        retry_failed: whether versions are tried again that have failed.
         by_name: the target's Jobs, as of the beginning, less what is large and not looked at.
+        by: what its Jobs say of who made them; empty for none.
         queue: the versions that need a Job, without their tags, each with what decides its turn.
-        active: the names of Jobs that run.
+        active: the names of Jobs that run and that sweeps have made: whatever others ask for holds no sweep back, but
+            where all Jobs share one candidate (SMOKE_TEST_CANDIDATE).
     """
 
     jobs: Jobs
     retry_failed: bool
-    by_name: dict[str, Object] = field(init=False)
+    by_name: dict[str, Object]
+    by: str = ""
     queue: list[tuple[tuple[int, bool, int], ModelVersion]] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     _templates: dict[Method, Object] = field(default_factory=dict)
@@ -83,9 +149,14 @@ class _Sweep:
 
     def __post_init__(self) -> None:
         self.settings, self.cluster = self.jobs.settings, self.jobs.cluster
-        jobs = self.cluster.jobs(selector(self.settings.target))
-        self.by_name = {job["metadata"]["name"]: _slim(job) for job in jobs}
-        self.active = {name for name, job in self.by_name.items() if state_of(job) == "active"}
+        self.active = self._running(self.by_name.values())
+
+    def _running(self, jobs: Iterable[Object]) -> set[str]:
+        """Return the names of the Jobs that run and count: those of sweeps, or all where they share a candidate."""
+        running = [job["metadata"] for job in jobs if state_of(job) == "active"]
+        if self.settings.smoke_test_candidate is None:
+            running = [each for each in running if (each.get("annotations") or {}).get(MADE_BY) == SWEEP]
+        return {each["name"] for each in running}
 
     def look(self, version: ModelVersion) -> Result:
         """Return what is to be done about a version; `queued` where it needs a Job, and is now in the queue."""
@@ -138,7 +209,7 @@ class _Sweep:
         """Return the Pods of a Job; those of all Jobs are listed once."""
         if self._pods is None:
             found = self.cluster.pods(selector(self.settings.target), fields="status.phase!=Succeeded")
-            self._pods = [_slim(pod) for pod in found]
+            self._pods = [slim(pod) for pod in found]
         return [pod for pod in self._pods if is_of_job(pod, job)]
 
     def _foreign(self, version: ModelVersion, outcome: Outcome) -> Result | None:
@@ -163,7 +234,7 @@ class _Sweep:
         while left:
             while left and len(self.active) < self.settings.sweep_parallel and refused < _MOST_REFUSED:
                 version = left.popleft()
-                found = _SWEEP.result(version, partial(self._submit, version))
+                found = _SWEEP.result(version, partial(self._submit_listed, version))
                 refused = refused + 1 if isinstance(found.error, _REFUSALS) and not found.own_fault else 0
                 yield found
             if refused >= _MOST_REFUSED:
@@ -174,27 +245,29 @@ class _Sweep:
             labels = selector(self.settings.target)
             self.cluster.await_change(labels, seconds=int(min(remaining, _LOOK)) + 1, of_jobs=True)
             unfinished = self.cluster.jobs(labels, fields="status.successful=0")
-            self.active = {job["metadata"]["name"] for job in unfinished if state_of(job) == "active"}
+            self.active = self._running(unfinished)
         for version in left:
             why = "the last Jobs were refused" if refused >= _MOST_REFUSED else "waits for other Jobs to end"
             yield Result(name=str(version), version=version, state="queued", detail=why)
 
-    def _submit(self, version: ModelVersion) -> Result:
-        settings = self.settings
+    def _submit_listed(self, version: ModelVersion) -> Result:
         # The listing may be hours old by now.
         version = self.jobs.catalog.find(version.name, version.version)
-        if not version.selected_by(settings.target_tag):
-            return Result(name=str(version), state="gone", detail="no longer carries the target tag")
-        if found := settled(settings, version, retry=self.retry_failed):
-            return found
+        if not version.selected_by(self.settings.target_tag):
+            return Result(name=str(version), state="gone", detail=_DESELECTED)
+        return settled(self.settings, version, retry=self.retry_failed) or self.submit(version)
+
+    def submit(self, version: ModelVersion) -> Result:
+        """Make the Job of a version that was found just now."""
         last = self.by_name.get(self.jobs.name_of(version))
         with self.jobs.record(version).failures():
             method = self.jobs.method_of(version, last)
             if method not in self._templates:
                 self._templates[method] = self.jobs.template_of(method)
-            body = job_of(self._templates[method], version, target=settings.target)
+            body = job_of(self._templates[method], version, target=self.settings.target, by=self.by)
             made = self.jobs.replace(last, body, version)
-        self.active.add(made.name)
+        if made.created:
+            self.active.add(made.name)
         return Result(name=str(version), state="submitted" if made.created else "running", detail=f"Job {made.name}")
 
 
@@ -203,16 +276,6 @@ _LOOK = 10
 # After so many refusals in a row that are no version's fault, the next version would be refused, too.
 _MOST_REFUSED = 3
 _REFUSALS = (PermissionRefused, InvalidSettings)
-
-
-def _slim(found: Object) -> Object:
-    """Return a Job or a Pod without what is not looked at: most of the Pod, and the record of who set which field."""
-    metadata = {name: value for name, value in found["metadata"].items() if name != "managedFields"}
-    spec = {name: value for name, value in found["spec"].items() if name not in {"template", "volumes"}}
-    for kind in ("initContainers", "containers"):
-        if kind in spec:
-            spec[kind] = [{key: each[key] for key in ("name", "restartPolicy") if key in each} for each in spec[kind]]
-    return {**found, "metadata": metadata, "spec": spec}
 
 
 def next_try(settings: Settings, outcome: Outcome) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from builder.cluster import Jobs
 from builder.cluster.follow import hindered, pods_of
 from builder.cluster.job import METHOD, created, is_of_source, selector, state_of
-from builder.cluster.pods import begun, ending
+from builder.cluster.pods import begun, ending, exit_code
 from builder.cluster.reconcile import next_try
 from builder.publish.record import Outcome
 
@@ -37,6 +37,7 @@ class Status:
         next_try: when a sweep tries it again, RFC 3339 in UTC; `builder retry` if only a hand does.
         job: the name of its Job, if that is still there.
         error: what went wrong last, or why its Pod does not start.
+        log: address of the last attempt's log, where LOG_URL says it.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Status:
     next_try: str = ""
     job: str = ""
     error: str = ""
+    log: str = ""
 
 
 def status(
@@ -72,13 +74,14 @@ def status(
     else:
         versions = (each for each in catalog.tagged(settings.target_tag) if name in {"", each.name})
     if cluster is None:
-        return [_by_tags(settings, each) for each in versions]
+        return [by_tags(settings, each) for each in versions]
     jobs = Jobs(settings=settings, cluster=cluster, catalog=catalog)
     there = {job["metadata"]["name"]: job for job in cluster.jobs(selector(settings.target))}
-    return [_with_job(jobs, each, there.get(jobs.name_of(each))) for each in versions]
+    return [with_job(jobs, each, there.get(jobs.name_of(each))) for each in versions]
 
 
-def _by_tags(settings: Settings, version: ModelVersion) -> Status:
+def by_tags(settings: Settings, version: ModelVersion) -> Status:
+    """Return what a version's own tags tell."""
     outcome = Outcome.of(version, settings.target)
     same = outcome.source_id in {"", version.source_id()}
     state, since, error = (outcome.state if same else "") or "new", outcome.finished, outcome.error
@@ -95,17 +98,31 @@ def _by_tags(settings: Settings, version: ModelVersion) -> Status:
         since=since,
         next_try=when,
         error=error,
+        log=outcome.log,
     )
 
 
-def _with_job(jobs: Jobs, version: ModelVersion, job: Object | None) -> Status:
-    found = _by_tags(jobs.settings, version)
+def with_job(jobs: Jobs, version: ModelVersion, job: Object | None) -> Status:
+    """Return what a version's tags and its Job tell; a Job that has not ended is asked for its Pods.
+
+    Args:
+        jobs: the Jobs it is one of.
+        version: the version.
+        job: its Job; None where it has none.
+
+    Raises:
+        BuilderError: the cluster is away.
+    """
+    found = by_tags(jobs.settings, version)
     if job is None:
         return found
     name = str(job["metadata"]["name"])
     found = replace(found, job=name, method=str((job["metadata"].get("labels") or {}).get(METHOD, "")))
     if state_of(job) == "active":
         pods = pods_of(jobs.cluster, job)
+        if pods and exit_code(pods[-1]) == 0:
+            # The Job tells so some seconds later.
+            return found
         error = hindered(jobs.cluster, job, pods)
         state = "running" if any(map(begun, pods)) else "pending"
         said = error.one_line() if error else ""

@@ -58,6 +58,11 @@ _VERSION = re.compile(r"[0-9]{1,10}")
 _ALIAS = re.compile(r"@[^\s/:@]{1,255}")
 
 
+def selects(value: str) -> bool:
+    """Return whether a target's tag with this value selects a version: `true`, in any case."""
+    return value.strip().lower() == "true"
+
+
 class ModelVersion(BaseModel):
     """One version of a registered model, as MLflow's search for versions returns it.
 
@@ -96,7 +101,7 @@ class ModelVersion(BaseModel):
 
     def selected_by(self, target_tag: str) -> bool:
         """Return whether the version carries the target's tag with the value `true`, in any case."""
-        return self.tags.get(target_tag, "").strip().lower() == "true"
+        return selects(self.tags.get(target_tag, ""))
 
     def source_id(self) -> str:
         """Return the hash of all that decides whether this version's image has to be made again.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _IS_PROMPT = "mlflow.prompt.is_prompt"
 _PAGE = 500
+_RUNS = 100
 _MOST_LISTED = 10_000
 _MOST_MODELS = 1000
 _log = get_logger("models")
@@ -122,6 +123,12 @@ class MlflowCatalog:
         except InvalidVersion as error:
             _log.info("MLflow cannot search by tag: every version is listed", tag=tag, reason=error.what)
             yield from self._search(None, tag)
+
+    def of_runs(self, run_ids: Sequence[str]) -> Iterator[ModelVersion]:
+        """Yield the versions that were registered from some MLflow runs."""
+        for start in range(0, len(run_ids), _RUNS):
+            some = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + _RUNS])
+            yield from self._listed(f"run_id IN ({some})", "search versions by their runs")
 
     def _search(self, query: str | None, tag: str) -> Iterator[ModelVersion]:
         seen: set[tuple[str, str]] = set()

@@ -98,6 +98,20 @@ class Credentials:
             return self._credential
         return self._configured(host) or self._identity(host)
 
+    def source(self, host: str) -> str:
+        """Return what names a credential for a registry host, for people; empty where nothing does. Nothing is run.
+
+        Raises:
+            InvalidSettings: config.json is not Docker's.
+        """
+        host = canonical(host)
+        if host == self._explicit:
+            return "REGISTRY_USER"
+        config = _read(self._docker_config / "config.json") if self._docker_config else {}
+        if helper := _entry(config.get("credHelpers"), host) or config.get("credsStore"):
+            return f"docker-credential-{one_line(str(helper), 64)}"
+        return "config.json" if _entry(config.get("auths"), host) else ""
+
     def _configured(self, host: str) -> Credential | None:
         """Return the credential that DOCKER_CONFIG has for a host."""
         if not self._docker_config:

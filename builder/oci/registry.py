@@ -11,7 +11,7 @@ from http import HTTPStatus
 import httpx2
 
 from builder.errors import BuilderError, BuildFailed, PermissionRefused, TryAgain
-from builder.log import get_logger, moved
+from builder.log import get_logger, moved, transferred
 from builder.oci import (
     CONFIGS,
     INDEXES,
@@ -193,8 +193,12 @@ class Registry:
         Raises:
             BuildFailed: the blob does not have the content that its digest says.
         """
-        if self.has_blob(repository, blob.digest):
-            return 0
+        sent = 0 if self.has_blob(repository, blob.digest) else self._push_blob(repository, blob, mount_from)
+        transferred(str(blob.digest), blob.size, sent=sent)
+        return sent
+
+    def _push_blob(self, repository: Repository, blob: Blob, mount_from: Sequence[Repository]) -> int:
+        """Mount or send a blob that is not there; return how many bytes were sent."""
         what = f"Pushing blob {blob.digest} to {repository}"
 
         def push(until: float) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from structlog.contextvars import bound_contextvars
@@ -30,7 +30,7 @@ from builder.errors import (
     TryAgain,
     UsageError,
 )
-from builder.log import get_logger, safe_line, stage, taken
+from builder.log import get_logger, safe_line, stage, taken, transfers
 from builder.models import TAG_PLATFORMS, ModelVersion
 from builder.models.context import Progress, content_digest, sketch_context, write_context
 from builder.plan import Build, Plan
@@ -44,6 +44,7 @@ from builder.publish.inspect import (
     same_version,
     survey,
 )
+from builder.publish.log_link import log_link
 from builder.publish.record import Record
 from builder.reference import Platform, Reference
 from builder.settings import BuildSettings, CommonSettings, Settings, network
@@ -63,6 +64,10 @@ class Published:
         platforms: what the image runs on, as `os/architecture[/variant]`.
         changed: whether the registry was changed.
         size: bytes of the images that were made, compressed, all platforms together; 0 if nothing was made.
+        method: how they were made: `wheels`, `dockerfile`, both separated by a comma, or empty if nothing was made.
+        seconds: that each phase took which ran in this process: `fetch`, `build`, `push`.
+        sent: bytes that were sent to the registry.
+        saved: bytes of the images that were not sent, since the registry had them.
     """
 
     version: ModelVersion
@@ -71,6 +76,10 @@ class Published:
     platforms: tuple[str, ...]
     changed: bool
     size: int = 0
+    method: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    sent: int = 0
+    saved: int = 0
 
 
 def publish(
@@ -139,12 +148,23 @@ def publish_version(
     # One for both phases: push has what fetch leaves. An engine has bounds of its own.
     deadline = Deadline(Budget.of(services.settings), version)
     plan = fetch(services, workspace, version, force=force, rebuild=rebuild, progress=progress, deadline=deadline)
+    seconds = {"fetch": _since(began)}
     if plan.made_by("dockerfile"):
+        built = time.monotonic()
         with stage("build"):
             build(services.settings, workspace)
+        seconds["build"] = _since(built)
     published = push(services, workspace, deadline=deadline)
     _log_published(plan, published, began)
-    return published
+    return replace(published, seconds={**seconds, **published.seconds})
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
+
+
+def _methods(plan: Plan) -> str:
+    return ",".join(sorted({step.method for step in plan.platforms if isinstance(step, Build)}))
 
 
 def _log_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
@@ -163,9 +183,9 @@ def _log_end(plan: Plan, event: str, began: float, **facts: str | int) -> None:
             event,
             image=str(plan.reference),
             **facts,
-            method=",".join(sorted({step.method for step in plan.platforms if isinstance(step, Build)})),
+            method=_methods(plan),
             platforms=sorted(str(step.platform) for step in plan.platforms),
-            seconds=round(time.monotonic() - began, 3),
+            seconds=_since(began),
         )
 
 
@@ -219,8 +239,13 @@ def record_of(services: Services, version: ModelVersion) -> Record:
     """Return the record of a version, for the target and the attempt of the settings."""
     settings = services.settings
     return Record(
-        services.catalog, version, settings.target, version.source_id(), attempt=settings.attempt_id
-    )  # fmt: skip
+        services.catalog,
+        version,
+        settings.target,
+        version.source_id(),
+        attempt=settings.attempt_id,
+        log=log_link(settings, version) if settings.log_url else "",
+    )
 
 
 # ---- preflight: MLflow read and write, registry push
@@ -517,6 +542,8 @@ def _begun(services: Services, plan: Plan, deadline: Deadline) -> tuple[ModelVer
 
 
 def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadline) -> Published:
+    began = time.monotonic()
+    transfers()
     now, record = _begun(services, plan, deadline)
     tag = plan.reference
     if plan.action == "foreign":
@@ -537,8 +564,19 @@ def _push(services: Services, workspace: Workspace, plan: Plan, deadline: Deadli
     pinned = tag.repository.digest(digest)
     record.succeeded(plan, pinned)
     platforms = tuple(str(step.platform) for step in plan.platforms)
-    changed = plan.action != "nothing"
-    return Published(version=now, tag=tag, reference=pinned, platforms=platforms, changed=changed, size=size)
+    sent, saved = transfers()
+    return Published(
+        version=now,
+        tag=tag,
+        reference=pinned,
+        platforms=platforms,
+        changed=plan.action != "nothing",
+        size=size,
+        method=_methods(plan),
+        seconds={"push": _since(began)},
+        sent=sent,
+        saved=saved,
+    )
 
 
 # ---- the phases, each for a container of its own

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from builder.clients import Registries, Services
 from builder.errors import InvalidVersion, TryAgain, UsageError
-from builder.log import get_logger, stage
+from builder.log import get_logger, stage, transferred
 from builder.masking import one_line
 from builder.models.context import listing_digest
 from builder.oci import OCI_INDEX, OCI_MANIFEST, Blob, BytesBlob, Descriptor, from_bytes, to_bytes
@@ -143,7 +143,9 @@ class _Target:
             blob = RemoteBlob(registry=source, repository=home, descriptor=layer)
             if home.host == self.registry.host:
                 self.push(blob, (home,))
-            elif not self.registry.has_blob(self.repository, layer.digest):
+            elif self.registry.has_blob(self.repository, layer.digest):
+                transferred(str(layer.digest), layer.size, sent=0)
+            else:
                 _log.info("copying a layer of the base image", base=str(base.reference), size=layer.size)
                 self.registry.push_blob(self.store.repository, Stoppable(blob, self.stop))
                 kept = RemoteBlob(registry=self.registry, repository=self.store.repository, descriptor=layer)

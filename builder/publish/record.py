@@ -24,6 +24,7 @@ _LONGEST_ERROR = 1000
 _NOT_COUNTED = "(not counted)"
 _INTERRUPTED = "Terminated"
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_WEB_PAGE = re.compile(r"https?://[^\s\"'<>]{1,4000}")
 _log = get_logger("outcome")
 
 
@@ -46,6 +47,7 @@ class Outcome(BaseModel):
         finished: when it ended, RFC 3339 in UTC.
         smoke_test: the result of running an image: `passed: …` or `failed: …` with its platform and digest,
             `not possible: …` with the reason, or `off`.
+        log: address of the last attempt's log; empty where none is known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +64,7 @@ class Outcome(BaseModel):
     attempt: str = ""
     finished: str = ""
     smoke_test: str = ""
+    log: str = ""
 
     @classmethod
     def of(cls, version: ModelVersion, target: str) -> Outcome:
@@ -73,7 +76,7 @@ class Outcome(BaseModel):
         def tag(name: str) -> str:
             return version.tags.get(f"publish.{target}.{name}", "").strip()
 
-        state, attempts = tag("state"), tag("attempts")
+        state, attempts, log = tag("state"), tag("attempts"), tag("log")
         return cls(
             target=target,
             state=cast("State", state) if state in get_args(State) else "",
@@ -87,6 +90,8 @@ class Outcome(BaseModel):
             attempt=tag("attempt"),
             finished=tag("finished"),
             smoke_test=tag("smoke_test"),
+            # People follow it: nothing but a web page.
+            log=log if _WEB_PAGE.fullmatch(log) else "",
         )
 
     def values(self) -> dict[str, str]:
@@ -102,6 +107,7 @@ class Outcome(BaseModel):
             "attempt": self.attempt,
             "finished": self.finished,
             "smoke_test": self.smoke_test,
+            "log": self.log,
             "state": self.state,
         }
 
@@ -172,15 +178,23 @@ class Record:
         target: the target's name.
         source_id: of the source that is being published.
         attempt: as ATTEMPT_ID: what all processes of one attempt share; empty for an attempt in a process of its own.
+        log: address of the attempt's log; empty where it is not known.
     """
 
     def __init__(
-        self, catalog: Catalog, version: ModelVersion, target: str, source_id: str, *, attempt: str = ""
-    ) -> None:  # fmt: skip
+        self,
+        catalog: Catalog,
+        version: ModelVersion,
+        target: str,
+        source_id: str,
+        *,
+        attempt: str = "",
+        log: str = "",
+    ) -> None:
         self._catalog = catalog
         self._version = version
         self._source_id = source_id
-        self._attempt = attempt
+        self._attempt, self._log = attempt, log
         self._before = Outcome.of(version, target)
         self._plan: Plan | None = None
 
@@ -209,6 +223,7 @@ class Record:
             attempts=max(self._before.attempts, 1) if counted else self._before.attempts + 1 if again else 1,
             attempt=self._attempt,
             smoke_test=self._before.smoke_test if self._same_source else "",
+            log=self._log,
         )
 
     @property
@@ -278,7 +293,7 @@ class Record:
         if self._before.state in {"published", "running"} and self._same_source:
             return
         facts: dict[str, Any] = {} if self._same_source else {"attempts": 0, "wanted": (), "image": "", "platforms": ()}
-        self._write(**facts, fresh=True, state="pending", source_id=self._source_id, error="")
+        self._write(**facts, fresh=True, state="pending", source_id=self._source_id, error="", log="")
 
     def reset(self) -> None:
         """Record that somebody wants the version to be tried again: earlier attempts no longer count."""
@@ -332,6 +347,7 @@ class Record:
             attempts=max(attempts, 0),
             attempt=self._attempt if own_fault or not self._attempt else f"{self._attempt} {_NOT_COUNTED}",
             finished=_now(),
+            log=self._log or self._before.log,
         )
 
     @property

@@ -222,12 +222,13 @@ class Trial:
             CannotRun: it cannot be run here.
             SmokeTestFailed: it ended, or does not answer as it should.
         """
-        self._began = time.monotonic()
         try:
             self._runtime.start(self._name, limits)
         except CannotStart as error:
             message = f"A container of the image does not start: {printable(str(error))}."
             raise SmokeTestFailed(message, remedy="See to the image's user, command and entry point.") from error
+        # What a busy machine needs to start it is not the image's.
+        self._began = time.monotonic()
         return self._ask_server() if self._question.model else self._watch()
 
     @property
@@ -408,6 +409,12 @@ class SmokeTests:
             return f"not possible: {self._other(platforms)}"
         here = [runtime.name for runtime in self._runtimes if runtime.available()]
         return f"runs {self.native} with {' or '.join(here)}" if here else f"not possible: {self._why()}"
+
+    def check(self) -> tuple[bool, str]:
+        """Return whether a container runs here, and which runtime runs it, or why none does; the smallest is run."""
+        if not self._any_runs():
+            return False, self._why()
+        return True, next(each.name for each in self._runtimes if each.name not in self._unusable and each.available())
 
     def run(
         self, images: Sequence[Candidate], *, before: str, folder: Path, record: Callable[[str], None]

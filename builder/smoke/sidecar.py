@@ -300,7 +300,11 @@ class Sidecar(ContainerRuntime):
         found = self._registry.manifest(self._reference)
         if self._expected is None or found is None or found.digest != self._expected.descriptor.digest:
             message = f"Another candidate took the place of this one at {self._reference} during its smoke test."
-            raise TryAgain(message, remedy="Let Pods of one SMOKE_TEST_CANDIDATE run one at a time (SWEEP_PARALLEL=1).")
+            remedy = (
+                "Let Pods of one SMOKE_TEST_CANDIDATE run one at a time: SWEEP_PARALLEL=1, LISTEN_PARALLEL=1, and one "
+                "replica of the listener."
+            )
+            raise TryAgain(message, remedy=remedy)
 
     def run_python(self, name: str, program: str, *arguments: str, output: Output, timeout: float) -> None:  # noqa: ARG002
         """Run a program of ours on this process's Python, in a process without our environment."""

@@ -16,7 +16,7 @@ from typing import Literal, Self, TypeVar
 import httpx2
 
 from builder.errors import BuildFailed, ServiceUnavailable, TryAgain, cause_of
-from builder.log import get_logger, moved, stage
+from builder.log import get_logger, moved, stage, transferred
 from builder.masking import one_line
 from builder.oci import Blob, FileBlob
 from builder.oci.layer import Layer
@@ -292,6 +292,7 @@ class WheelLayers:
         if repository is None or repository == kept:
             return registry.has_blob(kept, layer.digest)
         if registry.mount_blob(repository, layer.digest, kept):
+            transferred(str(layer.digest), layer.size, sent=0)
             return True
         if blob is None:
             # The registry mounts nothing, or has lost the content.

@@ -14,6 +14,10 @@ import yaml
 
 from scripts.launch import clean_environ
 
+# Where the API server is too busy to take a connection, nothing was asked of it yet.
+_NOTHING_SENT = ("TLS handshake timeout", "connect: connection refused")
+_MOST_TRIES = 3
+
 
 class NoCluster(Exception):
     """No cluster can run on this machine; the message says why."""
@@ -65,15 +69,18 @@ class Cluster:
         Raises:
             KubectlFailed: with what it printed to stderr.
         """
-        done = subprocess.run(
-            [str(self.kubectl_path), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments],
-            input=yaml.safe_dump_all(documents) if documents else "",
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=clean_environ(**self.environ),
-        )
+        for _ in range(_MOST_TRIES):
+            done = subprocess.run(
+                [str(self.kubectl_path), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments],
+                input=yaml.safe_dump_all(documents) if documents else "",
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=clean_environ(**self.environ),
+            )
+            if not any(words in done.stderr for words in _NOTHING_SENT):
+                break
         if done.returncode:
             message = f"kubectl {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
             raise KubectlFailed(message)
@@ -94,6 +101,8 @@ class Cluster:
     ) -> str:
         """Follow an object until an expression of it has one of some values, and return that value.
 
+        One that is not there yet, or is replaced by another one of its name, is waited for.
+
         Args:
             name: of the object, as `job/publish-x`.
             jsonpath: the expression, as `{.status.phase}`.
@@ -102,10 +111,12 @@ class Cluster:
             timeout: seconds after which it hangs.
 
         Raises:
-            KubectlFailed: the object is not there, or no such value came in time.
+            KubectlFailed: no such value came in time.
         """
+        kind, _, own = name.partition("/")
         command = [str(self.kubectl_path), f"--kubeconfig={self.kubeconfig}", f"--namespace={namespace}"]
-        command += ["get", name, "--watch", "-o", f'jsonpath={jsonpath}{{"\\n"}}']
+        command += ["get", kind, f"--field-selector=metadata.name={own}", "--watch"]
+        command += ["-o", f'jsonpath={jsonpath}{{"\\n"}}']
         value = ""
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ(**self.environ)

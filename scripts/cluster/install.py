@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ def install(cluster: Cluster, folder: Path, site: Site, *, namespace: str, overl
         site: what is written into it. This machine's CA bundle and pip.conf go with it.
         namespace: a new one; `kubectl delete namespace` removes all but the policies, which all installations share.
         overlay: a folder of k8s/.
-        more: further fields of the kustomization; its `patches` come after those of the site.
+        more: `components`, folders of k8s/, and further fields of the kustomization; its `patches` come after those of
+            the site.
     """
     cluster.kubectl("apply", "--server-side", "-k", str(write_overlay(folder, site, namespace, overlay, **more)))
     docker: dict[str, Any] = {
@@ -72,7 +73,9 @@ def install(cluster: Cluster, folder: Path, site: Site, *, namespace: str, overl
         cluster.create(secret, namespace=namespace)
 
 
-def write_overlay(folder: Path, site: Site, namespace: str, overlay: str, **more: Any) -> Path:
+def write_overlay(
+    folder: Path, site: Site, namespace: str, overlay: str, components: Sequence[str] = (), **more: Any
+) -> Path:
     """Write the kustomization of a site into `folder`, and return that."""
     folder.mkdir(parents=True, exist_ok=True)
     name, _, tag = site.image.rpartition(":")
@@ -81,6 +84,7 @@ def write_overlay(folder: Path, site: Site, namespace: str, overlay: str, **more
         "kind": "Kustomization",
         "namespace": namespace,
         "resources": [os.path.relpath(_K8S / overlay, folder.resolve())],
+        "components": [os.path.relpath(_K8S / each, folder.resolve()) for each in components],
         "images": [{"name": "registry.example.com/builder", "newName": name, "newTag": tag}],
         **more,
     }
@@ -95,7 +99,7 @@ def write_overlay(folder: Path, site: Site, namespace: str, overlay: str, **more
         if files["ca-bundle.pem"]:
             text = (component / "pip.conf").read_text()
             (component / "pip.conf").write_text(text.replace(str(files["ca-bundle.pem"]), paths["SSL_CERT_FILE"]))
-        document["components"] = ["files"]
+        document["components"].append("files")
     data = {"builder-settings": site.settings, "builder-network": {**paths, **site.network}}
     document["patches"] = [
         {

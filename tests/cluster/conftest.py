@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 
 from scripts.base_image import base_image as make_base_image
 from scripts.cluster import Cluster, NoCluster, start_cluster, timed
@@ -27,9 +29,11 @@ from tests.servers.images import PLATFORMS
 from tests.servers.mlflow import MlflowServer, run_mlflow
 from tests.servers.registries import PASSWORD, USER, RegistryServer, htpasswd, run_registry
 from tests.versions import Registered
+from tests.waiting import HANG
 
 _HERE = Path(__file__).parent
 _number = itertools.count(1)
+_NONE = '[{{"op": "replace", "path": "/spec/replicas", "value": {}}}]'
 _ASLEEP = '[{"op": "add", "path": "/spec/suspend", "value": true}]'
 
 
@@ -99,7 +103,16 @@ def cluster_mlflow(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("cluster-mlflow")
     artifacts = str(folder / "artifacts")
     options = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", artifacts)
-    with run_mlflow(Processes(), folder, *options, artifacts=artifacts, address=cluster.address) as server:
+    environ = {
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
+        # A webhook of the last test is forgotten at once.
+        "MLFLOW_WEBHOOK_CACHE_TTL": "1",
+    }
+    with run_mlflow(
+        Processes(), folder, *options, artifacts=artifacts, address=cluster.address, environ=environ
+    ) as server:
         yield server
 
 
@@ -139,7 +152,9 @@ def new_namespace(cluster: Cluster) -> Iterator[Callable[..., str]]:
         cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
         made.append(name)
         # Until it has its account, no Pod is admitted.
-        cluster.kubectl(f"--namespace={name}", "wait", "--for=create", "--timeout=60s", "serviceaccount/default")
+        cluster.kubectl(
+            f"--namespace={name}", "wait", "--for=create", f"--timeout={HANG:.0f}s", "serviceaccount/default"
+        )
         return name
 
     yield make
@@ -170,7 +185,8 @@ def install(
 ) -> Iterator[Callable[..., str]]:
     """Install an overlay of k8s/ (`base`) in a namespace of its own, and return that; all it makes there is deleted.
 
-    It knows the cluster's MLflow and registries. Its sweep does not start by itself. TARGET_TAG and the repository of
+    It knows the cluster's MLflow and registries. Its sweep does not start by itself, and it has no listener unless
+    `listeners` says how many. TARGET_TAG and the repository of
     its images are its own, unless `settings` say otherwise: what other tests registered is not published.
     """
     with _installing(cluster, node_image, cluster_mlflow, cluster_registries, tmp_path) as run:
@@ -204,6 +220,8 @@ def _installing(
         network: Mapping[str, str] | None = None,
         image: str = node_image,
         patches: Sequence[Mapping[str, object]] = (),
+        listeners: int = 0,
+        components: Sequence[str] = (),
     ) -> str:
         name = f"test-{next(_number)}-{uuid.uuid4().hex[:6]}"
         models, images = registries.models, registries.images
@@ -222,8 +240,10 @@ def _installing(
             password=models.password,
         )
         asleep = {"target": {"kind": "CronJob", "name": "builder-sweep"}, "patch": _ASLEEP}
+        alone = {"target": {"kind": "Deployment", "name": "builder-listener"}, "patch": _NONE.format(listeners)}
         made.append(name)
-        install_site(cluster, tmp_path / name, site, namespace=name, overlay=overlay, patches=[asleep, *patches])
+        more = {"patches": [asleep, alone, *patches], "components": components}
+        install_site(cluster, tmp_path / name, site, namespace=name, overlay=overlay, **more)
         return name
 
     try:
@@ -304,9 +324,10 @@ def _site(
     registries: ClusterRegistries,
     folder: Path,
     overlay: str = "base",
-    **options: object,
+    **options: Any,
 ) -> Site:
-    namespace = install(overlay, patches=small_requests(overlay), **options)
+    patches = [*small_requests(overlay), *options.pop("patches", ())]
+    namespace = install(overlay, patches=patches, **options)
     maps = cluster.get(f"--namespace={namespace}", "configmaps", "-l", "app.kubernetes.io/name=builder")
     data = {each["metadata"]["name"]: each["data"] for each in maps}
     outside = {

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from tests.waiting import HANG
 
 TEMPLATE_POD = "/spec/jobTemplate/spec/template/spec"
 JOB_ENDED = ("Complete", "Failed")
+READINGS = {"inputs": [{"bearing_celsius": 96, "vibration_mm_s": 2.8, "pressure_bar": 17}]}
 
 
 def patch(name: str, path: str, value: object, *, op: str = "replace") -> dict[str, Any]:
@@ -175,3 +178,42 @@ def wait_for(lines: Iterable[str] | None, text: str) -> str:
         read.append(line)
     message = f"no line with {text!r} in {''.join(read)}"
     raise AssertionError(message)
+
+
+def answers(site: Site, image: str) -> Any:
+    """Run an image that was published as a Pod of a site, and return what it predicts for the pump alarm's readings."""
+    return answer(site.cluster, site.namespace, image, pull_secret="builder-registry-push")
+
+
+def answer(cluster: Cluster, namespace: str, image: str, *, pull_secret: str) -> Any:
+    """Run an image of the pump alarm as a Pod, with a Secret that may pull it, and return what it predicts."""
+    context = {
+        "runAsUser": 10001,
+        "runAsNonRoot": True,
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    container = {
+        "name": "pump",
+        "image": image,
+        "securityContext": context,
+        "readinessProbe": {"httpGet": {"path": "/ping", "port": 8080}, "periodSeconds": 1},
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    spec = {
+        "containers": [container],
+        "imagePullSecrets": [{"name": pull_secret}],
+        "automountServiceAccountToken": False,
+        "volumes": [{"name": "tmp", "emptyDir": {}}],
+    }
+    name = f"pump-{uuid.uuid4().hex[:6]}"
+    cluster.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}, namespace=namespace)
+    ready = '{.status.conditions[?(@.type=="Ready")].status}'
+    cluster.watch(f"pod/{name}", ready, ("True",), namespace=namespace)
+    address = cluster.get(f"--namespace={namespace}", "pod", name)["status"]["podIP"]
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://{address}:8080/invocations", json.dumps(READINGS).encode(), headers)
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=HANG) as found:
+        return json.loads(found.read())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import subprocess
@@ -17,9 +18,10 @@ from examples.models import HERE, save_pump_model
 from scripts.cluster import KubectlFailed
 from scripts.cluster.node import Node, free_node
 from scripts.machine import native_platform
+from tests.cluster.site import answer
 from tests.servers.registries import PASSWORD, USER
 from tests.versions import register
-from tests.waiting import HANG
+from tests.waiting import until
 
 ENDED = ("Succeeded", "Failed")
 RESTRICTED = {
@@ -28,7 +30,6 @@ RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
 }
-READINGS = {"inputs": [{"bearing_celsius": 96, "vibration_mm_s": 2.8, "pressure_bar": 17}]}
 
 
 def pod(name, image, *arguments, user=65532, **container):
@@ -74,7 +75,15 @@ def test_an_account_may_do_what_its_role_says_and_nothing_else(cluster, namespac
     cluster.kubectl(here, "create", "role", "reader", "--verb=list", "--resource=pods")
     cluster.kubectl(here, "create", "rolebinding", "reader", "--role=reader", f"--serviceaccount={namespace}:reader")
     kubeconfig = cluster.account_kubeconfig(namespace, "reader")
-    cluster.kubectl("get", "pods", kubeconfig=kubeconfig)
+
+    def listed() -> bool:
+        # The authorizer learns of a binding by watching.
+        with contextlib.suppress(KubectlFailed):
+            cluster.kubectl("get", "pods", kubeconfig=kubeconfig)
+            return True
+        return False
+
+    until(listed)
     with pytest.raises(KubectlFailed, match=r"cannot list resource .secrets."):
         cluster.kubectl("get", "secrets", kubeconfig=kubeconfig)
     user = f"system:serviceaccount:{namespace}:reader"
@@ -143,12 +152,6 @@ def test_a_pod_without_a_token_reaches_the_api_server_and_the_kubelet_and_is_nob
 def credential(host):
     auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
     return json.dumps({"auths": {host: {"auth": auth}}})
-
-
-def ask(url, body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=HANG) as answer:
-        return json.loads(answer.read())
 
 
 @pytest.fixture
@@ -231,14 +234,5 @@ def test_a_job_publishes_and_the_image_predicts_in_a_pod(
     image = pump_version.outcome()["image"]
     assert image in cluster.kubectl(here, "logs", "job/publish")
 
-    runs = pod(
-        "pump", image, readinessProbe={"httpGet": {"path": "/ping", "port": 8080}, "periodSeconds": 1}, user=10001
-    )
-    runs["spec"]["imagePullSecrets"] = [{"name": "push"}]
-    del runs["spec"]["containers"][0]["args"]
-    cluster.create(runs, namespace=namespace)
-    ready = '{.status.conditions[?(@.type=="Ready")].status}'
-    cluster.watch("pod/pump", ready, ("True",), namespace=namespace)
-    address = cluster.get(here, "pod", "pump")["status"]["podIP"]
-    assert ask(f"http://{address}:8080/invocations", READINGS)
+    assert answer(cluster, namespace, image, pull_secret="push")
     cluster.remove_image(image)

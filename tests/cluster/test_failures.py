@@ -22,6 +22,7 @@ from tests.cluster.site import TEMPLATE_POD, outcome, submit, tagged, wait_for
 from tests.servers.forwarding import forwarding
 from tests.servers.registries import PASSWORD, USER
 from tests.versions import seed_layout
+from tests.waiting import LONG_HANG
 
 PYTHON = "/kaniko/venv/bin/python3"
 JOB = "/spec/jobTemplate/spec"
@@ -40,8 +41,10 @@ os.execv("/kaniko/bin/builder", ["builder", *sys.argv[1:]])
 """
 # A child of it is killed for memory, and it ends as if nothing had been.
 FORKS = """
-import subprocess, sys
+import subprocess, sys, time
 subprocess.run([sys.executable, "-c", "x = bytearray(1 << 30)"])
+# The node's engine tells of that beside the end.
+time.sleep(3)
 """
 FILLS = """
 import urllib.request
@@ -160,7 +163,7 @@ def begin(site, version, *options):
 
 def ended(process):
     """Wait for the end of a command; return its exit code, and what it printed."""
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=LONG_HANG)
     return process.returncode, stdout.strip(), stderr
 
 
@@ -250,7 +253,7 @@ def test_a_drained_node_is_no_attempt(failing, gate, new_pump, cluster):
             pods = f"--pod-selector=batch.kubernetes.io/job-name={name}"
             cluster.kubectl("drain", cluster.node, "--delete-emptydir-data", pods)
             first.drop()
-            assert "no node takes it" in wait_for(process.stderr, "the Job does not go on")
+            assert "the Job does not go on" in wait_for(process.stderr, "no node takes it")
             row = status(site, version)
             assert (row["state"], "no node takes it" in row["error"]) == ("pending", True), row
         finally:
@@ -287,7 +290,7 @@ def small_memory(container):
 
 
 def test_a_pod_killed_for_memory_is_recorded_by_the_next_sweep(failing, new_pump):
-    site = failing()
+    site = failing(SWEEP_BACKOFF="3600")
     version = tagged(new_pump, site)
     site.patch_template("wheels", *small_memory("containers/0"))
     assert '"submitted": 1' in site.sweep()
@@ -362,6 +365,8 @@ def test_a_job_that_takes_too_long(failing, gate, new_pump, found_by):
 def no_quota(site):
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
     site.cluster.create(quota, namespace=site.namespace)
+    # Until its use is counted, Pods are refused for another reason.
+    site.cluster.watch("resourcequota/none", "{.status.hard.pods}", ("0",), namespace=site.namespace)
 
 
 def no_image(site):
@@ -395,7 +400,8 @@ def test_a_pod_that_does_not_start(failing, new_pump, hinder, words):
     site, version = failing(), new_pump()
     hinder(site)
     process = begin(site, version)
-    line = wait_for(process.stderr, "the Job does not go on")
+    line = wait_for(process.stderr, words[-1])
+    assert "the Job does not go on" in line
     assert all(word in line for word in words), line
     row = status(site, version)
     assert row["state"] == "pending"
@@ -441,7 +447,7 @@ def test_an_image_in_a_private_registry_is_pulled_with_the_secret_of_the_account
         put(f"{TEMPLATE_POD}/containers/0/command", ["python3", "-c", "import sys; sys.exit(78)"]),
     )
     process = begin(site, version)
-    assert "container publish" in wait_for(process.stderr, "the Job does not go on")
+    assert "the Job does not go on" in wait_for(process.stderr, "container publish")
     file = f"--from-file=.dockerconfigjson={config / 'config.json'}"
     site.kubectl("create", "secret", "generic", "builder-pull", "--type=kubernetes.io/dockerconfigjson", file)
     code, _, said = ended(process)
@@ -566,7 +572,7 @@ def test_a_registry_that_is_away_for_longer_than_a_pod_waits(failing, gate, new_
 
 
 def test_a_bad_version_keeps_no_good_one_from_being_published(failing, gate, new_pump):
-    site = failing()
+    site = failing(SWEEP_BACKOFF="3600")
     good = [tagged(new_pump, site) for _ in range(2)]
     bad = tagged(new_pump, site, MODEL_FOLDER="not/there")
     also_good = tagged(new_pump, site)

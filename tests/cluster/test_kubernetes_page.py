@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,14 @@ import yaml
 from examples.models import HERE, save_pump_model
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
+from tests.cluster.listening import Service
 from tests.servers.registries import PASSWORD, USER
 from tests.versions import register
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 ROOT = Path(__file__).parents[2]
+# A target of its own: the sweep of the page leaves alone what other tests have registered.
+TARGET_TAG = "EXTERNAL_TARGET_PAGE"
 # Those that build the image.
 OTHERS = re.compile(r"^(docker|make) ", re.MULTILINE)
 
@@ -45,7 +49,7 @@ def version(cluster_mlflow, tmp_path):
     save_pump_model(model / "mymodel")
     shutil.copytree(HERE / "pump_alarm" / "client", model / "client")
     files = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
-    tags = {"MODEL_ENTRY_POINT": "serve.py", "MODEL_PLATFORMS": native_platform()}
+    tags = {"MODEL_ENTRY_POINT": "serve.py", "MODEL_PLATFORMS": native_platform(), TARGET_TAG: "true"}
     return register(cluster_mlflow.uri, files, tags, name=f"page-{tmp_path.name}")
 
 
@@ -61,7 +65,9 @@ def shell(cluster, tmp_path):
     for each in config["contexts"]:
         each["context"].pop("namespace", None)
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-    environ = clean_environ(PATH=path, KUBECONFIG=str(tmp_path / "kubeconfig"), **cluster.environ)
+    environ = clean_environ(
+        PATH=path, KUBECONFIG=str(tmp_path / "kubeconfig"), TARGET_TAG=TARGET_TAG, **cluster.environ
+    )
 
     def run(script):
         done = subprocess.run(
@@ -71,30 +77,30 @@ def shell(cluster, tmp_path):
             capture_output=True,
             text=True,
             env=environ,
-            timeout=HANG,
+            timeout=LONG_HANG,
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     yield run
-    cluster.kubectl("delete", "namespace", "builder", "--ignore-not-found")
+    cluster.kubectl("delete", "namespace", "builder", "--ignore-not-found", timeout=LONG_HANG)
 
 
 def site(cluster_registries, variables):
     """Return the patches that this cluster needs besides: its network."""
     registries = f"{cluster_registries.images.host},{cluster_registries.models.host}"
     network = {"INSECURE_REGISTRIES": registries} | variables
-    settings = {"BASE_IMAGE": cluster_registries.base_image}
+    settings = {"BASE_IMAGE": cluster_registries.base_image, "TARGET_TAG": TARGET_TAG}
     mount = {"name": "network", "mountPath": "/kaniko/network", "readOnly": True}
-    spec = "/spec/jobTemplate/spec/template/spec"
-    operations = [
-        {
-            "op": "add",
-            "path": f"{spec}/volumes/-",
-            "value": {"name": "network", "configMap": {"name": "machine-network"}},
-        },
-        {"op": "add", "path": f"{spec}/containers/0/volumeMounts/-", "value": mount},
-    ]
+    volume = {"name": "network", "configMap": {"name": "machine-network"}}
+
+    def mounted(kind, pod):
+        operations = [
+            {"op": "add", "path": f"{pod}/volumes/-", "value": volume},
+            {"op": "add", "path": f"{pod}/containers/0/volumeMounts/-", "value": mount},
+        ]
+        return {"target": {"kind": kind}, "patch": yaml.safe_dump(operations)}
+
     maps = {"builder-network": network, "builder-settings": settings}
     patches = [
         {
@@ -105,20 +111,30 @@ def site(cluster_registries, variables):
         }
         for name, data in maps.items()
     ]
-    return [*patches, {"target": {"kind": "CronJob"}, "patch": yaml.safe_dump(operations)}]
+    return [
+        *patches,
+        mounted("CronJob", "/spec/jobTemplate/spec/template/spec"),
+        mounted("Deployment", "/spec/template/spec"),
+    ]
 
 
 # MLflow's, about the example's own annotations.
 @pytest.mark.filterwarnings("ignore:.*type hint:UserWarning")
 def test_the_page_s_commands_install_and_publish(
-    cluster, cluster_registries, cluster_mlflow, machine_network, node_image, version, shell, tmp_path
+    cluster, cluster_registries, cluster_mlflow, machine_network, node_image, version, shell, tmp_path, request
 ):
     host = cluster_registries.models.host
+    service = Service(lambda *arguments: cluster.get("--namespace=builder", *arguments), cluster.address)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    # In the reverse order.
+    request.addfinalizer(service.server_close)
+    request.addfinalizer(service.shutdown)
     cluster.ctr("images", "tag", "--force", node_image, "registry.example.com/tools/builder:0.1.0-wheels")
     for name, text in {"token": "unused", "push-password": PASSWORD, "pull-password": PASSWORD}.items():
         (tmp_path / name).write_text(text)
     here = {
         "https://mlflow.example.com": cluster_mlflow.uri,
+        "http://builder-listener.builder": service.url,
         "registry.example.com/models": f"{host}/models",
         "--docker-server=registry.example.com": f"--docker-server={host}",
         "--docker-username=publisher": f"--docker-username={USER}",
@@ -139,6 +155,7 @@ def test_the_page_s_commands_install_and_publish(
         file.write(textwrap.indent(patches, "  "))
     shell(f"kubectl apply{apply}")
     printed = [shell(each) for each in others]
-    outcome = version.outcome()
+    shell(f"MLFLOW_TRACKING_URI={cluster_mlflow.uri} builder webhook delete builder")
+    outcome = version.outcome("page")
     assert outcome["state"] == "published"
     assert any(outcome["image"] in text for text in printed)

@@ -21,10 +21,11 @@ import pytest
 import yaml
 
 from scripts.cluster import KubectlFailed
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG, until
 
 K8S = Path(__file__).parents[2] / "k8s"
 METHODS = ("wheels", "dockerfile")
+DIFFERS = "The Pod of this Job differs from the one in the template"
 VERSION = {"builder/model-name": "Modell für Pumpe 7", "builder/model-version": "8"}
 OVERLAYS = ("base", "dockerfile", "single", "domino")
 COMPONENTS = ("air-gapped", "aks", "eks", "gke", "user-namespaces")
@@ -107,7 +108,8 @@ class Install:
         metadata = {
             "name": f"publish-{method}",
             "labels": template["metadata"]["labels"] | names,
-            "annotations": VERSION | {"builder/source-id": "8d1f", "builder/target": "pltr_foundry"},
+            "annotations": VERSION
+            | {"builder/source-id": "8d1f", "builder/target": "pltr_foundry", "builder/made-by": "sweep"},
         }
         return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
@@ -125,14 +127,21 @@ def overlay(folder, namespace, *resources, components=(), k8s=K8S, **more):
     return folder
 
 
-def refusal(install, job):
-    """Wait until the API server, which learns of policies and templates by watching them, refuses a Job; return why."""
+def refusal(install, job, words=""):
+    """Wait until the API server, which learns of policies and templates by watching them, refuses a Job; return why.
+
+    Args:
+        install: whose sweep asks.
+        job: the Job.
+        words: of the refusal that is waited for; others come before the policies are known.
+    """
     deadline = time.monotonic() + HANG
     while time.monotonic() < deadline:
         try:
             install.sweep.create(job)
         except Refused as refused:
-            return str(refused)
+            if words in str(refused):
+                return str(refused)
         time.sleep(0.05)
     message = "the Job is admitted"
     raise AssertionError(message)
@@ -143,7 +152,10 @@ def wait_for_policies(install):
     for method in METHODS:
         no_copy = install.job(method)
         first(no_copy)["image"] = "registry.example.com/more:1"
-        refusal(install, no_copy)
+        refusal(install, no_copy, DIFFERS)
+    no_method = install.job(METHODS[0])
+    no_method["metadata"]["labels"].pop("builder/method")
+    refusal(install, no_method, "copies of the templates")
     deadline = time.monotonic() + HANG
     while True:
         try:
@@ -257,7 +269,6 @@ def pod_annotations(changes):
     return lambda job: job["spec"]["template"]["metadata"]["annotations"].update(changes)
 
 
-DIFFERS = "The Pod of this Job differs from the one in the template"
 OFTEN = "would start Pods more often"
 LONGER = "would live longer"
 OTHERWISE = "would end in another way"
@@ -345,6 +356,36 @@ def test_a_job_that_is_no_copy_is_refused(install, method, what):
         install.sweep.create(job)
 
 
+def test_another_account_with_the_role_is_held_to_copies_too(install, new_namespace):
+    """Such as Domino's runs, which make a Job from a namespace of their own."""
+    elsewhere = new_namespace()
+    runs = Account(install.cluster, elsewhere, "default")
+    no_copy, no_method = install.job("wheels"), install.job("wheels")
+    secret_volume(no_copy)
+    del no_method["metadata"]["labels"]["builder/method"]
+
+    def bind(role):
+        binding = ("create", "rolebinding", f"runs-{role}", f"--role={role}", f"--serviceaccount={elsewhere}:default")
+        install.cluster.kubectl(f"--namespace={install.namespace}", *binding)
+
+    def until_allowed(verb, resource, group=""):
+        until(lambda: runs.may(verb, resource, group, namespace=install.namespace))
+
+    bind("builder-sweep")
+    until_allowed("create", "template-copies", "builder")
+    runs.create(install.job("wheels"), namespace=install.namespace)
+    with pytest.raises(Refused, match=DIFFERS):
+        runs.create(no_copy, namespace=install.namespace)
+    with pytest.raises(Refused, match="copies of the templates"):
+        runs.create(no_method, namespace=install.namespace)
+    # Who may read the Secrets has no need of a Job for that.
+    reader = ("create", "role", "reader", "--verb=get", "--resource=secrets")
+    install.cluster.kubectl(f"--namespace={install.namespace}", *reader)
+    bind("reader")
+    until_allowed("get", "secrets")
+    runs.create(no_copy, namespace=install.namespace)
+
+
 def test_a_copy_of_one_template_is_none_of_the_other(install):
     job = install.job("wheels")
     for metadata in (job["metadata"], job["spec"]["template"]["metadata"]):
@@ -360,7 +401,7 @@ def test_a_changed_template_is_what_counts(install):
     here = (f"--namespace={install.namespace}", "patch", "cronjob", "builder-publish-wheels", "--type=json", "-p")
     install.cluster.kubectl(*here, patch)
     try:
-        assert LONGER in refusal(install, job)
+        assert LONGER in refusal(install, job, LONGER)
     finally:
         install.cluster.kubectl(*here, patch.replace("60", "7800"))
     wait_for_policies(install)
@@ -374,7 +415,7 @@ def test_without_a_template_nothing_is_admitted(install):
     here = f"--namespace={install.namespace}"
     install.cluster.kubectl(here, "delete", "cronjob", "builder-publish-dockerfile")
     try:
-        assert "no params found" in refusal(install, job)
+        assert "no params found" in refusal(install, job, "no params found")
     finally:
         install.cluster.create(template, namespace=install.namespace)
     wait_for_policies(install)
@@ -401,6 +442,9 @@ def test_without_a_template_nothing_is_admitted(install):
         ("update", "jobs", "batch"),
         ("update", "jobs/status", "batch"),
         ("deletecollection", "jobs", "batch"),
+        ("patch", "events", ""),
+        ("update", "events", ""),
+        ("delete", "events", ""),
         ("get", "secrets", ""),
         ("list", "secrets", ""),
         ("watch", "secrets", ""),
@@ -588,4 +632,4 @@ def test_cronjob_yaml_and_job_yaml_are_taken_as_they_are(cluster):
         annotations = job["spec"]["template"]["metadata"]["annotations"]
         assert annotations["builder/model-name"] == "pltr_foundry_model"
     finally:
-        cluster.kubectl("delete", "namespace", "builder", "--ignore-not-found")
+        cluster.kubectl("delete", "namespace", "builder", "--ignore-not-found", timeout=LONG_HANG)

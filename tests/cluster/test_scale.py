@@ -63,7 +63,7 @@ def test_what_is_published_costs_the_listing_and_nothing_else(site, cluster_mlfl
 
 def test_new_versions_are_submitted_oldest_first_and_only_so_many_at_once(site, cluster_mlflow):
     new, most = 30, 4
-    site.patch_settings(SWEEP_PARALLEL=str(most))
+    site.patch_settings(SWEEP_PARALLEL=str(most), SWEEP_WAIT="3000")
     # The Jobs are this test's to end: Kubernetes makes no Pod of them.
     managed = {"op": "add", "path": "/spec/jobTemplate/spec/managedBy", "value": "example.com/test"}
     site.patch_template("wheels", managed)
@@ -85,6 +85,26 @@ def test_new_versions_are_submitted_oldest_first_and_only_so_many_at_once(site, 
     assert len(requests) == 1 + 3 * new
     names = {version.name for version in there}
     assert not [path for _, path in requests if SEARCH not in path and any(f"name={name}" in path for name in names)]
+
+
+def test_jobs_that_others_have_made_hold_no_sweep_back(site, cluster_mlflow):
+    site.patch_settings(SWEEP_PARALLEL="1", SWEEP_WAIT="1")
+    managed = {"op": "add", "path": "/spec/jobTemplate/spec/managedBy", "value": "example.com/test"}
+    site.patch_template("wheels", managed)
+    _, (asked_for, *_) = catalogue(site, cluster_mlflow, 0, new=3)
+    done = site.builder("submit", asked_for.name, asked_for.version, "-n", site.namespace)
+    assert done.code == 0, done.stderr
+    # Unless all of them share one candidate.
+    registry = site.environ["REGISTRY_URL"].partition("/")[0]
+    site.patch_settings(SMOKE_TEST_CANDIDATE=f"{registry}/candidates:pod")
+    log = site.sweep("shared")
+    assert all(text in log for text in ('"running": 1', '"queued": 2')), log
+    site.patch_settings(SMOKE_TEST_CANDIDATE="")
+    log = site.sweep()
+    assert all(text in log for text in ('"running": 1', '"submitted": 1', '"queued": 1')), log
+    # Its own does.
+    log = site.sweep("again")
+    assert all(text in log for text in ('"running": 2', '"queued": 1')), log
 
 
 def made(requests):

@@ -127,7 +127,7 @@ def test_an_image_that_serves_is_published_and_has_nothing_of_the_publisher_s(in
     digest = outcome["image"].partition("@")[2]
     assert outcome["smoke_test"].startswith(f"passed: {NATIVE} {digest} runs, with its port open after ")
     here = f"--namespace={install.namespace}"
-    (pod,) = install.cluster.get(here, "pods")
+    (pod,) = install.cluster.get(here, "pods", "-l", "app.kubernetes.io/component=publish")
     ran = {status["name"]: status for status in pod["status"]["initContainerStatuses"]}
     assert list(ran) == ["fetch", "candidate", "smoke"]
     # It is told to end, and does not have to be killed.

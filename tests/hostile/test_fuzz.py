@@ -24,7 +24,7 @@ from builder.reference import Platform, Reference
 from builder.wheels.install import WheelLayer
 from builder.wheels.requirements import Requirements
 from builder.wheels.wheel import open_wheel
-from tests.hostile.bounded import SECONDS, bounded
+from tests.hostile.bounded import bounded, quick
 from tests.wheels.made import INFO, METADATA, PYTHON, make
 
 EXAMPLES = 300
@@ -98,7 +98,7 @@ def held(function, *arguments):
         refusal = error
     spent = time.process_time() - begin
     assert refusal is None or refusal.exit_code == ExitCode.DATA, refusal
-    assert spent < SECONDS, f"{spent:.1f} s"
+    assert quick(spent), f"{spent:.1f} s"
 
 
 def folder_of(files):

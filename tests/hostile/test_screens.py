@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from builder import log
-from builder.cli import Invocation
+from builder.cli.invocation import Invocation
 from builder.errors import BuildFailed
 from builder.masking import json_visible, one_line, shown, visible
 from tests.versions import register, seed_layout
+from tests.waiting import HANG
 
 # The title of the window, a bell, an empty screen, a colour by a C1 code, text that runs backwards, what nobody sees,
 # a line that only some end, an erased line, the markup of the library that draws tables, and its names of emoji.
@@ -118,7 +119,7 @@ def test_what_libraries_log_goes_the_same_way(form):
         "try:\n    raise ValueError(sys.argv[1])\nexcept ValueError: logging.getLogger('mlflow').exception('oops')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, f"{HOSTILE} the-secret-1"], capture_output=True, timeout=60, check=True
+        [sys.executable, "-c", program, f"{HOSTILE} the-secret-1"], capture_output=True, timeout=HANG, check=True
     )
     said = harmless(done.stderr.decode())
     assert said.count("owned") == 3

@@ -27,6 +27,7 @@ from builder.process import Lines
 from builder.reference import Reference
 from builder.settings import Settings
 from tests.versions import register, seed_layout
+from tests.waiting import HANG
 
 GOOD = {"MLFLOW_TRACKING_URI": "http://mlflow.example.com", "REGISTRY_URL": "quay.io/domino"}
 ODD = "pä/ss+w\"o'r\\d %&<x>"
@@ -307,7 +308,7 @@ def test_what_pip_quotes_of_a_docker_config_is_masked(placed):
         "-r",
         f"{environ['DOCKER_CONFIG']}/config.json",
     ]
-    said = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=120)
+    said = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=HANG)
     assert code in said.stdout + said.stderr
     assert code[:12] not in shown(said.stdout + said.stderr)
 
@@ -450,7 +451,7 @@ def test_a_build_that_prints_secrets_shows_none(mlflow_server, registry, base_im
     }
     done = subprocess.run(
         [sys.executable, "-m", "builder", "publish", model.name, model.version],
-        check=False, text=True, capture_output=True, env=environ, timeout=120,
+        check=False, text=True, capture_output=True, env=environ, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 73, done.stderr
     whole = "\n".join([done.stdout, done.stderr, message.read_text(), *model.tags().values()])

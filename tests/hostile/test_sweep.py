@@ -20,6 +20,7 @@ from scripts.launch import clean_environ
 from tests.package_index.server import running
 from tests.servers.small import small_files
 from tests.versions import Registered, register
+from tests.waiting import HANG
 
 BUDGET = {
     "VERSION_TIMEOUT": "240",
@@ -210,7 +211,7 @@ def test_a_request_to_end_is_no_attempt(environ, new, index):
     try:
         assert asked.wait(240)
         run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=120)
+        _, said = run.communicate(timeout=HANG)
     finally:
         release.set()
     assert run.returncode == 75, said

@@ -19,6 +19,7 @@ PUBLISHED = Outcome(
     attempts=1,
     finished="2026-01-02T03:04:05Z",
     smoke_test=f"passed: linux/amd64 sha256:{'c' * 64} runs after 2.1 s",
+    log="https://logs.example.com/?pod=publish-pump-v3-abcde",
 )
 FAILED = PUBLISHED.model_copy(update={"state": "failed", "image": "", "error": "BuildFailed: RUN false", "attempts": 2})
 
@@ -47,6 +48,7 @@ def test_the_tags_are_those_of_the_contract_and_the_state_comes_last():
             "attempt",
             "finished",
             "smoke_test",
+            "log",
             "state",
         )
     ]
@@ -54,11 +56,20 @@ def test_the_tags_are_those_of_the_contract_and_the_state_comes_last():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("state", "done"), ("attempts", "many"), ("attempts", "-1"), ("attempts", "9" * 30), ("attempts", "²")],
+    [
+        ("state", "done"),
+        ("attempts", "many"),
+        ("attempts", "-1"),
+        ("attempts", "9" * 30),
+        ("attempts", "²"),
+        ("log", "javascript:alert(1)"),
+        ("log", 'https://logs.example.com/"onclick="alert(1)'),
+        ("log", "file:///etc/passwd"),
+    ],
 )
 def test_a_tag_that_somebody_edited_counts_as_not_there(name, value):
     tags = {**PUBLISHED.tags(), f"publish.pltr_foundry.{name}": value}
-    assert getattr(Outcome.of(version(tags), "pltr_foundry"), name) == {"state": "", "attempts": 0}[name]
+    assert getattr(Outcome.of(version(tags), "pltr_foundry"), name) == {"state": "", "attempts": 0, "log": ""}[name]
 
 
 def test_an_error_is_one_short_line_without_secrets():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,7 @@ from builder.errors import InvalidSettings
 from builder.wheels.install import Compiler, WheelLayer, layer_key
 from builder.wheels.layer_cache import compiler_for
 from builder.wheels.wheel import open_wheel
-from scripts.base_image import INTERPRETERS, NoMirror, interpreter_image
-from scripts.machine import native_platform
+from scripts.base_image import INTERPRETERS
 from tests.wheels.made import make, unpacked
 
 SOURCES = {
@@ -22,30 +20,6 @@ SOURCES = {
     "demo/b.py": b"def match(x):\n    match x:\n        case 1:\n            return 'one'\n",
     "demo/latin.py": b"# coding: latin-1\nTEXT = '\xfc'\n",
 }
-
-
-@pytest.fixture(scope="session")
-def interpreters(tmp_path_factory):
-    """A folder as WHEEL_COMPILERS names it."""
-    folder = tmp_path_factory.mktemp("interpreters")
-    for python in INTERPRETERS:
-        try:
-            layout = interpreter_image(python, native_platform())
-        except (NoMirror, FileNotFoundError) as error:
-            pytest.skip(f"no interpreter of another version can be made here: {error}")
-        root = folder / f"root-{python}"
-        (layer,) = layout.parent.glob(f"{layout.name}.tar.gz")
-        root.mkdir()
-        subprocess.run(["tar", "-xzf", layer, "-C", root, "--exclude=./dev/*"], check=True)
-        (loader,) = {path.resolve() for path in root.glob("usr/lib/*/ld-linux-*.so.*")}
-        paths = ":".join(str(path) for path in root.glob("usr/lib/*-linux-gnu*"))
-        # Its own C library, whatever this machine's is. In the image relocate.py does that.
-        start = shlex.join([str(loader), "--library-path", paths, str(root / "usr/bin" / f"python{python}")])
-        program = folder / python / "bin" / f"python{python}"
-        program.parent.mkdir(parents=True)
-        program.write_text(f'#!/bin/sh\nexec {start} "$@"\n')
-        program.chmod(0o755)
-    return folder
 
 
 def built(path: Path, python: str, folder: Path) -> tuple[WheelLayer, dict[str, tuple[int, bytes]]]:

@@ -128,9 +128,13 @@ def test_what_the_registry_has_is_not_sent_again(small, small_settings, registry
         base = push_base(proxy.host)
         there = {"REGISTRY_URL": f"{proxy.host}/{model.name}", "BASE_IMAGE": base}
         proxy.seen.clear()
-        publish(small_settings(model, **there))
-        assert len(weights) < proxy.sent
-        base_layers = {each["digest"] for each in _platform_manifest(registry, base)["layers"]}
+        first = publish(small_settings(model, **there))
+        assert len(weights) < first.sent < proxy.sent
+        base_layers = {each["digest"]: each["size"] for each in _platform_manifest(registry, base)["layers"]}
+        # What was sent to be kept, and mounted then, is not saved.
+        assert sum(base_layers.values()) <= first.saved < len(weights)
+        assert first.seconds.keys() == {"fetch", "push"}
+        assert first.method == "wheels"
         sent = [each.path for each in proxy.seen if each.method == "PUT" and "/blobs/" in each.path]
         assert not any(digest.partition(":")[2] in path for digest in base_layers for path in sent)
         mounted = [each for each in proxy.seen if "mount=" in each.path]
@@ -140,12 +144,14 @@ def test_what_the_registry_has_is_not_sent_again(small, small_settings, registry
         proxy.seen.clear()
         changed = {**files, "mymodel/small.bin": os.urandom(2000)}
         second = register(mlflow_server.uri, small_files(**changed), name=model.name)
-        publish(small_settings(second, **there))
+        again = publish(small_settings(second, **there))
         # One layer of small files, a config and manifests.
-        assert 2000 < proxy.sent < 30_000
+        assert 2000 < again.sent < proxy.sent < 30_000
+        assert first.size * 0.9 < again.sent + again.saved < first.size * 1.1
 
         proxy.seen.clear()
-        assert not publish(small_settings(second, **there)).changed
+        third = publish(small_settings(second, **there))
+        assert (third.changed, third.sent, third.saved, third.method) == (False, 0, 0, "")
         assert proxy.sent == 0
 
 

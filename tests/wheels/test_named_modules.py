@@ -26,6 +26,7 @@ from builder.model_folder import BROUGHT, COMES_WITH
 from builder.wheels import imports
 from builder.wheels.imports import NamedModules, read_named_modules
 from builder.wheels.zip import BadArchive, read_directory
+from tests.waiting import HANG
 
 MLMODEL = """\
 flavors:
@@ -253,7 +254,7 @@ def test_a_name_s_pairs_do_not_nest(tmp_path, pairs):
     (tmp_path / "m/python_model.pkl").write_bytes(b"\x80\x04\x8c\x01a" + pairs + b"N\x85.")
     # In a process of its own, since neither ends well.
     argv = [sys.executable, "-c", READING, str(tmp_path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (0, "['a', 'mlflow.pyfunc.model']\n"), done.stderr
 
 
