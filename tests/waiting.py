@@ -37,9 +37,9 @@ def growing(first: float) -> Iterator[float]:
     raise AssertionError(message)
 
 
-def until(there: Callable[[], Any]) -> Any:
+def until(there: Callable[[], Any], seconds: float = HANG) -> Any:
     """Return what a function returns, once that is true; it is asked again and again, since nothing tells."""
-    deadline = time.monotonic() + HANG
+    deadline = time.monotonic() + seconds
     while not (found := there()):
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)

@@ -39,7 +39,7 @@ _LOOK = 2
 # Seconds for which the API server may be away.
 _AWAY = 120
 # Seconds for the last lines of a log, once its Pod has ended.
-_LAST_LINES = 10
+_LAST_LINES = 30
 # Fields of a line that our own line has, or that logging takes for something else.
 _RESERVED = frozenset(
     {

@@ -33,6 +33,8 @@ _KIND = re.compile(r"[A-Za-z]+: ")
 # A kubelet that has not read a Secret yet says so in a warning, and mounts it a moment later; see kubernetes#99475.
 _NOT_READ_YET = re.compile(r"failed to sync \w+ cache: timed out|object \S+ not registered")
 _FEW, _SOON = 5, 60
+# What a kubelet says after two minutes, beside the event that names the cause.
+_SUMMARY = re.compile(r"Unable to attach or mount volumes|unmounted volumes=")
 _LONGEST = 400
 _REMEDY_MEMORY = "Raise the memory limit of that container in the template, or make the model smaller."
 
@@ -103,11 +105,16 @@ def _unscheduled(pod: Object) -> PodNotStarted | None:
 
 def _without_volume(events: Sequence[Object]) -> PodNotStarted | None:
     told = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedMapVolume"}
-    for event in reversed(events):
-        if event.get("reason") in told and not (_not_read_yet(event) and (event.get("count") or 1) < _FEW):
-            remedy = "Check the Secrets and ConfigMaps that the template names, and the node."
-            return _not_started(str(event["reason"]), event.get("message", ""), remedy)
-    return None
+    found = [
+        event
+        for event in reversed(events)
+        if event.get("reason") in told and not (_not_read_yet(event) and (event.get("count") or 1) < _FEW)
+    ]
+    if not found:
+        return None
+    event = next((each for each in found if not _SUMMARY.match(each.get("message") or "")), found[0])
+    remedy = "Check the Secrets and ConfigMaps that the template names, and the node."
+    return _not_started(str(event["reason"]), event.get("message", ""), remedy)
 
 
 def _not_read_yet(told: Object) -> bool:

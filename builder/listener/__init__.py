@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from builder.settings import ListenSettings
 
 # Seconds for which a Job that was made counts as running although the watch has not shown it yet.
-_UNSEEN = 30.0
+_UNSEEN = 120.0
 # Jobs that make layers ahead of time at once.
 _MOST_WARM = 4
 # Jobs whose end is remembered, in case another takes their name before a caller has asked.

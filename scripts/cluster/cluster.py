@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,13 @@ from scripts.launch import clean_environ
 
 # Where the API server is too busy to take a connection, nothing was asked of it yet.
 _NOTHING_SENT = ("TLS handshake timeout", "connect: connection refused")
-_MOST_TRIES = 3
+# Where it lost one, or etcd was too busy, something may have been done: what can be asked twice is.
+_PERHAPS_DONE = ("etcdserver: ", "unexpected EOF", "http2: client connection lost", "connection reset by peer")
+_ASKED_TWICE = frozenset({"apply", "auth", "get", "logs", "replace", "rollout", "wait"})
+_BUSY_SECONDS = 120
+_PAUSE_SECONDS = 1
+# For a whole publish on a machine that has much else to do.
+_LONG_SECONDS = 1500
 
 
 class NoCluster(Exception):
@@ -56,7 +63,8 @@ class Cluster:
         *arguments: str,
         documents: Sequence[Mapping[str, Any]] = (),
         kubeconfig: Path | None = None,
-        timeout: float = 300,
+        timeout: float = _LONG_SECONDS,
+        patient: bool = True,
     ) -> str:
         """Run kubectl, and return what it prints.
 
@@ -65,11 +73,16 @@ class Cluster:
             documents: objects for its stdin, where `arguments` have `-f -`.
             kubeconfig: another user's; the administrator's where it is None.
             timeout: seconds after which it hangs.
+            patient: ask again where the API server is too busy.
 
         Raises:
             KubectlFailed: with what it printed to stderr.
         """
-        for _ in range(_MOST_TRIES):
+        passing = _NOTHING_SENT
+        if next(word for word in arguments if not word.startswith("-")) in _ASKED_TWICE:
+            passing += _PERHAPS_DONE
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
             done = subprocess.run(
                 [str(self.kubectl_path), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments],
                 input=yaml.safe_dump_all(documents) if documents else "",
@@ -79,8 +92,10 @@ class Cluster:
                 timeout=timeout,
                 env=clean_environ(**self.environ),
             )
-            if not any(words in done.stderr for words in _NOTHING_SENT):
+            lost = done.returncode and any(words in done.stderr for words in passing)
+            if not lost or not patient or time.monotonic() > deadline:
                 break
+            time.sleep(_PAUSE_SECONDS)
         if done.returncode:
             message = f"kubectl {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
             raise KubectlFailed(message)
@@ -97,7 +112,13 @@ class Cluster:
         return printed.split()
 
     def watch(
-        self, name: str, jsonpath: str, until: Collection[str], *, namespace: str = "default", timeout: float = 300
+        self,
+        name: str,
+        jsonpath: str,
+        until: Collection[str],
+        *,
+        namespace: str = "default",
+        timeout: float = _LONG_SECONDS,
     ) -> str:
         """Follow an object until an expression of it has one of some values, and return that value.
 
@@ -117,21 +138,25 @@ class Cluster:
         command = [str(self.kubectl_path), f"--kubeconfig={self.kubeconfig}", f"--namespace={namespace}"]
         command += ["get", kind, f"--field-selector=metadata.name={own}", "--watch"]
         command += ["-o", f'jsonpath={jsonpath}{{"\\n"}}']
-        value = ""
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ(**self.environ)
-        ) as process:
-            timer = threading.Timer(timeout, process.kill)
-            timer.start()
-            try:
-                for line in process.stdout or ():
-                    value = line.strip()
-                    if value in until:
-                        return value
-                said = process.stderr.read() if process.stderr else ""
-            finally:
-                timer.cancel()
-                process.kill()
+        value = said = ""
+        deadline = time.monotonic() + timeout
+        # A watch that the API server ends, or loses, is begun again: it starts with what there is.
+        while (left := deadline - time.monotonic()) > 0:
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ(**self.environ)
+            ) as process:
+                timer = threading.Timer(left, process.kill)
+                timer.start()
+                try:
+                    for line in process.stdout or ():
+                        value = line.strip()
+                        if value in until:
+                            return value
+                    said = process.stderr.read() if process.stderr else ""
+                finally:
+                    timer.cancel()
+                    process.kill()
+            time.sleep(_PAUSE_SECONDS)
         message = f"{jsonpath} of {name} is {value!r} and became none of {', '.join(until)}: {said}"
         raise KubectlFailed(message)
 
@@ -181,7 +206,9 @@ class Cluster:
 
     def requests(self) -> list[dict[str, Any]]:
         """Return the requests that users sent to the API server so far, as its audit log has them."""
-        return [json.loads(line) for line in (self.folder / "audit.log").read_text().splitlines()]
+        # What stands behind the last newline is being written.
+        whole, _, _ = (self.folder / "audit.log").read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def log(self, program: str) -> str:
         """Return what one of its programs wrote, as `kubelet`."""

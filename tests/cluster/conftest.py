@@ -24,7 +24,7 @@ from scripts.cluster.install import Site as Values
 from scripts.cluster.install import install as install_site
 from scripts.launch import Processes, clean_environ
 from scripts.machine import ca_bundle, pip_config
-from tests.cluster.site import Site, pump_files, register_pump, small_requests
+from tests.cluster.site import ASLEEP, PATIENT, Site, pump_files, register_pump, small_requests, wait_for_templates
 from tests.servers.images import PLATFORMS
 from tests.servers.mlflow import MlflowServer, run_mlflow
 from tests.servers.registries import PASSWORD, USER, RegistryServer, htpasswd, run_registry
@@ -34,7 +34,6 @@ from tests.waiting import HANG
 _HERE = Path(__file__).parent
 _number = itertools.count(1)
 _NONE = '[{{"op": "replace", "path": "/spec/replicas", "value": {}}}]'
-_ASLEEP = '[{"op": "add", "path": "/spec/suspend", "value": true}]'
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -107,6 +106,9 @@ def cluster_mlflow(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
+        # A delivery is lost for good when a busy machine has let all of its tries pass.
+        "MLFLOW_WEBHOOK_REQUEST_TIMEOUT": "60",
+        "MLFLOW_WEBHOOK_REQUEST_MAX_RETRIES": "5",
         # A webhook of the last test is forgotten at once.
         "MLFLOW_WEBHOOK_CACHE_TTL": "1",
     }
@@ -165,7 +167,8 @@ def _delete(cluster: Cluster, namespaces: Sequence[str]) -> None:
     """Delete namespaces, and what runs in them at once: the next test wants the node for itself."""
     for name in namespaces:
         now = ("--all", "--grace-period=1", "--wait=false")
-        cluster.kubectl(f"--namespace={name}", "delete", "cronjobs,jobs,pods", *now)
+        # Each before what it would make again.
+        cluster.kubectl(f"--namespace={name}", "delete", "deployments,replicasets,cronjobs,jobs,pods", *now)
         cluster.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
 
 
@@ -233,17 +236,19 @@ def _installing(
                 "TARGET_TAG": f"EXTERNAL_TARGET_{name.upper().replace('-', '_')}",
                 "BASE_IMAGE": registries.base_image,
                 "SMOKE_TEST": "off",
+                **PATIENT,
                 **(settings or {}),
             },
             network={"INSECURE_REGISTRIES": f"{models.host},{images.host}", **(network or {})},
             user=models.user,
             password=models.password,
         )
-        asleep = {"target": {"kind": "CronJob", "name": "builder-sweep"}, "patch": _ASLEEP}
+        asleep = {"target": {"kind": "CronJob", "name": "builder-sweep"}, "patch": ASLEEP}
         alone = {"target": {"kind": "Deployment", "name": "builder-listener"}, "patch": _NONE.format(listeners)}
         made.append(name)
         more = {"patches": [asleep, alone, *patches], "components": components}
         install_site(cluster, tmp_path / name, site, namespace=name, overlay=overlay, **more)
+        wait_for_templates(cluster, name)
         return name
 
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tests.servers.forwarding import Asked, Forwarding, Reply, Rule
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 # A path that no server has: what asks for it waits for the test and nothing else.
 HELD = "/held/"
@@ -17,7 +18,7 @@ HELD = "/held/"
 
 @dataclass
 class Hold:
-    """The first request that matches a pattern, which waits at the gate.
+    """The first request that matches a pattern, which waits at the gate: the next one if its client does not wait.
 
     Attributes:
         pattern: of the method and the path, `PUT /v2/…`.
@@ -31,7 +32,7 @@ class Hold:
 
     def wait(self) -> None:
         """Wait until the request is there."""
-        assert self._arrived.wait(HANG), f"no request {self.pattern.pattern}"
+        assert self._arrived.wait(LONG_HANG), f"no request {self.pattern.pattern}"
 
     def release(self) -> None:
         """Hand the request on."""
@@ -44,19 +45,24 @@ class Hold:
 
     def take(self, request: str) -> bool:
         """Take a request if it is the first one that matches."""
-        if self._taken or not self.pattern.search(request):
+        if self._taken or self._decided.is_set() or not self.pattern.search(request):
             return False
         self._taken = True
         return True
 
-    def pause(self) -> None:
-        """Wait in place of the request.
+    def pause(self, gone: Callable[[], bool]) -> None:
+        """Wait in place of the request, as long as its client does.
 
         Raises:
-            ConnectionError: it was dropped.
+            ConnectionError: it was dropped, or its client has gone.
         """
         self._arrived.set()
-        if not self._decided.wait(HANG) or not self._released:
+        deadline = time.monotonic() + LONG_HANG
+        while not self._decided.wait(0.2) and time.monotonic() < deadline:
+            if gone():
+                self._taken = False
+                raise ConnectionError
+        if not self._released or gone():
             raise ConnectionError
 
 
@@ -99,7 +105,8 @@ class Gate:
     def tagged(self, path: str) -> int:
         """Return how often a tag was moved, by the end of its path, as `pump/manifests/v1`."""
         return sum(
-            each.method == "PUT" and each.path.endswith(path) and each.status < 300 for each in self.registry.seen
+            each.method == "PUT" and each.path.endswith(path) and each.status < 300 and not each.lost
+            for each in self.registry.seen
         )
 
     def _look(self, asked: Asked) -> Reply | str | None:
@@ -107,7 +114,7 @@ class Gate:
         with self._lock:
             hold = next((each for each in self._holds if each.take(request)), None)
         if hold:
-            hold.pause()
+            hold.pause(asked.gone)
         if asked.path.startswith(HELD):
             return 200, {}, b""
         return self.rule(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import selectors
@@ -16,7 +17,7 @@ from typing import Any
 
 from tests.cluster.site import Site
 from tests.signed import post, signed
-from tests.waiting import HANG, until
+from tests.waiting import HANG, LONG_HANG, until
 
 WEBHOOK_SECRET = "deliveries-of-the-tests-0123456789"
 SUBMIT_SECRET = "callers-of-the-tests-0123456789"
@@ -50,7 +51,7 @@ class Service(socketserver.ThreadingTCPServer):
         with self._lock:
             when, found = self._known
             if time.monotonic() - when > 0.5:
-                found = ready(self._get)
+                found = [pod["status"]["podIP"] for pod in _pods(self._get) if _is_ready(pod)]
                 self._known = time.monotonic(), found
         turn = next(self._turn) % len(found) if found else 0
         return found[turn:] + found[:turn]
@@ -58,14 +59,18 @@ class Service(socketserver.ThreadingTCPServer):
 
 class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
-        for address in self.server.addresses():  # type: ignore[attr-defined] # a Service
-            try:
-                pod = socket.create_connection((address, 8080), timeout=2)
-            except OSError:
-                continue
-            with pod:
-                _pump(self.request, pod)
-            return
+        deadline = time.monotonic() + HANG
+        # Between two Pods there may be none.
+        while time.monotonic() < deadline:
+            for address in self.server.addresses():  # type: ignore[attr-defined] # a Service
+                try:
+                    pod = socket.create_connection((address, 8080), timeout=2)
+                except OSError:
+                    continue
+                with pod:
+                    _pump(self.request, pod)
+                return
+            time.sleep(0.1)
 
 
 def _pump(one: socket.socket, other: socket.socket) -> None:
@@ -82,6 +87,17 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
                 key.data.sendall(chunk)
 
 
+def _pods(get: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Return the listener's Pods that are not about to end."""
+    found = get("pods", "-l", "app.kubernetes.io/component=listener")
+    return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+
+
+def _is_ready(pod: Mapping[str, Any]) -> bool:
+    conditions = {each["type"]: each["status"] for each in pod["status"].get("conditions") or ()}
+    return conditions.get("Ready") == "True"
+
+
 def ready(get: Callable[..., Any]) -> list[str]:
     """Return the addresses of the listener's Pods that are ready, as the Service's endpoints have them."""
     slices = get("endpointslices", "-l", "kubernetes.io/service-name=builder-listener")
@@ -92,6 +108,19 @@ def ready(get: Callable[..., Any]) -> list[str]:
         if endpoint["conditions"].get("ready")
         for address in endpoint["addresses"]
     ]
+
+
+def insist(send: Callable[[], tuple[int, str]]) -> tuple[int, str]:
+    """Return an answer's status and text; what is lost, came too slowly, or is to be sent again is sent again."""
+
+    def answered() -> tuple[int, str] | None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answer = send()
+            return None if answer[0] in {408, 503} else answer
+        return None
+
+    found: tuple[int, str] = until(answered)
+    return found
 
 
 @dataclass(kw_only=True)
@@ -115,15 +144,22 @@ class Listening:
     def post(
         self, path: str, body: object, *, secret: str = WEBHOOK_SECRET, headers: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
-        """Send a signed request, and return the status and the text of the answer."""
+        """Send a signed request, and return the status and the text of the answer.
+
+        Raises:
+            OSError, HTTPException: the connection was lost.
+        """
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         host, port = self.service.server_address[:2]
         return post(f"{host}:{port}", path, raw, {**signed(raw, secret), **(headers or {})})
 
     def pods(self) -> list[dict[str, Any]]:
         """Return the listener's Pods that are not about to end."""
-        found = self.site.get("pods", "-l", "app.kubernetes.io/component=listener")
-        return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+        return _pods(self.site.get)
+
+    def ask(self, path: str, body: object, *, secret: str = WEBHOOK_SECRET) -> tuple[int, str]:
+        """Send a signed request as MLflow and callers do: again while it is lost, or is to be sent again."""
+        return insist(lambda: self.post(path, body, secret=secret))
 
     def log(self) -> str:
         """Return what the listener's Pods have logged."""
@@ -133,7 +169,7 @@ class Listening:
     def scale(self, replicas: int) -> None:
         """Have so many Pods, and wait until they are ready."""
         self.site.kubectl("scale", DEPLOYMENT, f"--replicas={replicas}")
-        self.site.kubectl("rollout", "status", DEPLOYMENT, f"--timeout={HANG:.0f}s")
+        self.site.kubectl("rollout", "status", DEPLOYMENT, f"--timeout={LONG_HANG:.0f}s")
         # Another controller tells of them in the slices.
         until(lambda: len(ready(self.site.get)) == replicas)
 
@@ -157,6 +193,6 @@ def listening(site: Site, *, replicas: int = 1, webhook: bool = True) -> Iterato
         try:
             yield running
         finally:
+            service.shutdown()
             if identity:
                 site.builder("webhook", "delete", identity, **environ)
-            service.shutdown()

@@ -131,7 +131,7 @@ import ssl, sys, urllib.error, urllib.request
 context = ssl._create_unverified_context()
 for url in sys.argv[1:]:
     try:
-        print(urllib.request.urlopen(url, timeout=30, context=context).status)
+        print(urllib.request.urlopen(url, timeout=300, context=context).status)
     except urllib.error.HTTPError as error:
         print(error.code)
 """
@@ -177,7 +177,9 @@ def test_an_installed_sweep_makes_the_job_that_publishes(cluster, install, pump_
     assert cluster.watch(name, conditions, ended, namespace=namespace) == "Complete"
     outcome = pump_version.outcome(namespace.replace("-", "_"))
     assert outcome["state"] == "published"
-    assert outcome["image"] in cluster.kubectl(here, "logs", name)
+    assert outcome["image"] in cluster.kubectl(
+        here, "logs", "--tail=-1", f"--selector=batch.kubernetes.io/job-name={name[4:]}"
+    )
 
 
 # MLflow's, about the example's own annotations.

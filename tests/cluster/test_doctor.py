@@ -10,7 +10,7 @@ import yaml
 from builder.cluster.job import TEMPLATES
 from tests.cluster.listening import DEPLOYMENT, listening
 from tests.cluster.site import Done, Site, outcome, tagged
-from tests.waiting import LONG_HANG
+from tests.waiting import LONG_HANG, until
 
 # What has to be well with an administrator's kubeconfig. Webhook and listener are skipped without one.
 ADMINISTRATOR = {"MLflow", "clock", "cluster", "rights", "templates", "policies"}
@@ -79,12 +79,17 @@ def test_an_account_without_rights_is_told_which_it_lacks(site, account_without_
 def test_an_account_that_the_policies_do_not_hold_is_told(site, account_without_rights):
     account = f"--serviceaccount={site.namespace}:builder-publish"
     site.kubectl("create", "rolebinding", "more", "--role=builder-sweep", account)
-    assert rows(doctor(site, KUBECONFIG=account_without_rights).stdout)["rights"]["state"] == "ok"
+
+    def rights():
+        return rows(doctor(site, KUBECONFIG=account_without_rights).stdout)["rights"]
+
+    # The API server learns of bindings and roles by watching them.
+    until(lambda: rights()["state"] == "ok")
     body = json.loads(site.kubectl("get", "role", "builder-sweep", "-o", "json"))
     body["rules"] = [rule for rule in body["rules"] if "template-copies" not in rule["resources"]]
     site.kubectl("replace", "-f", "-", documents=[body])
-    rights = rows(doctor(site, KUBECONFIG=account_without_rights).stdout)["rights"]
-    assert (rights["state"], "any Job" in rights["found"]) == ("warn", True), rights
+    found = until(lambda: (row := rights())["state"] != "ok" and row)
+    assert (found["state"], "any Job" in found["found"]) == ("warn", True), found
 
 
 def test_in_the_listener_s_pod_what_it_cannot_see_is_skipped(site, new_pump):

@@ -8,7 +8,7 @@ import sys
 import uuid
 
 from scripts.launch import clean_environ
-from tests.cluster.site import TEMPLATE_POD, outcome, submit, tagged
+from tests.cluster.site import TEMPLATE_POD, outcome, submit, tagged, wait_for
 from tests.waiting import HANG
 
 
@@ -50,6 +50,11 @@ def test_a_job_that_hangs_is_ended_and_says_why(site, new_pump):
     image = {"op": "replace", "path": f"{TEMPLATE_POD}/containers/0/image", "value": absent}
     site.patch_template("wheels", image)
     version = tagged(new_pump, site)
+    # Not before the image is what it waits for.
+    process = site.start_builder("submit", version.name, version.version, "--wait", "-n", site.namespace)
+    wait_for(process.stderr, absent)
+    process.terminate()
+    process.communicate(timeout=HANG)
     done = submit(site, version, "--wait", JOB_START_TIMEOUT="1")
     assert done.code == 75, done.stderr
     found = site.get("events")

@@ -18,11 +18,11 @@ import pytest
 
 from scripts.cluster import KubectlFailed
 from tests.cluster.gate import Gate
-from tests.cluster.site import TEMPLATE_POD, outcome, submit, tagged, wait_for
+from tests.cluster.site import TEMPLATE_POD, outcome, submit, tagged, wait_for, wait_for_templates
 from tests.servers.forwarding import forwarding
 from tests.servers.registries import PASSWORD, USER
 from tests.versions import seed_layout
-from tests.waiting import LONG_HANG
+from tests.waiting import HANG, LONG_HANG, until
 
 PYTHON = "/kaniko/venv/bin/python3"
 JOB = "/spec/jobTemplate/spec"
@@ -41,10 +41,9 @@ os.execv("/kaniko/bin/builder", ["builder", *sys.argv[1:]])
 """
 # A child of it is killed for memory, and it ends as if nothing had been.
 FORKS = """
-import subprocess, sys, time
+import subprocess, sys, urllib.request
 subprocess.run([sys.executable, "-c", "x = bytearray(1 << 30)"])
-# The node's engine tells of that beside the end.
-time.sleep(3)
+urllib.request.urlopen({url!r}).read()
 """
 FILLS = """
 import urllib.request
@@ -110,6 +109,7 @@ class Installs:
         site.environ.update(environ | settings)
         site.kubectl("replace", "-f", "-", documents=objects)
         site.patch_settings(**settings)
+        wait_for_templates(site.cluster, site.namespace)
         return site
 
     def _install(self, overlay):
@@ -261,7 +261,7 @@ def test_a_drained_node_is_no_attempt(failing, gate, new_pump, cluster):
         second.wait()
         assert outcome(site, version)["attempts"] == "1"
         # Ignored by the podFailurePolicy: it is not one of the Pods that may fail.
-        assert not site.get("job", name)["status"].get("failed")
+        assert not site.get("job", name)["status"].get("failed"), site.get("pods")
         second.release()
         code, _, said = ended(process)
     assert code == 0, said
@@ -310,12 +310,20 @@ def test_a_container_that_ends_well_though_a_process_was_killed_for_memory(faili
     """The kubelet starts no other container then, where each process is killed for itself (cgroup v1)."""
     site = failing("dockerfile", BUILD_METHOD="dockerfile")
     version = tagged(new_pump, site)
-    site.patch_template("dockerfile", *run(FORKS, "initContainers/1"), *small_memory("initContainers/1"))
-    if found_by == "submit":
-        code, _, said = ended(begin(site, version, "--method=dockerfile"))
+    forks = run(FORKS.format(url=gate.held_url("killed")), "initContainers/1")
+    site.patch_template("dockerfile", *forks, *small_memory("initContainers/1"))
+    killed = site.cluster.log("containerd").count("TaskOOM")
+    with gate.hold("^GET /held/killed") as held:
+        process = begin(site, version, "--method=dockerfile") if found_by == "submit" else None
+        assert process or '"submitted": 1' in site.sweep()
+        held.wait()
+        # The node's engine is told of that beside the end.
+        until(lambda: site.cluster.log("containerd").count("TaskOOM") > killed)
+        held.release()
+    if process:
+        code, _, said = ended(process)
         assert code == 65, said
     else:
-        assert '"submitted": 1' in site.sweep()
         pod = site.pod_of(job_of(site, version))["metadata"]["name"]
         reason = "{.status.initContainerStatuses[1].state.terminated.reason}"
         site.cluster.watch(f"pod/{pod}", reason, ("OOMKilled",), namespace=site.namespace)
@@ -685,8 +693,8 @@ def test_sweeps_with_nothing_to_do_keep_the_log_of_a_version(failing, new_pump):
     assert site.ended(name) == "Complete"
     site.kubectl("create", "job", "sweep-2", "--from=cronjob/builder-sweep")
     assert site.ended("sweep-2") == "Complete"
-    site.kubectl("wait", "--for=delete", "job/sweep-1", "--timeout=300s")
-    assert outcome(site, version)["image"] in site.kubectl("logs", f"job/{name}")
+    site.kubectl("wait", "--for=delete", "job/sweep-1", f"--timeout={HANG:.0f}s")
+    assert outcome(site, version)["image"] in site.log_of(name)
 
 
 LOOKS = """\
@@ -700,7 +708,8 @@ import json, ssl, urllib.error, urllib.request
 context = ssl._create_unverified_context()
 for url in {urls!r}:
     try:
-        found = urllib.request.urlopen(url, timeout=5, context=context).status
+        # At the first there is nobody, as a rule.
+        found = urllib.request.urlopen(url, timeout=5 if '169.254' in url else 300, context=context).status
     except urllib.error.HTTPError as error:
         found = error.code
     except OSError as error:

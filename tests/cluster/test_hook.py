@@ -12,7 +12,7 @@ from scripts.launch import clean_environ
 from tests.cluster.listening import SUBMIT_SECRET, listening
 from tests.cluster.site import Done, outcome
 from tests.hook.conftest import ROOT
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 FILE = ROOT / "examples" / "domino" / "publish_hook.py"
 
@@ -43,7 +43,7 @@ def one_file(site, tmp_path):
         keep = {name: site.environ[name] for name in ("MLFLOW_TRACKING_URI", "TARGET_TAG", "NO_PROXY")}
         done = subprocess.run(
             [sys.executable, "-I", str(FILE), version.name, version.version, *arguments],
-            check=False, text=True, capture_output=True, cwd=tmp_path, timeout=HANG,
+            check=False, text=True, capture_output=True, cwd=tmp_path, timeout=LONG_HANG,
             env=clean_environ(DOMINO_WORKING_DIR=str(tmp_path), **{**keep, **environ}),
         )  # fmt: skip
         return Done(done.returncode, done.stdout, done.stderr)

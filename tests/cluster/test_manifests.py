@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from scripts.cluster import KubectlFailed
+from tests.cluster.site import copy_of
 from tests.waiting import HANG, LONG_HANG, until
 
 K8S = Path(__file__).parents[2] / "k8s"
@@ -99,19 +100,7 @@ class Install:
 
     def job(self, method):
         """Return the Job that the sweep makes of a template for a version."""
-        template = self.template(method)["spec"]["jobTemplate"]
-        names = {"builder/target": "pltr_foundry", "builder/model": "Modell-fur-Pumpe-7", "builder/version": "8"}
-        spec = template["spec"]
-        pod = spec["template"]["metadata"]
-        pod["labels"] |= names
-        pod["annotations"] |= VERSION
-        metadata = {
-            "name": f"publish-{method}",
-            "labels": template["metadata"]["labels"] | names,
-            "annotations": VERSION
-            | {"builder/source-id": "8d1f", "builder/target": "pltr_foundry", "builder/made-by": "sweep"},
-        }
-        return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+        return copy_of(self.template(method))
 
 
 def overlay(folder, namespace, *resources, components=(), k8s=K8S, **more):

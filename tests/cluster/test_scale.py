@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
+import threading
+import time
 from pathlib import Path
+
+import pytest
 
 from builder.cluster.job import job_name
 from builder.settings import Settings
 from scripts.launch import clean_environ
 from tests.catalogue import insert, published, versions
+from tests.servers.forwarding import forwarding
+from tests.waiting import LONG_HANG
 
 PAGE = 500
-REQUEST = re.compile(r'"([A-Z]+) (/api/\S+) HTTP')
 SEARCH = "model-versions/search"
+
+
+@pytest.fixture
+def mlflow(cluster_mlflow, cluster):
+    """A proxy before MLflow: what goes through it is this test's own, whatever runs beside it."""
+    with forwarding(cluster_mlflow.uri.removeprefix("http://"), address=cluster.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def site(new_site, mlflow):
+    return new_site(settings={"MLFLOW_TRACKING_URI": f"http://{mlflow.host}"})
 
 
 class Asked:
@@ -23,21 +39,21 @@ class Asked:
 
     def __init__(self, site, mlflow):
         self._site, self._mlflow = site, mlflow
-        self._before = len(mlflow.log()), len(site.cluster.requests())
+        self._before = len(mlflow.seen), len(site.cluster.requests())
 
     def mlflow(self):
-        """Return method and path of each request, with its parameters."""
-        return REQUEST.findall(self._mlflow.log()[self._before[0] :])
+        """Return method and path of each request, with its parameters; one that was lost is asked again."""
+        return [(each.method, each.path) for each in self._mlflow.seen[self._before[0] :] if not each.lost]
 
     def kubernetes(self):
         """Return the requests of the sweep's account."""
         account = f"system:serviceaccount:{self._site.namespace}:builder-sweep"
-        made = self._site.cluster.requests()[self._before[1] :]
-        return [each for each in made if each["user"]["username"] == account]
+        return [each for each in self.everybody() if each["user"]["username"] == account]
 
     def everybody(self):
-        """Return all requests to the API server."""
-        return self._site.cluster.requests()[self._before[1] :]
+        """Return all requests to the API server that it has served."""
+        made = self._site.cluster.requests()[self._before[1] :]
+        return [each for each in made if status(each) < 500]
 
 
 def catalogue(site, mlflow, count, *, new=0):
@@ -49,10 +65,10 @@ def catalogue(site, mlflow, count, *, new=0):
     return there, made[count:]
 
 
-def test_what_is_published_costs_the_listing_and_nothing_else(site, cluster_mlflow):
+def test_what_is_published_costs_the_listing_and_nothing_else(site, mlflow, cluster_mlflow):
     count = 2 * PAGE + 100
     catalogue(site, cluster_mlflow, count)
-    asked = Asked(site, cluster_mlflow)
+    asked = Asked(site, mlflow)
     assert f'"current": {count}' in site.sweep()
     requests = asked.mlflow()
     assert len(requests) == math.ceil(count / PAGE)
@@ -61,18 +77,18 @@ def test_what_is_published_costs_the_listing_and_nothing_else(site, cluster_mlfl
     assert (listing["verb"], listing["objectRef"]["resource"]) == ("list", "jobs")
 
 
-def test_new_versions_are_submitted_oldest_first_and_only_so_many_at_once(site, cluster_mlflow):
+def test_new_versions_are_submitted_oldest_first_and_only_so_many_at_once(site, mlflow, cluster_mlflow):
     new, most = 30, 4
     site.patch_settings(SWEEP_PARALLEL=str(most), SWEEP_WAIT="3000")
     # The Jobs are this test's to end: Kubernetes makes no Pod of them.
     managed = {"op": "add", "path": "/spec/jobTemplate/spec/managedBy", "value": "example.com/test"}
     site.patch_template("wheels", managed)
     there, queued = catalogue(site, cluster_mlflow, 50, new=new)
-    asked = Asked(site, cluster_mlflow)
+    asked = Asked(site, mlflow)
     site.kubectl("create", "job", "sweep", "--from=cronjob/builder-sweep")
     ended = end_jobs(site, new, most)
-    assert site.ended("sweep") == "Complete", site.kubectl("logs", "job/sweep")
-    log = site.kubectl("logs", "job/sweep")
+    assert site.ended("sweep") == "Complete", site.log_of("sweep")
+    log = site.log_of("sweep")
     assert f'"submitted": {new}' in log, log
 
     target = Settings.from_environ(site.environ).target
@@ -107,8 +123,16 @@ def test_jobs_that_others_have_made_hold_no_sweep_back(site, cluster_mlflow):
     assert all(text in log for text in ('"running": 2', '"queued": 1')), log
 
 
+def status(request):
+    return request.get("responseStatus", {}).get("code", 500)
+
+
 def made(requests):
-    return [each for each in requests if each["verb"] == "create" and each["objectRef"]["resource"] == "jobs"]
+    return [
+        each
+        for each in requests
+        if (each["verb"], each["objectRef"]["resource"], status(each)) == ("create", "jobs", 201)
+    ]
 
 
 def end_jobs(site, count, most):
@@ -118,17 +142,25 @@ def end_jobs(site, count, most):
     command += ["get", "jobs", "-l", "app.kubernetes.io/component=publish", "--watch", "-o", "name"]
     names, ended = [], []
     environ = clean_environ(**cluster.environ)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
-        for line in process.stdout:
-            name = line.strip().partition("/")[2]
-            if name not in names:
-                names.append(name)
-            while (len(names) == count and len(ended) < count) or len(names) - len(ended) == most:
-                succeed(site, names[len(ended)])
-                ended.append(names[len(ended)])
-            if len(ended) == count:
+    deadline = time.monotonic() + LONG_HANG
+    # A watch may end before that, and is begun again with what there is.
+    while time.monotonic() < deadline:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+            timer = threading.Timer(LONG_HANG, process.kill)
+            timer.start()
+            try:
+                for line in process.stdout:
+                    name = line.strip().partition("/")[2]
+                    if name not in names:
+                        names.append(name)
+                    while (len(names) == count and len(ended) < count) or len(names) - len(ended) == most:
+                        succeed(site, names[len(ended)])
+                        ended.append(names[len(ended)])
+                    if len(ended) == count:
+                        return ended
+            finally:
+                timer.cancel()
                 process.kill()
-                return ended
     message = f"{len(names)} Jobs were made"
     raise AssertionError(message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,12 +25,14 @@ class Seen:
         path: with the query.
         sent: bytes of its body.
         status: of the answer.
+        lost: whether the client had closed its connection by then: one that has waited for too long asks again.
     """
 
     method: str
     path: str
     sent: int
     status: int
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,8 @@ class Asked:
         content_type: of the body.
         body: what was read of it: manifests whole, blobs not at all.
         authorization: the header of that name; empty without one.
+        gone: whether the client has closed its connection, as one does that has waited for too long; known of requests
+            whose body was read or that have none.
     """
 
     number: int
@@ -51,6 +56,7 @@ class Asked:
     content_type: str
     body: bytes
     authorization: str = ""
+    gone: Callable[[], bool] = lambda: False
 
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -103,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
                 content_type=self.headers.get("Content-Type", ""),
                 body=body,
                 authorization=self.headers.get("Authorization", ""),
+                gone=self._gone,
             )
         )
         if isinstance(answered, tuple):
@@ -121,6 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
 
+    def _gone(self):
+        with contextlib.suppress(BlockingIOError):
+            try:
+                return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except ConnectionError:
+                return True
+        return False
+
     def _body(self, length):
         while length > 0:
             chunk = self.rfile.read(min(_CHUNK, length))
@@ -134,7 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
             pass
 
     def _note(self, status, sent):
-        self.server.forwarding.seen.append(Seen(method=self.command, path=self.path, sent=sent, status=status))
+        request = {"method": self.command, "path": self.path}
+        self.server.forwarding.seen.append(Seen(**request, sent=sent, status=status, lost=self._gone()))
 
     def _forward(self, path, body, length):
         connection = http.client.HTTPConnection(self.server.upstream, timeout=HANG)
