@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -48,6 +49,10 @@ def clean_environ(**more: str) -> dict[str, str]:
     # A server that writes no bytecode compiles itself anew at every start.
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**kept, **more}
+
+
+# Of ports, held until this process ends.
+_claims: list[socket.socket] = []
 
 
 class ServerDied(Exception):
@@ -176,16 +181,35 @@ class Processes:
         return Process(program)
 
 
+def _claim(port: int) -> None:
+    """Keep a port from other processes that ask `free_port`.
+
+    Raises:
+        OSError: another one has it.
+    """
+    if sys.platform == "linux":
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0model-image-builder/port/{port}")  # a name without a file
+        except OSError:
+            claim.close()
+            raise
+        _claims.append(claim)
+
+
 def free_port(address: str = "127.0.0.1") -> int:
     """Return a port of the loopback interface, or of another address of this machine, that nothing listens on.
 
-    It is below those that the kernel gives to connections (Linux 32768 to 60999, others higher): until the server
-    listens on it, nobody who does not ask for this very port gets it.
+    It is below those that the kernel gives to connections (Linux 32768 to 60999, others higher) and that Kubernetes
+    gives to Services, and not one of Kubernetes' own: until the server listens on it, nobody who does not ask for this
+    very port gets it. Nor does another process that asks here, until this one ends.
     """
     while True:
+        port = random.randrange(11_000, 30_000)  # noqa: S311 - not a secret
         with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind((address, random.randrange(10_000, 32_768)))  # noqa: S311 - not a secret
-            return int(listener.getsockname()[1])
+            listener.bind((address, port))
+            _claim(port)
+            return port
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ import pytest
 
 from scripts.launch import clean_environ
 from tests.servers.mlflow import MlflowServer
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG
 
 PROJECT = "65a1b2c3d4e5f60718293a4b"
 OWNER, PROJECT_NAME, USER = "integration", "pumps", "ada"
@@ -184,7 +184,7 @@ class Domino:
 
     def ended(self, run: Run) -> Run:
         """Wait until a run has ended, and return it."""
-        assert run.ended.wait(HANG), run
+        assert run.ended.wait(LONG_HANG), run
         return run
 
     def stop(self, run: Run) -> None:
@@ -300,6 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def handle_error(self, request, client_address):
         pass  # a client that ends in the middle

@@ -13,6 +13,7 @@ from builder import masking
 from builder.http import RetryPolicy
 from builder.settings import Settings
 from scripts.launch import ambient
+from tests.waiting import HANG
 
 # What a publish leaves in this process for MLflow's client (`builder.domino`): a test's own authorities
 # would be those of the next test, which may need the machine's.
@@ -31,6 +32,9 @@ def _clean_environment(monkeypatch):
     for name in list(os.environ):
         if ambient(name):
             monkeypatch.delenv(name)
+    # A request that is answered late is not sent again, which would make a second version of a model. Where the program
+    # sets its own bound, it leaves this one.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{HANG:.0f}")
     _run_no_image(monkeypatch)
     yield
     # As it is before `log.configure`: pytest puts its handler on each logger that tells no other, and a test that lets
