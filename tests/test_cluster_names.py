@@ -175,6 +175,15 @@ def test_a_volume_that_a_busy_node_mounts_a_moment_later_is_no_hindrance():
     assert late in not_started(waiting, [mount(late, count=20)]).what
 
 
+def test_of_what_a_kubelet_says_of_a_volume_the_cause_is_told():
+    waiting = [pod(phase="Pending", main=[("publish", waits("ContainerCreating"))])]
+    absent = 'secret "not-there" not found'
+    summary = {"reason": "FailedMount", "message": "Unable to attach or mount volumes: unmounted volumes=[registry]"}
+    assert absent in not_started(waiting, [mount(absent), summary]).what
+    # Where it says nothing else.
+    assert "unmounted" in not_started(waiting, [summary]).what
+
+
 def test_a_configuration_that_a_busy_node_reads_a_moment_later_is_no_hindrance():
     late = waits("CreateContainerConfigError", "failed to sync configmap cache: timed out waiting for the condition")
     young, old = (pod(phase="Pending", main=[("publish", late)]) for _ in range(2))

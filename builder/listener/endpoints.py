@@ -314,8 +314,6 @@ def _log_refusal(error: Refused, event: str) -> None:
 def _refusal(error: Refused) -> DeliveryOutcome:
     if isinstance(error, Unsigned):
         return "unsigned"
-    if error.status == HTTPStatus.REQUEST_TIMEOUT:
-        return "unavailable"
     return "replayed" if error.status == HTTPStatus.CONFLICT else "refused"
 
 

@@ -59,8 +59,8 @@ class Metrics:
         self._deliveries = Count(
             "builder_deliveries",
             "Webhook deliveries by what was done with them: taken, ignored as of no interest, refused (signature, age, "
-            "form), unsigned (a stranger's, or of a webhook without a secret), replayed, or unavailable: a "
-            "service is away, so that MLflow tries again, or the body came too slowly.",
+            "form), unsigned (a stranger's, or of a webhook without a secret), replayed, or answered with unavailable "
+            "so that MLflow tries again.",
             ["outcome"],
             registry=self._registry,
         )
