@@ -79,7 +79,7 @@ class Cluster:
             KubectlFailed: with what it printed to stderr.
         """
         passing = _NOTHING_SENT
-        if next(word for word in arguments if not word.startswith("-")) in _ASKED_TWICE:
+        if next((word for word in arguments if not word.startswith("-")), "") in _ASKED_TWICE:
             passing += _PERHAPS_DONE
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
@@ -212,4 +212,4 @@ class Cluster:
 
     def log(self, program: str) -> str:
         """Return what one of its programs wrote, as `kubelet`."""
-        return (self.folder / "logs" / program).read_text(errors="replace")
+        return (self.folder / "logs" / f"{program}.log").read_text(errors="replace")
