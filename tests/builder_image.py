@@ -28,6 +28,7 @@ from scripts.cache import cache_folder, locked
 from scripts.docker_daemon import Daemon
 from scripts.launch import clean_environ
 from scripts.machine import ca_bundle, native_platform, pip_config
+from tests.waiting import LONG_HANG
 
 ROOT = Path(__file__).parents[1]
 SENT = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "builder", "docker", "pyproject.toml", "requirements")
@@ -47,7 +48,7 @@ def use_daemon(daemon: Daemon) -> None:
         _daemon.update(daemon.environ)
 
 
-def docker(*arguments: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def docker(*arguments: str, check: bool = True, timeout: float = LONG_HANG) -> subprocess.CompletedProcess[str]:
     """Run a docker command; gives what it printed, raises where it fails."""
     # The classic builder: what builds with it builds with BuildKit too, and it is part of every Docker.
     environ = clean_environ(DOCKER_BUILDKIT="0", **_daemon)

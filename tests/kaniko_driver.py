@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from builder.dockerfile.engine import BuildJob
@@ -17,6 +18,8 @@ from builder.reference import Platform, Repository
 from builder.settings import Network
 
 WORKSPACE = Path("/kaniko/workspace")
+# Seconds: of a build, and until what was killed is gone. Only a hang takes as long.
+LONGEST, GONE = 1500, 300
 
 
 def path(value: str | None) -> Path | None:
@@ -34,7 +37,7 @@ def build(number: int, wanted: dict) -> dict:
         dockerfile=Path(wanted.get("context", dockerfile.parent)) / "Dockerfile",
         platform=Platform.parse(wanted.get("platform", "linux/amd64")),
         layout=WORKSPACE / "layouts" / str(number),
-        timeout=wanted.get("timeout", 300),
+        timeout=wanted.get("timeout", LONGEST),
         network=Network(
             ca_bundle=path(wanted.get("ca_bundle")),
             pip_config=path(wanted.get("pip_config")),
@@ -53,9 +56,17 @@ def build(number: int, wanted: dict) -> dict:
     return {
         **outcome,
         "lines": lines,
-        "processes": processes(),
+        "processes": left(),
         "kaniko": sorted(entry.name for entry in Path("/kaniko").iterdir()),
     }
+
+
+def left() -> list[str]:
+    """Return the command lines of the processes that stay, whatever time they get to be gone."""
+    until = time.monotonic() + GONE
+    while (found := processes()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
 
 
 def processes() -> list[str]:

@@ -36,6 +36,7 @@ from builder.cluster.follow import show_line
 from builder.cluster.job import job_name, job_of, label
 from builder.cluster.pods import ending, exit_code, image_of, not_started, stuck
 from builder.cluster.reconcile import next_try
+from tests.waiting import HANG
 
 K8S = Path(__file__).parents[1] / "k8s"
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -184,7 +185,8 @@ def test_of_what_a_kubelet_says_of_a_volume_the_cause_is_told():
     assert "unmounted" in not_started(waiting, [summary]).what
 
 
-def test_a_configuration_that_a_busy_node_reads_a_moment_later_is_no_hindrance():
+def test_a_configuration_that_a_busy_node_reads_a_moment_later_is_no_hindrance(monkeypatch):
+    monkeypatch.setattr("builder.cluster.pods._SOON", HANG)
     late = waits("CreateContainerConfigError", "failed to sync configmap cache: timed out waiting for the condition")
     young, old = (pod(phase="Pending", main=[("publish", late)]) for _ in range(2))
     young["metadata"]["creationTimestamp"] = datetime.now(tz=UTC).isoformat()

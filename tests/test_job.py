@@ -304,10 +304,15 @@ def test_a_stranger_finds_no_credential_and_changes_nothing_that_push_believes(p
 
 def test_a_link_in_a_layout_leads_nowhere(pod, token_registry, marks):
     files = {"client/link.py": LINK}
-    job = pod(DOCKERFILE.replace("USER 10001", "RUN python3 /app/client/link.py\nUSER 10001"), files)
-    before = repositories(token_registry)
-    ended = job.publish()
-    assert (job.volumes["workspace"] / "layouts" / "linux-amd64" / "index.json").is_symlink()
+    # It has to come between the engine's end and the container's; on a busy machine, it may come too late.
+    for _ in range(10):
+        job = pod(DOCKERFILE.replace("USER 10001", "RUN python3 /app/client/link.py\nUSER 10001"), files)
+        before = repositories(token_registry)
+        ended = job.publish()
+        linked = (job.volumes["workspace"] / "layouts" / "linux-amd64" / "index.json").is_symlink()
+        if linked:
+            break
+    assert linked
     assert ended["push"].returncode == ExitCode.CANNOT_CREATE, output(ended)
     assert not [mark for mark in marks if mark in output(ended) or mark in json.dumps(job.model.tags())]
     assert repositories(token_registry) == before

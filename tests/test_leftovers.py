@@ -32,6 +32,7 @@ def aged(folder):
 
 def test_only_what_a_dead_process_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("builder.process._YOUNG", HANG)
     environ = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", _HOLDS]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -168,9 +168,9 @@ def test_names_are_shown_bounded_and_on_one_line(tmp_path):
 def test_many_paths_are_repaired_in_one_go(tmp_path):
     artifacts = ", ".join(f"a{number}: {{path: 'b\\c'}}" for number in range(12_000))
     context = own(tmp_path, f"loader_module: mlflow.pyfunc.model, artifacts: {{{artifacts}}}, x: '{'😀' * 880_000}'")
-    begin = time.process_time()
+    begin = time.thread_time()
     text = repaired(context, "m", {"m/MLmodel", "m/b/c"}).decode()
-    assert time.process_time() - begin < 5
+    assert time.thread_time() - begin < 5
     assert text == (context / "m/MLmodel").read_text(encoding="utf-8").replace("'b\\c'", '"b/c"')
 
 

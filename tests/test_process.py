@@ -200,6 +200,7 @@ def test_no_line_is_longer_than_the_limit_or_holds_a_line_break(chunks, limit):
 LIMITS = Limits(memory=500 << 20, processor=1)
 # A limit is set as soon as the program runs: it waits until it has it.
 WAIT = "import resource, time\nwhile resource.getrlimit(resource.RLIMIT_DATA)[0] != {}: time.sleep(0.01)\n"
+WAIT_FOR_PROCESSOR = WAIT.replace("RLIMIT_DATA", "RLIMIT_CPU").format(LIMITS.processor)
 
 
 def limited(code, tmp_path, limits):
@@ -217,11 +218,11 @@ def test_memory_is_limited_for_what_a_program_starts_as_well(tmp_path):
 
 
 def test_processor_time_is_limited(tmp_path):
-    assert limited("while True: pass", tmp_path, LIMITS)[0] == -signal.SIGXCPU
+    assert limited(f"{WAIT_FOR_PROCESSOR}while True: pass", tmp_path, LIMITS)[0] == -signal.SIGXCPU
 
 
 def test_who_ignores_the_limit_of_processor_time_is_killed(tmp_path):
-    code = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    code = f"import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n{WAIT_FOR_PROCESSOR}while True: pass"
     assert limited(code, tmp_path, LIMITS)[0] == -signal.SIGKILL
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from scripts.launch import ambient, clean_environ
 from tests.servers.registries import PASSWORD, PULL_PASSWORD, PULL_USER, USER
+from tests.waiting import HANG
 
 
 def upload(server, *, auth=None, headers=None):
     verify = ssl.create_default_context(cafile=server.ca) if server.ca else True
-    with httpx2.Client(verify=verify, trust_env=False) as client:
+    with httpx2.Client(verify=verify, trust_env=False, timeout=HANG) as client:
         return client.post(f"{server.url}/v2/smoke/blobs/uploads/", auth=auth, headers=headers)
 
 
@@ -40,7 +41,7 @@ def test_the_private_authority_is_needed_to_trust_the_tls_registry(tls_registry)
     assert upload(tls_registry, auth=(USER, PASSWORD)).status_code == 202
     with (
         pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
-        httpx2.Client(trust_env=False) as client,
+        httpx2.Client(trust_env=False, timeout=HANG) as client,
     ):
         client.get(f"{tls_registry.url}/v2/")
 
@@ -53,14 +54,14 @@ def test_a_token_allows_what_its_user_may(token_registry, auth, status):
     assert f'realm="{token_registry.tokens.realm}"' in challenge
     assert 'scope="repository:smoke:pu' in challenge  # the registry tells the two actions in any order
     query = {"service": "registry.test", "scope": "repository:smoke:pull,push"}
-    answer = httpx2.get(token_registry.tokens.realm, params=query, auth=auth, trust_env=False)
+    answer = httpx2.get(token_registry.tokens.realm, params=query, auth=auth, trust_env=False, timeout=HANG)
     headers = {"Authorization": f"Bearer {answer.json()['token']}"}
     assert upload(token_registry, headers=headers).status_code == status
     assert token_registry.tokens.asked[-1] == (auth[0], ("repository:smoke:pull,push",))
 
 
 def test_the_token_server_refuses_a_wrong_password(token_registry):
-    answer = httpx2.get(token_registry.tokens.realm, auth=(USER, "wrong"), trust_env=False)
+    answer = httpx2.get(token_registry.tokens.realm, auth=(USER, "wrong"), trust_env=False, timeout=HANG)
     assert answer.status_code == 401
 
 

@@ -17,7 +17,7 @@ from builder.errors import BuildFailed, InvalidSettings, InvalidVersion, Service
 from builder.process import run
 from builder.reference import Platform, Repository
 from builder.settings import BuildSettings, Network
-from tests.waiting import HANG, growing
+from tests.waiting import HANG, LONG_HANG, growing, until
 
 AMD64 = Platform("linux", "amd64")
 
@@ -37,10 +37,13 @@ def storage(tmp_path_factory):
 
 
 @pytest.fixture
-def make(tmp_path, storage):
+def make(tmp_path, storage, monkeypatch):
     """Give a function that builds a Dockerfile and returns the image; what was printed is in `make.lines`."""
+    monkeypatch.setattr("builder.dockerfile.buildah._SHORT", HANG)
 
-    def build(dockerfile, *, files=None, platform=AMD64, engine=None, network=None, timeout=HANG, output=None, **more):
+    def build(
+        dockerfile, *, files=None, platform=AMD64, engine=None, network=None, timeout=LONG_HANG, output=None, **more
+    ):
         context = tmp_path / "context"
         context.mkdir(exist_ok=True)
         for name, content in (files or {}).items():
@@ -374,7 +377,8 @@ def test_termination_ends_the_build_and_leaves_no_container(make, base_image, st
     with pytest.raises(Terminated):
         make(f"FROM {base_image}\nRUN echo in the step; sleep 6000\n", output=output)
     assert containers(storage) == []
-    assert not [command for command in commands() if str(storage) in command and "build" in command]
+    # What was killed may take a moment to be gone.
+    until(lambda: not [command for command in commands() if str(storage) in command and "build" in command])
 
 
 def commands():
@@ -435,6 +439,7 @@ def machine_network():
 def test_the_apt_section_that_the_readme_warned_of_builds(make, base_image, machine_network):
     image = make(
         f"FROM {base_image}\n"
+        "RUN echo 'Acquire::Retries \"10\";' > /etc/apt/apt.conf.d/retries\n"
         "RUN apt-get update \\\n"
         "    && apt-get upgrade --yes \\\n"
         "    && apt-get install -y --no-install-suggests --no-install-recommends \\\n"
@@ -442,6 +447,5 @@ def test_the_apt_section_that_the_readme_warned_of_builds(make, base_image, mach
         "    && apt-get clean \\\n"
         "    && rm -rf /var/lib/apt/lists/*\n",
         network=machine_network,
-        timeout=2 * HANG,
     )
     assert "usr/bin/curl" in image.entries()

@@ -66,6 +66,6 @@ def test_a_templates_folder_of_another_name():
 
 def test_a_hundred_thousand_names_take_no_time():
     names = [f"{number}/{'docker.' * 5}file" for number in range(100_000)] + ["a" * 40] * 1000
-    began = time.process_time()
+    began = time.thread_time()
     overlooked(names, "templates", [])
-    assert time.process_time() - began < 20
+    assert time.thread_time() - began < 20

@@ -159,8 +159,11 @@ PIECES = st.one_of(
     ),
 )
 
+# Those of the profile in tests/conftest.py are replaced, not extended.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+@settings(max_examples=300, suppress_health_check=UNCHECKED, deadline=None)
 @given(st.lists(PIECES, max_size=20))
 def test_a_template_without_known_names_and_lower_case_braces_is_the_same_after(context, pieces):
     template = b"".join(pieces)
@@ -171,7 +174,7 @@ def test_a_template_without_known_names_and_lower_case_braces_is_the_same_after(
     assert rendered(context, template).dockerfile == template
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=UNCHECKED, deadline=None)
 @given(
     st.lists(st.sampled_from([f"${name}" for name in VARIABLES] + [f"${{{name}}}" for name in VARIABLES]), max_size=6),
     st.lists(st.sampled_from([" ", "/", "-", "\n", "\r\n", " $PATH ", "é"]), min_size=7, max_size=7),

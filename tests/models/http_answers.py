@@ -28,6 +28,10 @@ class Answers:
     cut: int = 0
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
+
 @contextlib.contextmanager
 def answering_server(answers: Answers, certificate: Path | None = None, key: Path | None = None) -> Iterator[str]:
     """Serve `answers` on loopback, over TLS where a certificate is given; yield the server's URL."""
@@ -54,7 +58,7 @@ def answering_server(answers: Answers, certificate: Path | None = None, key: Pat
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     if certificate and key:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)

@@ -32,9 +32,12 @@ def executed(monkeypatch, **environ):
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
-        notebook, timeout=HANG, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
-    )
-    client.execute(env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)})
+        notebook, timeout=HANG, startup_timeout=int(HANG), iopub_timeout=int(HANG),
+        kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}},
+    )  # fmt: skip
+    # A version is not made twice, however long the server takes.
+    patient = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}"}
+    client.execute(env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), **patient})
     return notebook
 
 

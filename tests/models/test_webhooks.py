@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -22,8 +23,12 @@ from scripts.certificates import for_loopback, self_signed, signed
 from scripts.launch import clean_environ
 from tests.listener.test_deliveries import WEBHOOKS_HERE, receiving
 from tests.servers.mlflow import run_mlflow
+from tests.waiting import HANG
 
 SECRET = "a-secret-of-the-tests"
+# However long a server takes: what is asked for twice makes a second webhook, or a second delivery.
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}"}
+WEBHOOKS = WEBHOOKS_HERE | {"MLFLOW_WEBHOOK_REQUEST_TIMEOUT": f"{HANG:.0f}"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def server(launcher, tmp_path_factory):
     """An MLflow that delivers to this machine."""
     folder = tmp_path_factory.mktemp("mlflow-webhooks")
     options = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
-    with run_mlflow(launcher, folder, *options, artifacts=str(folder), environ=WEBHOOKS_HERE) as running:
+    with run_mlflow(launcher, folder, *options, artifacts=str(folder), environ=WEBHOOKS) as running:
         yield running
 
 
@@ -39,7 +44,7 @@ def builder(server, *arguments, **environ):
     """Run `builder webhook`, and return its exit code, stdout and stderr."""
     variables = {"MLFLOW_TRACKING_URI": server.uri, "WEBHOOK_SECRET": SECRET, "LOG_FORMAT": "text", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "builder", "webhook", *arguments]
-    environ = clean_environ(**{**variables, **environ})
+    environ = clean_environ(**{**variables, **PATIENT, **environ})
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
     return done.returncode, done.stdout, done.stderr
 
@@ -68,7 +73,11 @@ def test_registered_listed_tried_and_deleted(server):
         code, _, stderr = builder(server, "create", url)
         assert code == 78
         assert f"builder webhook delete {identity}" in stderr
-    code, _, stderr = builder(server, "test", identity)
+    # The port stays taken, and nobody listens on it.
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(receiver.server_address)
+        code, _, stderr = builder(server, "test", identity)
     assert code == 69
     assert "Check that the MLflow server reaches this address" in stderr
     assert builder(server, "delete", "builder")[0] == 0
@@ -104,7 +113,9 @@ def receiving_by_tls(certificate):
 
 def tried(server, receiver):
     """Return the exit code and stderr of a test delivery."""
-    identity = builder(server, "create", f"https://127.0.0.1:{receiver.server_address[1]}")[1].strip()
+    code, stdout, stderr = builder(server, "create", f"https://127.0.0.1:{receiver.server_address[1]}")
+    assert code == 0, stderr
+    identity = stdout.strip()
     try:
         code, _, stderr = builder(server, "test", identity)
         return code, stderr
@@ -133,7 +144,7 @@ def test_an_authority_is_trusted_that_was_added_as_the_page_says(launcher, tmp_p
 
     @contextlib.contextmanager
     def running():
-        with run_mlflow(launcher, tmp_path, *options, artifacts=str(tmp_path), environ=WEBHOOKS_HERE | paths) as found:
+        with run_mlflow(launcher, tmp_path, *options, artifacts=str(tmp_path), environ=WEBHOOKS | paths) as found:
             yield found
 
     # It has an address that is not in the certificate, too.
@@ -159,7 +170,7 @@ def test_a_server_without_webhooks_is_told(mlflow_file_server):
 
 def test_a_secret_that_the_server_cannot_read_any_more_is_told(launcher, tmp_path):
     options = ("--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db")
-    without = {name: value for name, value in WEBHOOKS_HERE.items() if "KEY" not in name}
+    without = {name: value for name, value in WEBHOOKS.items() if "KEY" not in name}
 
     @contextlib.contextmanager
     def running():

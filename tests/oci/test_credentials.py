@@ -11,7 +11,7 @@ import pytest
 
 from builder.errors import BuilderError, InvalidSettings, PermissionRefused
 from builder.oci.authn import Credential, Credentials
-from tests.waiting import growing
+from tests.waiting import HANG, growing
 
 SECRET = "s3cr3t-of-a-file"
 HUB = "https://index.docker.io/v1/"
@@ -28,7 +28,8 @@ def config(folder: Path, value: object) -> Path:
 
 @pytest.fixture
 def helper(tmp_path: Path, monkeypatch):
-    """Put a credential helper on PATH: a shell script that reads the server's name into `$server`."""
+    """Put a credential helper on PATH: a shell script that reads the server's name into `$server`, in any time."""
+    monkeypatch.setitem(Credentials.__init__.__kwdefaults__, "helper_timeout", HANG)
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

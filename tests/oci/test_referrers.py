@@ -13,6 +13,7 @@ from builder.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, BytesBlob, Descript
 from builder.oci.store import attach
 from builder.reference import Repository
 from tests.servers.forwarding import forwarding
+from tests.waiting import HANG
 
 KIND = "application/vnd.modelimage.lock.v1+toml"
 
@@ -59,7 +60,8 @@ def listed(client, repository, subject):
 def test_a_registry_without_the_list_gets_a_tag(client, server, repository, subject, crane):
     tag = attach(client, repository, subject, b"lock", kind=KIND, title="pylock.toml")
     # Neither of the distribution project's registries has the API; the answer says so.
-    assert httpx2.get(f"{server.url}/v2/{repository.path}/referrers/{subject.digest}").status_code == 404
+    url = f"{server.url}/v2/{repository.path}/referrers/{subject.digest}"
+    assert httpx2.get(url, timeout=HANG).status_code == 404
     (entry,) = listed(client, repository, subject)
     assert entry["digest"] == str(tag.digest)
     assert entry["artifactType"] == KIND

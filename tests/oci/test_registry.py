@@ -27,6 +27,7 @@ from builder.reference import Digest, Platform, Repository
 from builder.settings import BuildSettings, Settings
 from tests.oci.fake import Asked, Fake, Reply, Reset, serve
 from tests.oci.layouts import make_layout, tar
+from tests.waiting import HANG
 
 MANIFEST = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
 FOUND = Reply(200, {"Content-Type": OCI_INDEX}, MANIFEST)
@@ -54,7 +55,7 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def registries(fake: Fake, waits: list[float]):
-    policy = RetryPolicy(attempts=4, first=0.01, longest=30, deadline=60, sleep=waits.append)
+    policy = RetryPolicy(attempts=4, first=0.01, longest=30, deadline=HANG, sleep=waits.append)
     credentials = Credentials(explicit=fake.host, credential=Credential("user", SECRET))
     with Registries(credentials, policy=policy) as registries:
         yield registries
@@ -460,7 +461,7 @@ def test_a_mount_that_becomes_an_upload_is_used_or_cancelled(fake, registry, rep
 
 def test_a_body_is_sent_again_with_the_token_that_was_renewed(fake, other, registry, repository) -> None:
     tokens = iter(["first", "second", "third"])
-    other.answer = lambda _: Reply.json({"token": next(tokens)})
+    other.answer = lambda _: Reply.json({"token": next(tokens), "expires_in": 3600})
 
     def home(asked: Asked) -> Reply:
         good = "second" if asked.method == "PUT" else "first"
@@ -564,7 +565,7 @@ def token_registry(fake: Fake, tokens: Fake, good: str) -> None:
 
 def test_a_token_is_asked_for_with_service_and_scope(fake, other, registry, repository) -> None:
     token_registry(fake, other, "good")
-    other.answer = lambda _: Reply.json({"access_token": "good"})
+    other.answer = lambda _: Reply.json({"access_token": "good", "expires_in": 3600})
     for _ in range(2):
         assert registry.manifest(repository.tag("v1"))
     (asked,) = other.asked
@@ -574,7 +575,7 @@ def test_a_token_is_asked_for_with_service_and_scope(fake, other, registry, repo
 
 def test_a_token_that_is_refused_is_renewed_once(fake, other, registry, repository) -> None:
     tokens = iter(["first", "second", "third", "fourth"])
-    other.answer = lambda _: Reply.json({"token": next(tokens)})
+    other.answer = lambda _: Reply.json({"token": next(tokens), "expires_in": 3600})
     token_registry(fake, other, "first")
     assert registry.manifest(repository.tag("v1"))
     token_registry(fake, other, "second")
@@ -723,15 +724,19 @@ def test_a_named_host_that_does_not_speak_tls_says_how_to_name_it() -> None:
         host = f"127.1:{listener.getsockname()[1]}"
 
         def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1)
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            # Until the socket is shut down: a client that has waited long comes again.
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(1)
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         with Registries() as registries, pytest.raises(InvalidSettings, match=r"does not speak TLS.*INSECURE_REGISTR"):
             registries.for_host(host).manifest(Repository(host, "x").tag("v1"))
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 

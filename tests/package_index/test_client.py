@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,7 +105,10 @@ def test_download(index, locked, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wheel"]
 
 
-def test_connections_are_kept(index, tmp_path):
+def test_connections_are_kept(index, tmp_path, monkeypatch):
+    # However long the machine pauses between two of them.
+    limits = httpx2.Limits(max_connections=32, max_keepalive_connections=24, keepalive_expiry=HANG)
+    monkeypatch.setattr("builder.http._LIMITS", limits)
     connections = set()
     index.faults = lambda handler, path: connections.add(handler.client_address) and False
     wheels = [

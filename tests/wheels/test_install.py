@@ -13,6 +13,7 @@ import pytest
 
 from builder.wheels.install import WheelLayer
 from builder.wheels.wheel import open_wheel
+from tests.waiting import HANG
 from tests.wheels.made import PYTHON, compiler
 
 # What is special about each, beside its packages.
@@ -37,7 +38,8 @@ WRITTEN = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
 def wheels(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("wheels")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", *WHEELS]
-    done = subprocess.run([*command, "--dest", folder], capture_output=True, text=True, check=False)
+    patient = ["--timeout", f"{HANG:.0f}", "--retries", "10"]
+    done = subprocess.run([*command, *patient, "--dest", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return sorted(folder.glob("*.whl"))
 

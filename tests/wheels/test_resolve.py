@@ -24,7 +24,7 @@ from builder.wheels.resolve import lock
 from builder.wheels.uv import NoWheel, Unsatisfiable, private_folder
 from scripts.certificates import for_loopback, self_signed
 from tests.package_index.server import machine_indexes, make_wheel, running
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG
 
 AMD64, ARM64, ARMV7, S390X = (Platform.parse(f"linux/{name}") for name in ("amd64", "arm64", "arm/v7", "s390x"))
 GLIBC = (2, 36)
@@ -61,7 +61,7 @@ def asked(index, **fields):
 
 def locked(*lines, indexes, platform=AMD64, model=Path("/nonexistent"), **options):
     requirements = lines[0] if lines and isinstance(lines[0], Requirements) else Requirements.of(*lines)
-    options = {"python": "3.11", "glibc": GLIBC, **options}
+    options = {"python": "3.11", "glibc": GLIBC, "timeout": LONG_HANG, **options}
     return lock(requirements, platform=platform, indexes=indexes, model=model, **options)
 
 

@@ -21,7 +21,7 @@ from builder.wheels.inputs import for_serving
 from builder.wheels.requirements import Requirements
 from builder.wheels.resolve import lock
 from tests.package_index.server import machine_indexes
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 
 def served(*lines, logged="", **options):
@@ -157,6 +157,7 @@ def environment(requirements, wheels, folder):
             glibc=(2, 36),
             as_of=datetime(2026, 11, 15, tzinfo=UTC),
             client=client,
+            timeout=LONG_HANG,
         )
         missing = [wheel for wheel in found.wheels if not (wheels / wheel.filename).exists()]
         list(pool.map(lambda wheel: client.download(wheel, wheels / wheel.filename), missing))
@@ -210,7 +211,7 @@ def test_a_model_is_served_with_no_more_than_what_is_locked(wheels, tmp_path, ml
         with ThreadPoolExecutor(2) as pool:
             # The socket listens already, so that the request waits for the server, and for its end if it dies.
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
-            answer = pool.submit(httpx2.post, url, json={"dataframe_split": ROWS}, timeout=HANG)
+            answer = pool.submit(httpx2.post, url, json={"dataframe_split": ROWS}, timeout=LONG_HANG)
             ended = pool.submit(server.wait)
             try:
                 wait([answer, ended], return_when=FIRST_COMPLETED)

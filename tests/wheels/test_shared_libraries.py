@@ -363,20 +363,25 @@ def test_an_invalid_note_is_refused(changed):
 
 
 def test_refusing_a_long_invalid_note_is_cheap():
-    began = time.process_time()
+    def refused():
+        for changed in (
+            f"[{','.join('0' * 500_000)}]",
+            "[" + " " * (64 << 20) + "]",
+            f'[["w",[{",".join(["0"] * 500_000)}]]]',
+        ):
+            with pytest.raises(ValueError, match="libraries"):
+                from_note(changed)
+            del changed
+
+    began = time.thread_time()
+    refused()
+    taken = time.thread_time() - began
     tracemalloc.start()
-    for changed in (
-        f"[{','.join('0' * 500_000)}]",
-        "[" + " " * (64 << 20) + "]",
-        f'[["w",[{",".join(["0"] * 500_000)}]]]',
-    ):
-        with pytest.raises(ValueError, match="libraries"):
-            from_note(changed)
-        del changed
+    refused()
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # 7 seconds and 800 MiB where each error is told.
-    assert time.process_time() - began < 2
+    # 6 seconds and 800 MiB where each error is told.
+    assert taken < 2
     assert most < 160 << 20
 
 
@@ -393,7 +398,7 @@ def test_a_note_with_invalid_names_is_refused(name):
 
 def test_a_large_environment_is_judged_in_linear_time():
     # Each needs the next, and the last one what nobody has.
-    count, began = 20_000, time.process_time()
+    count, began = 20_000, time.thread_time()
     chain = tuple(Library(f"l{n}.so", "", AMD64, "library", (f"l{n + 1}.so",), f"{n:016x}") for n in range(count))
     (lack,) = lacking([WheelLibraries("w.whl", chain)], (), LINUX)
     assert (lack.missing, lack.loads) == ({f"l{count}.so": f"l{count - 1}.so"}, False)
@@ -404,7 +409,7 @@ def test_a_large_environment_is_judged_in_linear_time():
     (lack,) = lacking([WheelLibraries("w.whl", same)], (), LINUX)
     assert (len(lack.missing), lack.loads) == (count, False)
     # A second, and 25 where each name is looked at for each that needs it.
-    assert time.process_time() - began < 8
+    assert time.thread_time() - began < 8
 
 
 HOSTILE = {
@@ -438,8 +443,8 @@ def test_imports_of_hostile_modules_are_read_in_linear_time(source):
     folders = "pack/" + "a/" * 1900
     file = f"{folders}module.py"
     imports = Imports([file, "pack/__init__.py"])
-    began = time.process_time()
+    began = time.thread_time()
     imports.add(file, source)
     assert imports.imported == set()
     assert len(source) < 1 << 20
-    assert time.process_time() - began < 4
+    assert time.thread_time() - began < 4
