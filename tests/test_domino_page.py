@@ -71,12 +71,6 @@ def here(text, domino, responder):
     return text
 
 
-def ended(run):
-    """Wait until a run has ended, whose command is several of ours."""
-    assert run.ended.wait(LONG_HANG), run
-    return run
-
-
 def test_every_block_is_run_or_known(project):
     run = [text for text in blocks("shell") if not OTHERS.search(text)]
     assert len(run) == 4
@@ -88,7 +82,7 @@ def test_what_a_job_runs(project, responder, small, number):
     script = [text for text in blocks("shell") if not OTHERS.search(text)][number]
     version = small()
     script = here(script, project, responder)
-    run = ended(project.start(f"set -eu\n{script}", MLFLOW_RUN_ID=version.run_id))
+    run = project.ended(project.start(f"set -eu\n{script}", MLFLOW_RUN_ID=version.run_id))
     assert run.status == "Succeeded", run.output
     lines = [line for line in script.splitlines() if line.strip()]
     asked = [about for path, about in responder.taken if path == "/publish"]
@@ -101,7 +95,7 @@ def test_what_a_job_runs(project, responder, small, number):
 def test_what_a_notebook_runs(project, responder):
     (script,) = blocks("py")
     (project.root / "cell.py").write_text(script)
-    run = ended(project.start("python cell.py"))
+    run = project.ended(project.start("python cell.py"))
     assert run.status == "Succeeded", run.output
     assert f"{IMAGE} ['linux/amd64', 'linux/arm64']" in run.output
 
