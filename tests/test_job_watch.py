@@ -115,6 +115,7 @@ def test_a_watch_that_is_refused_is_a_failure_until_it_is_taken(watching, monkey
 
 def test_a_watch_that_is_cut_as_soon_as_it_is_taken_is_a_failure_that_lasts(watching, monkeypatch):
     monkeypatch.setattr(job_watch, "_PAUSE", HANG)
+    monkeypatch.setattr(job_watch, "_LONGEST_PAUSE", HANG)
     server = Cutting(seconds=0)
     watch = watching(server=server)
     # Once may be by chance.
@@ -135,6 +136,7 @@ def test_many_cuts_do_not_make_it_slow(watching, monkeypatch):
 def test_a_watch_that_ends_as_soon_as_it_begins_is_a_failure(watching, monkeypatch):
     # However long it is until that is seen.
     monkeypatch.setattr(job_watch, "_PAUSE", HANG)
+    monkeypatch.setattr(job_watch, "_LONGEST_PAUSE", HANG)
     watch = watching([], [], [("ADDED", JOB)])
     assert watch.wait_for(lambda: bool(watch.jobs()), HANG)
     assert watch._cluster.listed == 3

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import httpx2
 import pytest
 
 from builder.errors import (
@@ -39,7 +40,9 @@ def responder():
 
 
 @pytest.fixture
-def listener(responder):
+def listener(responder, monkeypatch):
+    # What is not answered in time would be asked once more.
+    monkeypatch.setattr("builder.http._TIMEOUT", httpx2.Timeout(HANG))
     with contextlib.ExitStack() as stack:
 
         def make(**environ):

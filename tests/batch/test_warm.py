@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from builder import batch
 from builder.batch.warm import warm, warm_requirements
 from builder.clients import Registries
 from builder.errors import ExitCode, InvalidVersion, UsageError
@@ -25,6 +26,7 @@ from builder.wheels.resolve import LOCK_TYPE
 from tests.package_index.server import running
 from tests.servers.forwarding import forwarding
 from tests.servers.small import REQUIREMENTS
+from tests.waiting import HANG
 
 
 @pytest.fixture
@@ -273,7 +275,10 @@ def test_a_lock_that_was_exchanged_is_told(tagged, crane, store):
     assert f"the indexes now give {lock.wheels[1].filename} in place of nothing" in result.detail
 
 
-def test_what_versions_share_is_made_again_once(small, small_settings, packages):
+def test_what_versions_share_is_made_again_once(small, small_settings, packages, monkeypatch):
+    # What is not answered in time would be asked for once more.
+    patient = f"\nimport builder.http, httpx2; builder.http._TIMEOUT = httpx2.Timeout({HANG})\nmain("
+    monkeypatch.setattr(batch, "_START", batch._START.replace("\nmain(", patient))
     models = [small(), small()]
     tag = f"EXTERNAL_TARGET_{models[0].name}_shared"
     for model in models:

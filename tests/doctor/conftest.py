@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from builder.doctor import Check, Finding
 from builder.doctor.checklist import CHECKS
 from builder.doctor.surroundings import surroundings
+from builder.http import RetryPolicy
 from builder.settings import DoctorSettings
 from scripts.launch import clean_environ
 from tests.package_index.server import PackageIndex
 from tests.servers.mlflow import MlflowServer
 from tests.servers.registries import RegistryServer
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG
+
+# As patient with a server that is slow as it is with none.
+_PATIENT = RetryPolicy(attempts=2, deadline=HANG, unanswered=1)
 
 
 @pytest.fixture
@@ -35,8 +40,18 @@ def environ(mlflow_server: MlflowServer, registry: RegistryServer, packages: Pac
 
 
 @pytest.fixture
-def look(environ: dict[str, str]) -> Callable[..., Finding]:
+def dead_port() -> Iterator[int]:
+    """A port that is taken and refuses every connection."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.fixture
+def look(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finding]:
     """Return what one check finds, in that environment with some variables changed; empty ones are not set."""
+    for module in ("surroundings", "machine"):
+        monkeypatch.setattr(f"builder.doctor.{module}.POLICY", _PATIENT)
 
     def found(name: str, *, in_pod: bool = False, check: Callable | None = None, **changes: str) -> Finding:
         settings = DoctorSettings.from_environ({**environ, **changes})
@@ -55,6 +70,6 @@ def doctor(environ: dict[str, str]) -> Callable[..., subprocess.CompletedProcess
         argv = [sys.executable, "-m", "builder", "doctor", f"--timeout={HANG:.0f}", *arguments]
         nothing = {"NO_COLOR": "1", "KUBECONFIG": "/nonexistent/kubeconfig"}
         variables = clean_environ(**{**nothing, **environ, **changes})
-        return subprocess.run(argv, check=False, capture_output=True, text=True, env=variables, timeout=HANG)
+        return subprocess.run(argv, check=False, capture_output=True, text=True, env=variables, timeout=LONG_HANG)
 
     return run

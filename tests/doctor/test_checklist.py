@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-from scripts.launch import clean_environ, free_port
-from tests.waiting import HANG
+from scripts.launch import clean_environ
+from tests.waiting import LONG_HANG
 
 # Runs the program, and leaves the names of the modules that its threads were the first to look for.
 _WATCHED = """
@@ -41,7 +41,7 @@ def test_clients_are_imported_before_the_checks_share_them(environ, tmp_path):
     # Threads that enter a circle of imports at two places get halves of modules: once in a hundred runs.
     argv = [sys.executable, "-c", _WATCHED, str(tmp_path / "names")]
     variables = clean_environ(**environ, KUBECONFIG="/nonexistent/kubeconfig")
-    subprocess.run(argv, check=True, capture_output=True, env=variables, timeout=HANG)
+    subprocess.run(argv, check=True, capture_output=True, env=variables, timeout=LONG_HANG)
     names = json.loads((tmp_path / "names").read_text())
     assert "builder.package_index.client" in names, "nothing was watched"
     # A package that MLflow's client enters at one place.
@@ -50,15 +50,14 @@ def test_clients_are_imported_before_the_checks_share_them(environ, tmp_path):
     assert not [name for name in names if name.partition(".")[0] in clients]
 
 
-def test_everything_wrong_at_once_is_told_at_once(doctor):
-    away = free_port()
+def test_everything_wrong_at_once_is_told_at_once(doctor, dead_port):
     wrong = {
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{away}",
-        "REGISTRY_URL": f"127.0.0.1:{away}/models",
-        "BASE_IMAGE": f"127.0.0.1:{away}/base:1",
-        "UV_DEFAULT_INDEX": f"http://127.0.0.1:{away}/simple",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{dead_port}",
+        "REGISTRY_URL": f"127.0.0.1:{dead_port}/models",
+        "BASE_IMAGE": f"127.0.0.1:{dead_port}/base:1",
+        "UV_DEFAULT_INDEX": f"http://127.0.0.1:{dead_port}/simple",
         "BUILD_ENGINE": "kaniko",
-        "LISTENER_URL": f"http://127.0.0.1:{away}",
+        "LISTENER_URL": f"http://127.0.0.1:{dead_port}",
     }
     done = doctor("-o", "json", "-n", "builder", **wrong)
     found = {row["check"]: row for row in json.loads(done.stdout)}

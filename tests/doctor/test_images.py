@@ -7,7 +7,6 @@ import pytest
 
 from builder.publish import publish
 from builder.reference import Reference
-from scripts.launch import free_port
 from tests.servers.registries import PASSWORD, USER, run_registry
 
 
@@ -54,22 +53,22 @@ def test_a_registry_that_cannot_be_pushed_to(look, read_only_registry):
     assert (found.state, found.exit_code) == ("fail", 77), found
 
 
-def test_the_listener_s_pod_has_no_credential_and_says_what_has(look, basic_registry, tiny_base):
+def test_the_listener_s_pod_has_no_credential_and_says_what_has(look, basic_registry, tiny_base, dead_port):
     where = {"REGISTRY_URL": f"{basic_registry.host}/doctor"}
     assert look("push", **where).state == "fail"
     for name in ("push", "mount"):
         found = look(name, in_pod=True, **where)
         assert found.state == "skipped", found
         assert "operations.md" in found.remedy
-    away = {"REGISTRY_URL": f"127.0.0.1:{free_port()}/doctor", "BASE_IMAGE": f"127.0.0.1:{free_port()}/base:1"}
+    away = {"REGISTRY_URL": f"127.0.0.1:{dead_port}/doctor", "BASE_IMAGE": f"127.0.0.1:{dead_port}/base:1"}
     assert look("base image", in_pod=True, **away).state == "skipped"
     # With a credential it has to work.
     broken = look("push", in_pod=True, REGISTRY_USER=USER, REGISTRY_TOKEN="wrong", **where)
     assert broken.state == "fail"
 
 
-def test_a_registry_that_is_away(look):
-    found = look("push", REGISTRY_URL=f"127.0.0.1:{free_port()}/doctor")
+def test_a_registry_that_is_away(look, dead_port):
+    found = look("push", REGISTRY_URL=f"127.0.0.1:{dead_port}/doctor")
     assert (found.state, found.exit_code) == ("fail", 69), found
 
 

@@ -12,7 +12,6 @@ from starlette.applications import Starlette
 from builder.listener.endpoints import App, operations
 from builder.models.catalog import MlflowCatalog
 from builder.models.webhooks import EVENTS, Webhooks
-from scripts.launch import free_port
 from tests.servers.mlflow import run_mlflow
 from tests.waiting import HANG
 
@@ -85,8 +84,8 @@ def test_a_webhook_that_does_not_deliver_all(look, webhooks, event, state, code)
     assert next(each for each in EVENTS if each != event) in found.found
 
 
-def test_webhooks_of_a_server_that_is_away(look):
-    away = f"http://127.0.0.1:{free_port()}"
+def test_webhooks_of_a_server_that_is_away(look, dead_port):
+    away = f"http://127.0.0.1:{dead_port}"
     assert look("webhook", MLFLOW_TRACKING_URI=away).state == "skipped"
     found = look("webhook", MLFLOW_TRACKING_URI=away, LISTENER_URL=URL)
     assert (found.state, found.exit_code) == ("fail", 69), found
@@ -126,15 +125,15 @@ def test_something_else_than_a_listener(look, mlflow_server):
     assert (found.state, found.exit_code) == ("fail", 69), found
 
 
-def test_a_listener_that_is_away_or_not_known(look):
-    found = look("listener", LISTENER_URL=f"http://127.0.0.1:{free_port()}")
+def test_a_listener_that_is_away_or_not_known(look, dead_port):
+    found = look("listener", LISTENER_URL=f"http://127.0.0.1:{dead_port}")
     assert (found.state, found.exit_code) == ("fail", 69), found
     assert look("listener").state == "skipped"
     assert look("listener", WEBHOOK_SECRET=SECRET).remedy == "Set LISTENER_URL."
 
 
 @pytest.mark.parametrize(("ready", "state", "code"), [(True, "ok", 0), (False, "fail", 69)])
-def test_the_listener_of_this_pod(look, ready, state, code):
+def test_the_listener_of_this_pod(look, ready, state, code, dead_port):
     listener = SimpleNamespace(watch=SimpleNamespace(synced=ready))
     app = App(None, webhook_secrets=[SECRET], submit_secrets=[])
     with served(operations(app, listener)) as url:
@@ -144,4 +143,4 @@ def test_the_listener_of_this_pod(look, ready, state, code):
     assert (found.state, found.exit_code) == (state, code), found
     assert without.state == ("warn" if ready else "fail"), without
     # As in the sweep's Pod.
-    assert look("listener", in_pod=True, METRICS_PORT=str(free_port())).state == "skipped"
+    assert look("listener", in_pod=True, METRICS_PORT=str(dead_port)).state == "skipped"

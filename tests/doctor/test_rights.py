@@ -6,7 +6,6 @@ from pathlib import Path
 import yaml
 
 from builder.doctor.rights import HELD, NEEDED, POLICIES, USEFUL
-from scripts.launch import free_port
 
 K8S = Path(__file__).parents[2] / "k8s"
 
@@ -40,12 +39,12 @@ def test_the_policies_are_those_of_the_base():
     assert set(POLICIES) <= there
 
 
-def test_a_cluster_that_is_away(doctor, tmp_path):
+def test_a_cluster_that_is_away(doctor, tmp_path, dead_port):
     context = {"cluster": "away", "user": "nobody"}
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "away", "cluster": {"server": f"http://127.0.0.1:{free_port()}"}}],
+        "clusters": [{"name": "away", "cluster": {"server": f"http://127.0.0.1:{dead_port}"}}],
         "users": [{"name": "nobody", "user": {"token": "a-token-of-nobody"}}],
         "contexts": [{"name": "away", "context": context}],
         "current-context": "away",

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from scripts.launch import free_port
 from tests.servers.forwarding import forwarding
 from tests.versions import register
 
@@ -44,8 +43,8 @@ def test_no_tagged_version_is_told(look):
     assert look("tags", TARGET_TAG="NOBODY_HAS_THIS").state == "skipped"
 
 
-def test_a_server_that_is_away(look):
-    away = f"http://127.0.0.1:{free_port()}"
+def test_a_server_that_is_away(look, dead_port):
+    away = f"http://127.0.0.1:{dead_port}"
     found = look("MLflow", MLFLOW_TRACKING_URI=away)
     assert (found.state, found.exit_code) == ("fail", 69), found
     assert away in found.found

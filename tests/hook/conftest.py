@@ -11,6 +11,7 @@ import pytest
 from tests.hook.responder import Responder, responding
 from tests.servers.domino import Domino
 from tests.servers.registries import RegistryServer
+from tests.waiting import HANG
 
 ROOT = Path(__file__).parents[2]
 HOOK = f"{sys.executable} -m builder hook"
@@ -39,6 +40,8 @@ def train(domino: Domino) -> Callable[..., str]:
     """Return the command of a run that registers a version."""
     (domino.root / "train.py").write_text(TRAIN)
     domino.environ["PYTHONPATH"] = str(ROOT)
+    # MLflow's client would make a version once more where the first answer is late.
+    domino.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = f"{HANG:.0f}"
     return lambda *arguments: " ".join([sys.executable, "train.py", *(f"'{each}'" for each in arguments)])
 
 

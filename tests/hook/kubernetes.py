@@ -37,7 +37,7 @@ class Api:
         created: the bodies of Jobs that were created.
         deleted: UIDs of Jobs that were deleted.
         races: how often somebody else creates the Job first.
-        message: the termination message of a Job's container, and `code` its exit code.
+        message: the termination message of a Job's container, and `code` its exit code, as of when the Job ends.
         waiting: why its container waits; it never ends then.
         refuses: what a request for Jobs is refused with.
     """
@@ -55,6 +55,7 @@ class Api:
     refuses: str = ""
     looks: dict[str, int] = field(default_factory=dict)
     holds: dict[str, int] = field(default_factory=dict)
+    left: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def kubeconfig(self, folder: Path) -> Path:
         """Write a kubeconfig that leads here, and return its path."""
@@ -158,14 +159,16 @@ class Api:
         elif not job["status"] and self.waiting is None:
             self.looks[uid] -= 1
             if self.looks[uid] < 0:
+                self.left[uid] = self.code, json.dumps(self.message)
                 job["status"] = {"conditions": [_condition("Failed" if self.code else "Complete")]}
         return job
 
     def pod(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the Pod of a Job."""
-        terminated = {"exitCode": self.code, "message": json.dumps(self.message)}
+        code, message = self.left.get(job["metadata"]["uid"], (self.code, json.dumps(self.message)))
+        terminated = {"exitCode": code, "message": message}
         state = {"terminated": terminated} if job["status"] else {"waiting": self.waiting} if self.waiting else {}
-        phase = ("Failed" if self.code else "Succeeded") if job["status"] else "Pending"
+        phase = ("Failed" if code else "Succeeded") if job["status"] else "Pending"
         status = {"phase": phase, "containerStatuses": [{"name": "publish", "state": state}]}
         metadata = {"name": "pod", "uid": "u-pod", "creationTimestamp": "2026-01-01T00:00:00Z"}
         return {"metadata": metadata, "spec": {"containers": [{"name": "publish"}]}, "status": status}

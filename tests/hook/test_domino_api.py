@@ -8,7 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,17 +133,16 @@ def test_a_file_with_a_token_is_read_for_each_request(domino, outside, tmp_path)
 
 
 def test_a_token_file_that_is_being_replaced_is_waited_for(domino, outside, tmp_path, monkeypatch):
-    monkeypatch.setattr("builder.hook.domino_api._REPLACED", 20)
     path = tmp_path / "token"
     path.write_text(PERSONAL_TOKEN)
     outside.pop("DOMINO_TOKEN")
     with api(**outside, DOMINO_TOKEN_FILE=str(path)) as there:
         job = there.start(ORDER)
         path.unlink()
-        again = threading.Timer(0.3, path.write_text, [PERSONAL_TOKEN])
-        again.start()
+        waits = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _seconds: path.write_text(PERSONAL_TOKEN))
+        monkeypatch.setattr("builder.hook.domino_api._REPLACED", HANG)
+        monkeypatch.setattr("builder.hook.domino_api.time", waits)
         assert there.state(job).status
-        again.join()
 
 
 @pytest.mark.parametrize(("content", "why"), [(None, "No such file"), (b"", "empty"), (b"\xff\xfe", "UTF-8")])
@@ -185,9 +185,10 @@ def behind(domino, outside):
         yield outside
 
 
-@pytest.mark.parametrize(("seconds", "tokens"), [(3600, 1), (30, 3)])
-def test_a_token_of_the_proxy_s_is_replaced_before_it_expires(domino, behind, seconds, tokens):
-    domino.token_seconds = seconds
+@pytest.mark.parametrize(("spare", "tokens"), [(60, 1), (4000, 3)])
+def test_a_token_of_the_proxy_s_is_replaced_before_it_expires(domino, behind, monkeypatch, spare, tokens):
+    monkeypatch.setattr("builder.hook.domino_api._SPARE", spare)
+    domino.token_seconds = 3600
     with api(**behind) as there:
         job = there.start(ORDER)
         there.state(job)

@@ -21,7 +21,7 @@ from tests.hook.responder import IMAGE, PUBLISHED, SECRET
 from tests.hook.test_publish_hook import templates
 from tests.servers.domino import API_KEY
 from tests.versions import MLMODEL, register
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG
 
 
 def pulled(image):
@@ -55,7 +55,7 @@ def test_a_run_publishes_here_what_it_has_registered(domino, train, with_registr
     assert run.columns["image"] == image
     assert run.columns["digest"] == image.partition("@")[2]
     assert run.columns["platforms"] == "linux/amd64"
-    assert 0 < run.columns["seconds"] < HANG
+    assert 0 < run.columns["seconds"] < LONG_HANG
     assert set(run.columns) == {"state", "image", "digest", "platforms", "seconds"}
     result = json.loads((domino.root / "result.json").read_text())
     assert (result["model"], result["version"], result["how"]) == ("run-publishes", "1", "here")
@@ -143,7 +143,8 @@ def test_a_version_with_a_dockerfile_goes_through_the_listener(domino, with_regi
     assert run.status == "Succeeded", run.output
     assert run.output.strip().splitlines()[-1] == IMAGE
     assert responder.taken[0] == ("/publish", {"model": version.name, "version": "1"})
-    assert [path for path, _ in responder.taken[1:]] == ["/outcome"] * 3
+    # What is not answered in time is asked once more.
+    assert [path for path, _ in responder.taken].count("/outcome") >= 3
     assert run.columns["platforms"] == "linux/amd64,linux/arm64"
     result = json.loads((domino.root / "result.json").read_text())
     assert (result["how"], result["job"]) == ("listener", "publish-pump-v1-0123456789")
@@ -262,7 +263,7 @@ def test_a_stopped_run_says_that_its_job_goes_on(domino, with_listener, responde
 def outside(*arguments, folder, **environ):
     return subprocess.run(
         [sys.executable, "-m", "builder", "hook", *arguments],
-        check=False, text=True, capture_output=True, cwd=folder, timeout=HANG,
+        check=False, text=True, capture_output=True, cwd=folder, timeout=LONG_HANG,
         env=clean_environ(SUBMIT_SECRET=SECRET, **environ),
     )  # fmt: skip
 

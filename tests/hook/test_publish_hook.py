@@ -27,7 +27,7 @@ from builder.models.catalog import MlflowCatalog
 from tests.hook.conftest import ROOT
 from tests.hook.kubernetes import Api, serving
 from tests.hook.responder import IMAGE, PUBLISHED, SECRET
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 FILE = ROOT / "examples" / "domino" / "publish_hook.py"
 OLDEST = (3, 9)
@@ -68,7 +68,7 @@ def run(python, tmp_path):
     def call(*arguments, **environ):
         done = subprocess.run(
             [python, "-I", "-B", str(FILE), *arguments],
-            check=False, text=True, capture_output=True, cwd=tmp_path, timeout=HANG,
+            check=False, text=True, capture_output=True, cwd=tmp_path, timeout=LONG_HANG,
             env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environ},
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from builder.cluster.job import MODEL_NAME
 from builder.errors import ExitCode
 from scripts.launch import Processes, Program, clean_environ, free_port, running
 from tests.hook.kubernetes import MESSAGE, serving
 from tests.hook.responder import IMAGE, SECRET
 from tests.hook.test_publish_hook import FILE, templates
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 HOOK = (sys.executable, "-m", "builder", "hook")
 
@@ -29,7 +30,6 @@ def kubernetes(tmp_path_factory):
 @pytest.fixture
 def api(kubernetes):
     """The API, whose Jobs end as they should; those of earlier tests stay, since the listener may look at them still."""
-    kubernetes.before = set(kubernetes.jobs)
     kubernetes.code, kubernetes.message = 0, dict(MESSAGE)
     return kubernetes
 
@@ -60,9 +60,15 @@ def listen(kubernetes, mlflow_server, tmp_path_factory):
         yield {"LISTENER_URL": f"http://127.0.0.1:{port}", "SUBMIT_SECRET": SECRET}
 
 
+def jobs_of(api, version):
+    """Return the names of a version's Jobs."""
+    jobs = dict(api.jobs)
+    return [name for name, job in jobs.items() if job["metadata"]["annotations"][MODEL_NAME] == version.name]
+
+
 def call(*argv, folder, **environ):
     return subprocess.run(
-        argv, check=False, text=True, capture_output=True, cwd=folder, timeout=HANG,
+        argv, check=False, text=True, capture_output=True, cwd=folder, timeout=LONG_HANG,
         env=clean_environ(PATH=os.environ["PATH"], DOMINO_WORKING_DIR=str(folder), **environ),
     )  # fmt: skip
 
@@ -74,7 +80,7 @@ def test_a_version_is_published_and_followed(api, listen, small, tmp_path, progr
     done = call(*program, version.name, "@champion", "--result", "r.json", folder=tmp_path, **listen)
     assert (done.returncode, done.stdout) == (0, f"{IMAGE}\n"), done.stderr
     result = json.loads(Path(tmp_path / "r.json").read_text())
-    (name,) = set(api.jobs) - api.before
+    (name,) = jobs_of(api, version)
     assert (result["how"], result["version"], result["job"]) == ("listener", version.version, name)
     assert json.loads((tmp_path / "dominostats.json").read_text())["image"] == IMAGE
 
@@ -96,14 +102,14 @@ def test_a_secret_that_is_not_the_listener_s_is_refused(api, listen, small, tmp_
     for program in (HOOK, (sys.executable, "-I", str(FILE))):
         done = call(*program, version.name, version.version, "--how", "listener", folder=tmp_path, **environ)
         assert done.returncode == ExitCode.NO_PERMISSION, done.stderr
-    assert set(api.jobs) == api.before
+    assert jobs_of(api, version) == []
 
 
 def test_submit_via_prints_the_job(api, listen, small, tmp_path):
     version = small()
     submit = (sys.executable, "-m", "builder", "submit", version.name, version.version, "--via", listen["LISTENER_URL"])
     done = call(*submit, folder=tmp_path, SUBMIT_SECRET=SECRET)
-    (name,) = set(api.jobs) - api.before
+    (name,) = jobs_of(api, version)
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
     done = call(*submit, "--wait", folder=tmp_path, SUBMIT_SECRET=SECRET)
     assert (done.returncode, done.stdout) == (0, f"{IMAGE}\n"), done.stderr

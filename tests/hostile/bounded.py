@@ -22,19 +22,28 @@ _context.set_forkserver_preload(["hypothesis", "yaml", "builder.wheels.requireme
 _REFERENCE_SECONDS = 0.045
 
 
-def slowness() -> float:
+def slowness(share: float = 1.0) -> float:
     """Return how many times the processor time of a quiet machine things take here now; 1 at least.
 
     Two busy threads of one core take about twice as much of it each.
+
+    Args:
+        share: of the work that this is measured with.
     """
     begun = time.process_time()
-    sum(number * number for number in range(1_000_000))
-    return max(1.0, (time.process_time() - begun) / _REFERENCE_SECONDS)
+    sum(number * number for number in range(int(1_000_000 * share)))
+    return max(1.0, (time.process_time() - begun) / (share * _REFERENCE_SECONDS))
 
 
-def quick(took: float, seconds: float = SECONDS) -> bool:
-    """Return whether something took less than some seconds of processor time, as a quiet machine has them."""
-    return took < seconds or took < seconds * slowness()
+def quick(took: float, seconds: float = SECONDS, *, before: float = 1.0) -> bool:
+    """Return whether something took less than some seconds of processor time, as a quiet machine has them.
+
+    Args:
+        took: processor time, just now.
+        seconds: what it may take.
+        before: the slowness before it.
+    """
+    return took < seconds or took < seconds * max(before, slowness())
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,13 @@ class Outcome:
     signal: str = ""
     seconds: float = 0.0
     memory: int = 0
+    slowness: float = 1.0
 
     def check(self, *, exit_code: int = 65, says: str = "", seconds: float = SECONDS):
         assert not self.signal, f"ended by {self.signal}"
         assert self.exit_code == exit_code, f"{self.error}: {self.message}"
         assert says in self.message
-        assert quick(self.seconds, seconds)
+        assert self.seconds < seconds * self.slowness
         assert self.memory < MEMORY
 
 
@@ -85,6 +95,7 @@ def _run(pipe: Connection, seconds: int, function, arguments) -> None:
     before = _peak()
     size = int(_status("VmSize")) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (size + _MOST_MEMORY,) * 2)
+    slow = slowness()
     begin = time.process_time()
     try:
         function(*arguments)
@@ -94,7 +105,8 @@ def _run(pipe: Connection, seconds: int, function, arguments) -> None:
     except BaseException as error:  # noqa: BLE001  # whatever else it raises is what the test wants to know
         text = "".join(traceback.format_exception(error))[-4000:]
         told = {"error": type(error).__name__, "message": text, "exit_code": 70}
-    pipe.send(Outcome(**told, seconds=time.process_time() - begin, memory=_peak() - before))
+    took, memory = time.process_time() - begin, _peak() - before
+    pipe.send(Outcome(**told, seconds=took, memory=memory, slowness=max(slow, slowness())))
     pipe.close()
     os._exit(0)
 

@@ -23,10 +23,11 @@ from builder.wheels.pip_syntax import Unusable, checked_url, parse_requirement
 from builder.wheels.requirements import Requirements
 from builder.wheels.resolve import lock
 from tests.package_index.server import make_wheel, running
+from tests.waiting import HANG
 
 AMD64, ARMV7 = Platform.parse("linux/amd64"), Platform.parse("linux/arm/v7")
 BOTH = pytest.mark.parametrize("platform", [AMD64, ARMV7], ids=["named", "universal"])
-QUICK = RetryPolicy(attempts=2, first=0.001, longest=0.01, deadline=20)
+QUICK = RetryPolicy(attempts=2, first=0.001, longest=0.01, deadline=HANG)
 SECRET = ("me", "index-p4ssword")
 SENT = f"Basic {base64.b64encode(':'.join(SECRET).encode()).decode()}"
 

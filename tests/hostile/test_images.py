@@ -289,9 +289,9 @@ def cost(content: bytes) -> float:
     archive = extended(content) + header(b"0", 0)
     times = []
     for _ in range(3):
-        began = time.process_time()
+        began = time.thread_time()
         assert read(archive)[0].size == 0
-        times.append(time.process_time() - began)
+        times.append(time.thread_time() - began)
     return min(times)
 
 
@@ -299,8 +299,9 @@ def cost(content: bytes) -> float:
 def test_pax_records_are_read_in_linear_time(name):
     record, much = RECORDS[name], 1 << 20
     few, many = (record * (size // len(record)) for size in (much // 16, much))
-    # Sixteen times as much costs sixteen times as much; it was a hundred times while each record copied the rest.
-    assert cost(many) < 35 * cost(few) + 0.02
+    # Sixteen times as much costs sixteen times as much; it was a hundred times while each record copied the rest. By
+    # turns, since a machine that others use is slower now and then.
+    assert min((cost(many) - 0.02) / cost(few) for _ in range(3)) < 35
 
 
 def test_a_long_record_is_read_in_linear_time():

@@ -20,7 +20,7 @@ from builder.cli.invocation import Invocation
 from builder.errors import BuildFailed
 from builder.masking import json_visible, one_line, shown, visible
 from tests.versions import register, seed_layout
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG
 
 # The title of the window, a bell, an empty screen, a colour by a C1 code, text that runs backwards, what nobody sees,
 # a line that only some end, an erased line, the markup of the library that draws tables, and its names of emoji.
@@ -173,7 +173,7 @@ def run(*arguments, terminal, **environ):
     command = [sys.executable, "-m", "builder", *arguments]
     environ = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "COLUMNS": "200", **environ}
     if not terminal:
-        done = subprocess.run(command, env=environ, capture_output=True, timeout=180, check=False)
+        done = subprocess.run(command, env=environ, capture_output=True, timeout=LONG_HANG, check=False)
         return SimpleNamespace(text=(done.stdout + done.stderr).decode(), code=done.returncode)
     master, slave = pty.openpty()
     attributes = termios.tcgetattr(slave)

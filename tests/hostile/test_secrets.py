@@ -27,7 +27,7 @@ from builder.process import Lines
 from builder.reference import Reference
 from builder.settings import Settings
 from tests.versions import register, seed_layout
-from tests.waiting import HANG
+from tests.waiting import HANG, LONG_HANG
 
 GOOD = {"MLFLOW_TRACKING_URI": "http://mlflow.example.com", "REGISTRY_URL": "quay.io/domino"}
 ODD = "pä/ss+w\"o'r\\d %&<x>"
@@ -451,7 +451,7 @@ def test_a_build_that_prints_secrets_shows_none(mlflow_server, registry, base_im
     }
     done = subprocess.run(
         [sys.executable, "-m", "builder", "publish", model.name, model.version],
-        check=False, text=True, capture_output=True, env=environ, timeout=HANG,
+        check=False, text=True, capture_output=True, env=environ, timeout=LONG_HANG,
     )  # fmt: skip
     assert done.returncode == 73, done.stderr
     whole = "\n".join([done.stdout, done.stderr, message.read_text(), *model.tags().values()])

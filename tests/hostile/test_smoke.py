@@ -19,6 +19,7 @@ from builder.smoke import Candidate, SmokeTestFailed, SmokeTests
 from builder.smoke.runtime import Content, Docker, Podman
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.usefixtures("alone_with_smoke_tests")
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +49,7 @@ def test_what_podman_mounts_into_everybody_s_containers_is_not_the_author_s(
     (tmp_path / "secrets" / "key").write_text("of-the-machine")
     mounts = f"{tmp_path}/secrets:/run/secrets\n"
     model = small(files={"client/app.py": READ})
-    variables = {"BASE_IMAGE": base_image, "SMOKE_TEST": "auto", "SMOKE_TEST_TIMEOUT": "60"}
+    variables = {"BASE_IMAGE": base_image, "SMOKE_TEST": "auto", "SMOKE_TEST_TIMEOUT": f"{HANG:.0f}"}
     environ = {**clean_environ(), "PYTHONPATH": str(ROOT), **small_environ(model, **variables)}
     argv = [sys.executable, "-m", "builder", "publish"]
     if os.geteuid():

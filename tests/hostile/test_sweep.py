@@ -17,10 +17,11 @@ from builder.batch.sweep import sweep
 from builder.batch.warm import warm
 from builder.settings import CatalogSettings, Settings
 from scripts.launch import clean_environ
+from tests.hostile.test_children import PATIENT
 from tests.package_index.server import running
 from tests.servers.small import small_files
 from tests.versions import Registered, register
-from tests.waiting import HANG
+from tests.waiting import LONG_HANG
 
 BUDGET = {
     "VERSION_TIMEOUT": "240",
@@ -29,6 +30,13 @@ BUDGET = {
     "VERSION_BYTES": "64MiB",
     "VERSION_FILES": "60",
 }
+PATIENT_SWEEP = f"""
+import sys
+from builder import __main__, batch
+batch._START = {PATIENT!r}
+sys.argv = ["builder", "sweep"]
+__main__.main()
+"""
 NO_REQUIREMENTS = {"mymodel/requirements.txt": None}
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
@@ -198,20 +206,20 @@ def test_a_request_to_end_is_no_attempt(environ, new, index):
 
     def hang(_handler, _path):
         asked.set()
-        release.wait(120)
+        release.wait(LONG_HANG)
         return False
 
     index.faults = hang
     run = subprocess.Popen(
-        [sys.executable, "-m", "builder", "sweep"],
+        [sys.executable, "-c", PATIENT_SWEEP],
         env=clean_environ(**environ, LOG_FORMAT="json", PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        assert asked.wait(240)
+        assert asked.wait(LONG_HANG)
         run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=HANG)
+        _, said = run.communicate(timeout=LONG_HANG)
     finally:
         release.set()
     assert run.returncode == 75, said

@@ -180,7 +180,9 @@ def test_any_dockerfile_is_answered(text):
     questions(text)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 @given(DOCKERFILE)
 def test_any_plain_template_is_rendered_or_refused(context, text):
     try:

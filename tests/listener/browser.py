@@ -17,13 +17,19 @@ from starlette.applications import Starlette
 from builder.listener.overview import Overview
 from builder.listener.page import routes
 from builder.settings import ListenSettings
+from tests.waiting import HANG
 
 
 @contextlib.contextmanager
 def served(settings: ListenSettings, overview: Overview, *, port: int = 0) -> Iterator[str]:
     """Serve the status page on a port, or one of its own, and give its address, without a path."""
     config = uvicorn.Config(
-        Starlette(routes=routes(settings, overview)), log_config=None, lifespan="off", timeout_graceful_shutdown=2
+        Starlette(routes=routes(settings, overview)),
+        log_config=None,
+        lifespan="off",
+        # A client that sends its next request as its connection is closed would fail.
+        timeout_keep_alive=int(HANG),
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", port)) as listening:
@@ -51,6 +57,7 @@ def chromium(profile: Path, *, dark: bool = False) -> Iterator[webdriver.Chrome]
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_script_timeout(HANG)
     try:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})

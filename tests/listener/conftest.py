@@ -22,11 +22,15 @@ def versions(mlflow_server: MlflowServer) -> Versions:
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[[Overview], Overview]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Overview], Overview]]:
     """Start overviews, which are closed at the end."""
+    # After a listing that was slow the next one is near, too.
+    monkeypatch.setattr("builder.listener.overview._SHARE", 2)
     made: list[Overview] = []
 
     def start(overview: Overview) -> Overview:
+        # The first listing does not wait for the Jobs for long.
+        until(lambda: overview._watch is None or overview._watch.synced)
         overview.start()
         made.append(overview)
         until(lambda: overview.synced and overview.sources()[0].answered)

@@ -29,6 +29,8 @@ from tests.waiting import HANG
 
 DIGEST = "sha256:" + "ab" * 32
 _number = itertools.count(1)
+# What a Pod and its containers tell are moments from this one, so that there is no second more or less between them.
+_POD_NOW = time.time()
 
 
 @dataclass(kw_only=True)
@@ -86,9 +88,10 @@ class Versions:
         return self.register(name, state="failed", error=error, attempts=1, finished=moment(), **outcome)
 
 
-def moment(seconds: float = 0) -> str:
+def moment(seconds: float = 0, *, now: float | None = None) -> str:
     """Return a time from now, RFC 3339 in UTC."""
-    return datetime.fromtimestamp(time.time() + seconds, tz=UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    when = (time.time() if now is None else now) + seconds
+    return datetime.fromtimestamp(when, tz=UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 class Away:
@@ -135,7 +138,7 @@ class Cluster:
 
     def job_changes(self, _selector: str, _version: str, *, seconds: int) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "OPENED", {}
-        while (change := self._changes.get(timeout=seconds)) is not None:
+        while (change := self._changes.get()) is not None:
             yield change
         message = "The watch of Jobs has ended."
         raise ServiceUnavailable(message)
@@ -220,7 +223,7 @@ def pod(phase: str, **containers: dict[str, Any]) -> dict[str, Any]:
     *init, last = containers
     statuses = [{"name": name, "state": state} for name, state in containers.items()]
     return {
-        "metadata": {"name": "pod", "uid": "pod", "creationTimestamp": moment(-60), "labels": {}},
+        "metadata": {"name": "pod", "uid": "pod", "creationTimestamp": moment(-60, now=_POD_NOW), "labels": {}},
         "spec": {"initContainers": [{"name": name} for name in init], "containers": [{"name": last}]},
         "status": {"phase": phase, "initContainerStatuses": statuses[:-1], "containerStatuses": statuses[-1:]},
     }
@@ -228,13 +231,14 @@ def pod(phase: str, **containers: dict[str, Any]) -> dict[str, Any]:
 
 def terminated(message: str = "", code: int = 0, *, began: float = -50, ended: float = -40) -> dict[str, Any]:
     """Return the state of a container that has ended."""
-    facts = {"exitCode": code, "message": message, "startedAt": moment(began), "finishedAt": moment(ended)}
-    return {"terminated": {**facts, "reason": "Error" if code else "Completed"}}
+    facts = {"exitCode": code, "message": message, "reason": "Error" if code else "Completed"}
+    moments = {"startedAt": moment(began, now=_POD_NOW), "finishedAt": moment(ended, now=_POD_NOW)}
+    return {"terminated": {**facts, **moments}}
 
 
 def running() -> dict[str, Any]:
     """Return the state of a container that runs."""
-    return {"running": {"startedAt": moment(-5)}}
+    return {"running": {"startedAt": moment(-5, now=_POD_NOW)}}
 
 
 def events(address: str, after: str = "", *, password: str = "") -> list[tuple[str, dict[str, Any]]]:

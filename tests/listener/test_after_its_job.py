@@ -50,14 +50,16 @@ def test_a_job_that_was_replaced_before_the_watch_has_told_it_is_not_recorded_on
     version = versions.register("pump")
     jobs = Jobs(settings=versions.settings, cluster=cluster, catalog=versions.catalog)
     serving = Listener(settings=versions.settings, jobs=jobs)
-    serving.watch.start()
-    name = cluster.start(version)
-    cluster.end(name, "Failed")
-    until(lambda: serving.watch.job(name) and serving.watch.job(name)["status"].get("failed"))
-    cluster.replace(name)
-    assert serving.work(Event(kind="look", name=version.name, version=version.version)).state == "running"
-    assert Outcome.of(versions.catalog.find(version.name, version.version), versions.settings.target).state == ""
-    serving.watch.close()
+    try:
+        serving.watch.start()
+        name = cluster.start(version)
+        cluster.end(name, "Failed")
+        until(lambda: serving.watch.job(name) and serving.watch.job(name)["status"].get("failed"))
+        cluster.replace(name)
+        assert serving.work(Event(kind="look", name=version.name, version=version.version)).state == "running"
+        assert Outcome.of(versions.catalog.find(version.name, version.version), versions.settings.target).state == ""
+    finally:
+        serving.watch.close()
 
 
 def test_who_heard_of_an_end_from_the_pod_hears_of_it_when_the_job_has_been_replaced(listener):

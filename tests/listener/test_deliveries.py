@@ -30,6 +30,8 @@ WEBHOOKS_HERE = {
     "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
     "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
     "MLFLOW_WEBHOOK_CACHE_TTL": "1",
+    # Whatever is not answered in time is delivered once more.
+    "MLFLOW_WEBHOOK_REQUEST_TIMEOUT": f"{HANG:.0f}",
 }
 
 
@@ -46,11 +48,12 @@ class Received:
 
 
 class Receiver(ThreadingHTTPServer):
-    """Takes every delivery."""
+    """Takes every delivery, once."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Taking)
         self.received: queue.Queue[Received] = queue.Queue()
+        self.known: set[str] = set()
 
     def next(self) -> Received:
         """Wait for a delivery."""
@@ -61,7 +64,9 @@ class _Taking(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.received.put(Received(headers, body))
+        if (identity := headers["x-mlflow-delivery-id"]) not in self.server.known:
+            self.server.known.add(identity)
+            self.server.received.put(Received(headers, body))
         self.send_response(204)
         self.end_headers()
 

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from builder.batch import Result
 from builder.errors import BuildFailed, InvalidSettings, ServiceUnavailable, TryAgain, VersionNotFound
 from builder.listener import endpoints
+from builder.listener import server as listening
 from builder.listener.endpoints import App
 from builder.listener.submissions import Submissions
 from builder.settings import ListenSettings
@@ -51,7 +52,9 @@ def submitted(_event):
 @pytest.fixture
 def make(monkeypatch):
     """Return an application, and what is observed of its deliveries; it waits for their work, however slow."""
-    monkeypatch.setattr("builder.listener.endpoints._PATIENCE", HANG)
+    monkeypatch.setattr(endpoints, "_PATIENCE", HANG)
+    monkeypatch.setattr(listening, "_STARTS_WITHIN", HANG)
+    monkeypatch.setattr(listening, "_SLOWEST_HEAD", HANG)
 
     def run(work=submitted):
         seen = []

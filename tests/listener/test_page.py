@@ -428,8 +428,9 @@ def test_says_what_does_not_answer_and_since_when(versions, opened, shown, brows
     catalog.away = True
     until(lambda: browser.find_element(By.ID, "problems").text)
     heard = overview._mlflow
-    heard.source = replace(heard.source, failing_since=time.time() - 301)
-    until(lambda: "5 min. ago" in browser.find_element(By.ID, "problems").text)
+    with heard._lock:
+        heard.source = replace(heard.source, failing_since=time.time() - 301)
+    until(lambda: re.search(r"\b[0-9]+ min\. ago", browser.find_element(By.ID, "problems").text))
     problem = browser.find_element(By.ID, "problems").text
     assert problem.startswith("MLflow does not answer since ")
     assert problem.endswith("What is shown is from before.\nServiceUnavailable: MLflow is away. Try again.")

@@ -48,6 +48,13 @@ def get(port, **options):
         connection.close()
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Wait for a server's start and for the head of a request, however slow; a test may have a shorter bound."""
+    monkeypatch.setattr(listening, "_STARTS_WITHIN", HANG)
+    monkeypatch.setattr(listening, "_SLOWEST_HEAD", HANG)
+
+
 @pytest.fixture
 def settings():
     return ListenSettings.from_environ(ENVIRON)
@@ -61,6 +68,14 @@ def tried(port):
         return b""
 
 
+def closed(sock):
+    """Wait until the server has closed a connection; what it has not read by then resets it."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
 async def hello(_request):
     return PlainTextResponse("hello")
 
@@ -72,10 +87,11 @@ def test_a_connection_that_sends_no_request_is_closed(settings, monkeypatch):
     for seconds in growing(0.5):
         monkeypatch.setattr(listening, "_SLOWEST_HEAD", seconds)
         with serving(APP, settings) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=HANG) as slow:
-            slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            with contextlib.suppress(ConnectionError):
+                slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
             # One that is in time is served meanwhile.
             answer = tried(port)
-            assert slow.recv(1) == b""
+            assert closed(slow)
         if answer:
             assert answer == b"hello"
             break
@@ -85,15 +101,16 @@ def test_a_second_request_that_never_comes_to_an_end_is_closed(settings, monkeyp
     for seconds in growing(0.5):
         monkeypatch.setattr(listening, "_SLOWEST_HEAD", seconds)
         with serving(APP, settings) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=HANG) as slow:
-            slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             answer = b""
-            while not answer.endswith(b"hello") and (more := slow.recv(1 << 16)):
-                answer += more
-            if not more:
+            with contextlib.suppress(ConnectionError):
+                slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                while not answer.endswith(b"hello") and (more := slow.recv(1 << 16)):
+                    answer += more
+            if not answer.endswith(b"hello"):
                 continue  # it was too slow with the first one
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ConnectionError):
                 slow.sendall(b"G")
-                assert slow.recv(1) == b""
+            assert closed(slow)
             break
 
 
@@ -113,7 +130,7 @@ def test_a_request_that_takes_long_is_not_closed(settings, monkeypatch):
         monkeypatch.setattr(listening, "_SLOWEST_HEAD", 0.2)
         with socket.create_connection(("127.0.0.1", port), timeout=HANG) as slow:
             # Closed after the bound: the request has been open for as long.
-            assert slow.recv(1) == b""
+            assert closed(slow)
         let_go.set()
         asking.join(HANG)
         assert answers == [b"done"]
@@ -137,8 +154,8 @@ def test_open_requests_are_answered_at_the_end(settings):
         servers.join(HANG)
         asking.join(HANG)
         assert answers == [b"done"]
-        with pytest.raises(ConnectionRefusedError):
-            get(port)
+        # Whoever listens at the port from now on is somebody else.
+        assert servers._sockets[0].fileno() == -1
 
 
 def test_it_speaks_tls_with_its_certificate(tmp_path):

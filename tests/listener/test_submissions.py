@@ -116,7 +116,8 @@ def test_there_is_a_bound(work):
         queue.offer(event(3))
 
 
-def test_who_waits_hears_of_the_failure_and_the_work_is_left(work):
+def test_who_waits_hears_of_the_failure_and_the_work_is_left(work, monkeypatch):
+    monkeypatch.setattr(submissions, "_AWAY", HANG)
     queue = Submissions(work, threads=1)
     work.failures = [ServiceUnavailable("MLflow is away.")]
     work.gate.set()
@@ -253,6 +254,7 @@ def test_room_is_asked_for_by_kind(work):
 
 
 def test_a_service_that_was_away_long_ago_does_not_count(work, monkeypatch):
+    monkeypatch.setattr(submissions, "_AWAY", HANG)
     queue = Submissions(work, threads=1)
     work.failures = [ServiceUnavailable("MLflow is away.")]
     work.gate.set()

@@ -90,7 +90,7 @@ def test_without_a_dockerfile_only_model_and_client_are_downloaded(small, small_
     model = small(files=BESIDE)
     got, error = downloads(mlflow_server, small_environ(model))
     assert error is None
-    assert sorted(got) == sorted(path for path in small_files(**BESIDE) if not path.startswith("checkpoints"))
+    assert set(got) == {path for path in small_files(**BESIDE) if not path.startswith("checkpoints")}
     assert not (tmp_path / "workspace/description").exists()
 
 

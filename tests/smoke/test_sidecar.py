@@ -100,7 +100,7 @@ def pod(small_environ, base_image, podman, alone_with_smoke_tests):
     with tempfile.TemporaryDirectory() as folder:
 
         def make(model, **changes):
-            settings = {"BASE_IMAGE": base_image, "SMOKE_TEST": "required", "SMOKE_TEST_TIMEOUT": "60"}
+            settings = {"BASE_IMAGE": base_image, "SMOKE_TEST": "required", "SMOKE_TEST_TIMEOUT": f"{HANG:.0f}"}
             environ = small_environ(model, **{**settings, **changes})
             candidate = f"{environ['REGISTRY_URL']}/candidates:wheels"
             return Pod(model, {**environ, "SMOKE_TEST_CANDIDATE": candidate}, podman, Path(folder))
