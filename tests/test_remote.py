@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -220,14 +219,12 @@ def test_the_secret_is_never_printed(submit, responder):
     assert "It said" in done.stderr
 
 
-def test_a_listener_that_is_not_there_is_a_service_that_is_away():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{held.getsockname()[1]}"
-        settings = RemoteSettings.from_environ({"LISTENER_URL": url, "SUBMIT_SECRET": SECRET})
-        policy = RetryPolicy(attempts=2, first=0.01)
-        with Listener.from_settings(settings, policy=policy) as client, pytest.raises(ServiceUnavailable) as caught:
-            client.publish(**ASKED)
+def test_a_listener_that_is_not_there_is_a_service_that_is_away(dead_port):
+    url = f"http://127.0.0.1:{dead_port}"
+    settings = RemoteSettings.from_environ({"LISTENER_URL": url, "SUBMIT_SECRET": SECRET})
+    policy = RetryPolicy(attempts=2, first=0.01)
+    with Listener.from_settings(settings, policy=policy) as client, pytest.raises(ServiceUnavailable) as caught:
+        client.publish(**ASKED)
     assert "network policy" in caught.value.remedy
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -37,14 +36,6 @@ def environ(mlflow_server: MlflowServer, registry: RegistryServer, packages: Pac
         "SMOKE_TEST": "off",
         "PATH": os.environ["PATH"],
     }
-
-
-@pytest.fixture
-def dead_port() -> Iterator[int]:
-    """A port that is taken and refuses every connection."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield taken.getsockname()[1]
 
 
 @pytest.fixture

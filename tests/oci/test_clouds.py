@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -353,15 +352,12 @@ def test_a_variable_that_cannot_be_used_is_named(variables, host, named):
     assert error.value.exit_code == ExitCode.CONFIG
 
 
-def test_a_service_that_is_away_is_told(token):
-    # A port that is taken, and on which nobody listens.
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        cloud = Cloud(url=f"http://127.0.0.1:{taken.getsockname()[1]}")
-        for one, host in ((amazon(cloud, token), ECR), (azure(cloud, token), ACR)):
-            with pytest.raises(BuilderError) as error:
-                one.for_host(host)
-            assert error.value.exit_code == ExitCode.UNAVAILABLE
+def test_a_service_that_is_away_is_told(token, dead_port):
+    cloud = Cloud(url=f"http://127.0.0.1:{dead_port}")
+    for one, host in ((amazon(cloud, token), ECR), (azure(cloud, token), ACR)):
+        with pytest.raises(BuilderError) as error:
+            one.for_host(host)
+        assert error.value.exit_code == ExitCode.UNAVAILABLE
 
 
 def test_a_credential_that_has_ended_is_asked_for_again():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import socket
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -63,6 +65,14 @@ def _run_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(cls, {"SMOKE_TEST": "off", **environ}, *arguments, **options)
 
     monkeypatch.setattr(Settings, "from_environ", classmethod(from_environ))
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port that is taken and refuses every connection."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 @pytest.fixture
