@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from builder.wheels.recipe import WheelsMethod
 
 
+# To look up a base image, which a plan can do without.
+_BASES_SECONDS = 20
 # What a cloud, or an operator, sets for a workload identity; most publishers have none.
 _IDENTITIES = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -204,7 +206,9 @@ def connected(settings: Settings, *, in_pod: bool = False) -> Iterator[Services]
     """
     with restored(), ExitStack() as stack:
         registries = stack.enter_context(Registries.from_settings(settings))
-        bases = stack.enter_context(Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=20)))
+        bases = stack.enter_context(
+            Registries.from_settings(settings, policy=RetryPolicy(attempts=2, deadline=_BASES_SECONDS))
+        )
         catalog = MlflowCatalog.from_settings(settings)
         services = Services(settings=settings, catalog=catalog, registries=registries, bases=bases, in_pod=in_pod)
         stack.callback(services.close)

@@ -7,6 +7,7 @@ server sees no difference.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -49,10 +50,6 @@ def clean_environ(**more: str) -> dict[str, str]:
     # A server that writes no bytecode compiles itself anew at every start.
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**kept, **more}
-
-
-# Of ports, held until this process ends.
-_claims: list[socket.socket] = []
 
 
 class ServerDied(Exception):
@@ -188,13 +185,10 @@ def _claim(port: int) -> None:
         OSError: another one has it.
     """
     if sys.platform == "linux":
-        claim = socket.socket(socket.AF_UNIX)
-        try:
+        with socket.socket(socket.AF_UNIX) as claim:
             claim.bind(f"\0model-image-builder/port/{port}")  # a name without a file
-        except OSError:
-            claim.close()
-            raise
-        _claims.append(claim)
+            # It is held by the descriptor, until this process ends.
+            claim.detach()
 
 
 def free_port(address: str = "127.0.0.1") -> int:
@@ -202,14 +196,19 @@ def free_port(address: str = "127.0.0.1") -> int:
 
     It is below those that the kernel gives to connections (Linux 32768 to 60999, others higher) and that Kubernetes
     gives to Services, and not one of Kubernetes' own: until the server listens on it, nobody who does not ask for this
-    very port gets it. Nor does another process that asks here, until this one ends.
+    very port gets it. On Linux, nor does another process that asks here, until this one ends.
     """
     while True:
         port = random.randrange(11_000, 30_000)  # noqa: S311 - not a secret
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind((address, port))
-            _claim(port)
-            return port
+        with socket.socket() as listener:
+            try:
+                listener.bind((address, port))
+                _claim(port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 @contextlib.contextmanager

@@ -18,13 +18,10 @@ from builder.publish import publish
 from builder.settings import Settings
 from scripts.launch import clean_environ
 from scripts.machine import native_platform, pip_configuration
-from tests.waiting import LONG_HANG
 
 ROOT = Path(__file__).parent.parent
 # Beside other tests, a model may take minutes until it serves.
-ASK, changed = re.subn(
-    r"\bSECONDS = [0-9]+\n", f"SECONDS = {LONG_HANG:.0f}\n", (ROOT / "examples" / "ask.py").read_text()
-)
+ASK, changed = re.subn(r"\bSECONDS = [0-9]+\n", "SECONDS = 600\n", (ROOT / "examples" / "ask.py").read_text())
 assert changed == 1
 FLAVORS = ("sklearn", "xgboost", "lightgbm", "pyfunc", "by_value")
 

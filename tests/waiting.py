@@ -11,8 +11,8 @@ from typing import Any
 # Seconds. What is waited for comes within one on an idle machine; where it never comes, this is less than the bound of
 # a whole test (`timeout` in pyproject.toml), and the test's own message is seen.
 HANG = 300.0
-# For a command that waits for whole publishes, or for namespaces to be gone.
-LONG_HANG = 1500.0
+# For a command that waits for whole publishes, or for namespaces to be gone; a test may have two of them.
+LONG_HANG = 800.0
 
 
 def ended(pid: int) -> bool:

@@ -39,11 +39,10 @@ _PAGE = 500
 _LONGEST_LINE = 1 << 16
 # etcd takes objects of 1.5 MiB.
 _LONGEST_OBJECT = 4 << 20
-# To connect, with TLS, and to answer: an API server that many want may take ten for the first alone.
-_TIMEOUT = (15, 30)
+_TIMEOUT = (5, 30)
 # Characters of an Event's message; the API server takes 1,024 bytes. Nobody waits for an Event for long.
 _LONGEST_MESSAGE = 500
-_EVENT_TIMEOUT = (15, 15)
+_EVENT_TIMEOUT = (5, 10)
 _log = get_logger("cluster")
 # A token or a client's certificate, as the account or the kubeconfig says.
 _AUTH = ["BearerToken"]

@@ -185,8 +185,9 @@ class Logs:
 
     def finish(self) -> None:
         """Wait for the last lines."""
+        deadline = time.monotonic() + _LAST_LINES
         for thread in self._threads.values():
-            thread.join(_LAST_LINES)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _read(self, pod: str, container: str) -> None:
         try:

@@ -107,7 +107,7 @@ def _start(node: Node) -> Cluster:
     while True:
         node.check()
         with contextlib.suppress(KubectlFailed):
-            cluster.kubectl("get", "--raw=/readyz", patient=False)
+            cluster.kubectl("get", "--raw=/readyz", "--request-timeout=10s", patient=False)
             break
         if time.monotonic() > deadline:
             message = f"the API server does not answer:\n{cluster.log('kube-apiserver')}"

@@ -18,12 +18,20 @@ from scripts.launch import clean_environ
 # Where the API server is too busy to take a connection, nothing was asked of it yet.
 _NOTHING_SENT = ("TLS handshake timeout", "connect: connection refused")
 # Where it lost one, or etcd was too busy, something may have been done: what can be asked twice is.
-_PERHAPS_DONE = ("etcdserver: ", "unexpected EOF", "http2: client connection lost", "connection reset by peer")
-_ASKED_TWICE = frozenset({"apply", "auth", "get", "logs", "replace", "rollout", "wait"})
+_PERHAPS_DONE = (
+    "etcdserver: request timed out",
+    "etcdserver: leader changed",
+    "etcdserver: too many requests",
+    "rpc error: code = Unavailable",
+    "unexpected EOF",
+    "http2: client connection lost",
+    "connection reset by peer",
+)
+_ASKED_TWICE = frozenset({"apply", "auth", "get", "label", "logs", "scale", "wait"})
 _BUSY_SECONDS = 120
 _PAUSE_SECONDS = 1
 # For a whole publish on a machine that has much else to do.
-_LONG_SECONDS = 1500
+_LONG_SECONDS = 800
 
 
 class NoCluster(Exception):
@@ -79,9 +87,10 @@ class Cluster:
             KubectlFailed: with what it printed to stderr.
         """
         passing = _NOTHING_SENT
-        if next((word for word in arguments if not word.startswith("-")), "") in _ASKED_TWICE:
+        verb = next((word for word in arguments if not word.startswith("-")), "")
+        if verb in _ASKED_TWICE or "--dry-run=server" in arguments:
             passing += _PERHAPS_DONE
-        deadline = time.monotonic() + _BUSY_SECONDS
+        lost_since = 0.0
         while True:
             done = subprocess.run(
                 [str(self.kubectl_path), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments],
@@ -93,7 +102,8 @@ class Cluster:
                 env=clean_environ(**self.environ),
             )
             lost = done.returncode and any(words in done.stderr for words in passing)
-            if not lost or not patient or time.monotonic() > deadline:
+            lost_since = lost_since or time.monotonic()
+            if not lost or not patient or time.monotonic() > lost_since + _BUSY_SECONDS:
                 break
             time.sleep(_PAUSE_SECONDS)
         if done.returncode:
@@ -139,9 +149,10 @@ class Cluster:
         command += ["get", kind, f"--field-selector=metadata.name={own}", "--watch"]
         command += ["-o", f'jsonpath={jsonpath}{{"\\n"}}']
         value = said = ""
-        deadline = time.monotonic() + timeout
+        deadline, lost_since = time.monotonic() + timeout, 0.0
         # A watch that the API server ends, or loses, is begun again: it starts with what there is.
         while (left := deadline - time.monotonic()) > 0:
+            begun, heard = time.monotonic(), False
             with subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ(**self.environ)
             ) as process:
@@ -149,13 +160,17 @@ class Cluster:
                 timer.start()
                 try:
                     for line in process.stdout or ():
-                        value = line.strip()
+                        value, heard = line.strip(), True
                         if value in until:
                             return value
                     said = process.stderr.read() if process.stderr else ""
                 finally:
                     timer.cancel()
                     process.kill()
+            ended = time.monotonic()
+            lost_since = 0.0 if heard or ended > begun + _BUSY_SECONDS else lost_since or ended
+            if lost_since and ended > lost_since + _BUSY_SECONDS:
+                break
             time.sleep(_PAUSE_SECONDS)
         message = f"{jsonpath} of {name} is {value!r} and became none of {', '.join(until)}: {said}"
         raise KubectlFailed(message)
@@ -190,7 +205,8 @@ class Cluster:
 
     def ctr(self, *arguments: str) -> str:
         """Run containerd's own command for the node's containers and images, and return what it prints."""
-        command = ["ctr", f"--address={self.folder / 'ctr' / 'containerd.sock'}", "--namespace=k8s.io", *arguments]
+        command = ["ctr", f"--address={self.folder / 'ctr' / 'containerd.sock'}", "--namespace=k8s.io"]
+        command += [f"--connect-timeout={_BUSY_SECONDS}s", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def trust_registry(self, host: str) -> None:

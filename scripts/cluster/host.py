@@ -81,7 +81,10 @@ def cgroup_roots() -> list[Path]:
 
 
 def make_cgroup(root: Path, name: str) -> None:
-    """Make a control group for all Pods, which together get more of a busy processor than one process beside them."""
+    """Make a control group for all Pods, which together get more of a busy processor than one process beside them.
+
+    Not where version 2 does not hand the controller on to it.
+    """
     group = root / name
     group.mkdir(exist_ok=True)
     for file, weight in (("cpu.shares", 8192), ("cpu.weight", 800)):

@@ -118,9 +118,6 @@ class Node(NodeConfig):
             f"--advertise-client-urls={etcd}",
             f"--listen-peer-urls={peers}",
             "--unsafe-no-fsync",
-            # Others give up on it after five seconds and twice this. There is no other member to be elected.
-            "--heartbeat-interval=1000",
-            "--election-timeout=10000",
         )
         service = str(self.services[1])
         names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc"]

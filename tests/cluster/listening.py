@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
+
 from tests.cluster.site import Site
 from tests.signed import post, signed
 from tests.waiting import HANG, LONG_HANG, until
@@ -120,6 +122,19 @@ def insist(send: Callable[[], tuple[int, str]]) -> tuple[int, str]:
         return None
 
     found: tuple[int, str] = until(answered)
+    return found
+
+
+def fetched(url: str, **options: Any) -> httpx2.Response:
+    """Return the answer to a GET, which is sent again as in `insist`."""
+
+    def answered() -> httpx2.Response | None:
+        with contextlib.suppress(httpx2.TransportError):
+            answer = httpx2.get(url, trust_env=False, timeout=HANG, **options)
+            return None if answer.status_code in {408, 503} else answer
+        return None
+
+    found: httpx2.Response = until(answered)
     return found
 
 

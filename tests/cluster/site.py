@@ -158,17 +158,23 @@ def wait_for_templates(cluster: Cluster, namespace: str) -> None:
     """Wait until the policies know the templates as they are: the sweep's copies of them are admitted."""
     here, account = f"--namespace={namespace}", f"--as=system:serviceaccount:{namespace}:builder-sweep"
 
+    refusals = []
+
     def admitted(job: dict[str, Any]) -> bool:
         try:
             cluster.kubectl(here, "create", "--dry-run=server", account, "-f", "-", documents=[job])
         except KubectlFailed as error:
-            if "forbidden" in str(error):
-                return False
-            raise
+            if "forbidden" not in str(error):
+                raise
+            refusals.append(str(error))
+            return False
         return True
 
     for template in cluster.get(here, "cronjobs", "-l", "app.kubernetes.io/component=publish"):
-        until(partial(admitted, copy_of(template)))
+        try:
+            until(partial(admitted, copy_of(template)))
+        except AssertionError as error:
+            raise AssertionError(*refusals[-1:]) from error
 
 
 def small_requests(overlay: str) -> list[dict[str, Any]]:

@@ -51,10 +51,11 @@ def test_a_job_that_hangs_is_ended_and_says_why(site, new_pump):
     site.patch_template("wheels", image)
     version = tagged(new_pump, site)
     # Not before the image is what it waits for.
-    process = site.start_builder("submit", version.name, version.version, "--wait", "-n", site.namespace)
-    wait_for(process.stderr, absent)
-    process.terminate()
-    process.communicate(timeout=HANG)
+    with site.start_builder("submit", version.name, version.version, "--wait", "-n", site.namespace) as process:
+        try:
+            wait_for(process.stderr, absent)
+        finally:
+            process.terminate()
     done = submit(site, version, "--wait", JOB_START_TIMEOUT="1")
     assert done.code == 75, done.stderr
     found = site.get("events")

@@ -312,13 +312,20 @@ def test_a_container_that_ends_well_though_a_process_was_killed_for_memory(faili
     version = tagged(new_pump, site)
     forks = run(FORKS.format(url=gate.held_url("killed")), "initContainers/1")
     site.patch_template("dockerfile", *forks, *small_memory("initContainers/1"))
-    killed = site.cluster.log("containerd").count("TaskOOM event")
     with gate.hold("^GET /held/killed") as held:
         process = begin(site, version, "--method=dockerfile") if found_by == "submit" else None
         assert process or '"submitted": 1' in site.sweep()
         held.wait()
+        pod = site.pod_of(job_of(site, version))
+        _, _, container = pod["status"]["initContainerStatuses"][1]["containerID"].partition("://")
         # The node's engine is told of that beside the end.
-        until(lambda: site.cluster.log("containerd").count("TaskOOM event") > killed)
+        until(
+            lambda: [
+                line
+                for line in site.cluster.log("containerd").splitlines()
+                if f"TaskOOM event &TaskOOM{{ContainerID:{container}" in line
+            ]
+        )
         held.release()
     if process:
         code, _, said = ended(process)

@@ -132,9 +132,9 @@ def test_credentials_are_replaced_while_a_publish_runs(site: Site, shell, new_pu
             assert new not in {"", WEBHOOK_SECRET}
             # Both are accepted.
             body = {"entity": "model_version_tag", "action": "deleted", "timestamp": "", "data": {}}
-            answers = {listener.post("/webhook", body, secret=secret)[0] for secret in (new, WEBHOOK_SECRET)}
+            answers = {listener.ask("/webhook", body, secret=secret)[0] for secret in (new, WEBHOOK_SECRET)}
             assert 401 not in answers, answers
-            assert listener.post("/webhook", body, secret="another-secret-0123456789")[0] == 401
+            assert listener.ask("/webhook", body, secret="another-secret-0123456789")[0] == 401
         finally:
             site.builder("webhook", "delete", site.namespace, WEBHOOK_SECRET=WEBHOOK_SECRET)
     second = tagged(new_pump, site)

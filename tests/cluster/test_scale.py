@@ -42,8 +42,8 @@ class Asked:
         self._before = len(mlflow.seen), len(site.cluster.requests())
 
     def mlflow(self):
-        """Return method and path of each request, with its parameters; one that was lost is asked again."""
-        return [(each.method, each.path) for each in self._mlflow.seen[self._before[0] :] if not each.lost]
+        """Return method and path of each request, with its parameters."""
+        return [(each.method, each.path) for each in self._mlflow.seen[self._before[0] :]]
 
     def kubernetes(self):
         """Return the requests of the sweep's account."""
@@ -146,7 +146,7 @@ def end_jobs(site, count, most):
     # A watch may end before that, and is begun again with what there is.
     while time.monotonic() < deadline:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
-            timer = threading.Timer(LONG_HANG, process.kill)
+            timer = threading.Timer(deadline - time.monotonic(), process.kill)
             timer.start()
             try:
                 for line in process.stdout:

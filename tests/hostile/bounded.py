@@ -30,9 +30,9 @@ def slowness(share: float = 1.0) -> float:
     Args:
         share: of the work that this is measured with.
     """
-    begun = time.process_time()
+    begun = time.thread_time()
     sum(number * number for number in range(int(1_000_000 * share)))
-    return max(1.0, (time.process_time() - begun) / (share * _REFERENCE_SECONDS))
+    return max(1.0, (time.thread_time() - begun) / (share * _REFERENCE_SECONDS))
 
 
 def quick(took: float, seconds: float = SECONDS, *, before: float = 1.0) -> bool:

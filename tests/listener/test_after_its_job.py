@@ -60,6 +60,7 @@ def test_a_job_that_was_replaced_before_the_watch_has_told_it_is_not_recorded_on
         assert Outcome.of(versions.catalog.find(version.name, version.version), versions.settings.target).state == ""
     finally:
         serving.watch.close()
+        cluster.cut()
 
 
 def test_who_heard_of_an_end_from_the_pod_hears_of_it_when_the_job_has_been_replaced(listener):

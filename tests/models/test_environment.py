@@ -64,6 +64,12 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert os.environ["HTTPS_PROXY"] == "http://proxy:1"
 
 
+def test_a_server_that_does_not_answer_is_given_up_after_half_a_minute(monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    MlflowCatalog.from_settings(settings())
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
+
+
 def test_dominos_key_does_not_follow_a_redirect_to_another_host(monkeypatch):
     elsewhere = Answers()
     resolve = socket.getaddrinfo

@@ -37,6 +37,7 @@ def _clean_environment(monkeypatch):
     # A request that is answered late is not sent again, which would make a second version of a model. Where the program
     # sets its own bound, it leaves this one.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{HANG:.0f}")
+    monkeypatch.setattr("builder.clients._BASES_SECONDS", HANG)
     _run_no_image(monkeypatch)
     yield
     # As it is before `log.configure`: pytest puts its handler on each logger that tells no other, and a test that lets

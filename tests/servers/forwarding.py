@@ -25,14 +25,12 @@ class Seen:
         path: with the query.
         sent: bytes of its body.
         status: of the answer.
-        lost: whether the client had closed its connection by then: one that has waited for too long asks again.
     """
 
     method: str
     path: str
     sent: int
     status: int
-    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             pass
 
     def _note(self, status, sent):
-        request = {"method": self.command, "path": self.path}
-        self.server.forwarding.seen.append(Seen(**request, sent=sent, status=status, lost=self._gone()))
+        self.server.forwarding.seen.append(Seen(method=self.command, path=self.path, sent=sent, status=status))
 
     def _forward(self, path, body, length):
         connection = http.client.HTTPConnection(self.server.upstream, timeout=HANG)

@@ -3,8 +3,16 @@
 import pytest
 
 from tests.package_index.server import running
+from tests.waiting import HANG
 
 UVICORN = b"import os, runpy\nrunpy.run_path(os.environ['__pyfunc_model_path__'] + '/server.py')\n"
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """Give podman any time for what is not the image's own."""
+    for name in ("_SHORT", "_SHORT_QUERY"):
+        monkeypatch.setattr(f"builder.smoke.runtime.{name}", HANG)
 
 
 @pytest.fixture(scope="module")
