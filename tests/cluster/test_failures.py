@@ -305,6 +305,13 @@ def test_a_pod_killed_for_memory_is_recorded_by_the_next_sweep(failing, new_pump
     failed(site, version, "OverBudget", attempts=1)
 
 
+def engine_knows_of_killed(site, job):
+    """Return whether the node's engine has heard that something in the container `fetch` was killed for memory."""
+    status = site.pod_of(job)["status"]["initContainerStatuses"][1]
+    _, _, container = status.get("containerID", "").partition("://")
+    return bool(container) and f"TaskOOM event &TaskOOM{{ContainerID:{container}" in site.cluster.log("containerd")
+
+
 @pytest.mark.parametrize("found_by", ["the sweep", "submit"])
 def test_a_container_that_ends_well_though_a_process_was_killed_for_memory(failing, gate, new_pump, found_by):
     """The kubelet starts no other container then, where each process is killed for itself (cgroup v1)."""
@@ -316,16 +323,8 @@ def test_a_container_that_ends_well_though_a_process_was_killed_for_memory(faili
         process = begin(site, version, "--method=dockerfile") if found_by == "submit" else None
         assert process or '"submitted": 1' in site.sweep()
         held.wait()
-        pod = site.pod_of(job_of(site, version))
-        _, _, container = pod["status"]["initContainerStatuses"][1]["containerID"].partition("://")
         # The node's engine is told of that beside the end.
-        until(
-            lambda: [
-                line
-                for line in site.cluster.log("containerd").splitlines()
-                if f"TaskOOM event &TaskOOM{{ContainerID:{container}" in line
-            ]
-        )
+        until(lambda: engine_knows_of_killed(site, job_of(site, version)))
         held.release()
     if process:
         code, _, said = ended(process)
