@@ -469,11 +469,8 @@ def _pods(place: Lab) -> Iterator[dict[str, float]]:
     """Note when the next Pod of a publish is created, and when it is given to a node."""
     seen: dict[str, float] = {}
     columns = 'jsonpath={.metadata.name} {.spec.nodeName}{"\\n"}'
-    command = [str(place.cluster.kubectl_path), f"--kubeconfig={place.cluster.kubeconfig}"]
-    command += [f"--namespace={place.namespace}", "get", "pods", "--watch-only", "-o", columns]
-    command += ["-l", "app.kubernetes.io/component=publish"]
-    environ = clean_environ(**place.cluster.environ)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+    what = ("pods", "--watch-only", "-o", columns, "-l", "app.kubernetes.io/component=publish")
+    with place.cluster.start_kubectl(f"--namespace={place.namespace}", "get", *what) as process:
 
         def note() -> None:
             for line in process.stdout or ():

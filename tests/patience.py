@@ -1,4 +1,4 @@
-"""Requests of this process that wait as long as a busy server takes: where one is repeated, a test that counts fails."""
+"""Requests that wait as long as a busy server takes: where one is repeated, a test that counts fails."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import httpx2
 import pytest
 
 from tests.waiting import HANG
+
+# For MLflow's client in another process: a version is not made twice.
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}"}
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 
 from builder.cli import builder as commands
 from builder.errors import ExitCode
+from tests.patience import PATIENT
 from tests.versions import MLMODEL, register, seed_layout
 from tests.waiting import HANG, LONG_HANG, until
 
@@ -27,8 +28,7 @@ def builder(mlflow_server, registry, tmp_path):
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
         "MLFLOW_TRACKING_URI": mlflow_server.uri,
-        # A version is not made twice, however long the server takes.
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}",
+        **PATIENT,
         "REGISTRY_URL": f"{registry.host}/cli",
         "SMOKE_TEST": "off",
     }

@@ -6,7 +6,8 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,24 +146,45 @@ class Cluster:
             KubectlFailed: no such value came in time.
         """
         kind, _, own = name.partition("/")
-        command = [str(self.kubectl_path), f"--kubeconfig={self.kubeconfig}", f"--namespace={namespace}"]
-        command += ["get", kind, f"--field-selector=metadata.name={own}", "--watch"]
-        command += ["-o", f'jsonpath={jsonpath}{{"\\n"}}']
+        what = (kind, f"--field-selector=metadata.name={own}", "-o", f'jsonpath={jsonpath}{{"\\n"}}')
         value = said = ""
+        with closing(self.changes(*what, namespace=namespace, timeout=timeout)) as lines:
+            try:
+                for line in lines:
+                    value = line.strip()
+                    if value in until:
+                        return value
+            except KubectlFailed as error:
+                said = str(error)
+        message = f"{jsonpath} of {name} is {value!r} and became none of {', '.join(until)}: {said}"
+        raise KubectlFailed(message)
+
+    def changes(
+        self, *arguments: str, namespace: str = "default", timeout: float = _LONG_SECONDS
+    ) -> Generator[str, None, None]:
+        """Yield the lines of `kubectl get … --watch`.
+
+        One that the API server ends, or loses, is begun again: it starts with what there is.
+
+        Args:
+            arguments: of `kubectl get`.
+            namespace: of the objects.
+            timeout: seconds after which it hangs.
+
+        Raises:
+            KubectlFailed: that time is over, or it cannot be begun for long; with what kubectl said last.
+        """
+        said = ""
         deadline, lost_since = time.monotonic() + timeout, 0.0
-        # A watch that the API server ends, or loses, is begun again: it starts with what there is.
         while (left := deadline - time.monotonic()) > 0:
             begun, heard = time.monotonic(), False
-            with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ(**self.environ)
-            ) as process:
+            with self.start_kubectl(f"--namespace={namespace}", "get", "--watch", *arguments) as process:
                 timer = threading.Timer(left, process.kill)
                 timer.start()
                 try:
                     for line in process.stdout or ():
-                        value, heard = line.strip(), True
-                        if value in until:
-                            return value
+                        heard = True
+                        yield line
                     said = process.stderr.read() if process.stderr else ""
                 finally:
                     timer.cancel()
@@ -172,8 +194,17 @@ class Cluster:
             if lost_since and ended > lost_since + _BUSY_SECONDS:
                 break
             time.sleep(_PAUSE_SECONDS)
-        message = f"{jsonpath} of {name} is {value!r} and became none of {', '.join(until)}: {said}"
-        raise KubectlFailed(message)
+        raise KubectlFailed(said)
+
+    def start_kubectl(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start kubectl, as the administrator."""
+        return subprocess.Popen(
+            [str(self.kubectl_path), f"--kubeconfig={self.kubeconfig}", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean_environ(**self.environ),
+        )
 
     def account_kubeconfig(self, namespace: str, account: str) -> Path:
         """Return a kubeconfig with a token of a service account, for an hour, from the TokenRequest API."""

@@ -24,7 +24,8 @@ from scripts.cluster.install import Site as Values
 from scripts.cluster.install import install as install_site
 from scripts.launch import Processes, clean_environ
 from scripts.machine import ca_bundle, pip_config
-from tests.cluster.site import ASLEEP, PATIENT, Site, pump_files, register_pump, small_requests, wait_for_templates
+from tests.cluster.site import ASLEEP, Site, pump_files, register_pump, small_requests, wait_for_templates
+from tests.patience import PATIENT
 from tests.servers.images import PLATFORMS
 from tests.servers.mlflow import MlflowServer, run_mlflow
 from tests.servers.registries import PASSWORD, USER, RegistryServer, htpasswd, run_registry

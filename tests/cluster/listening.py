@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 
 from tests.cluster.site import Site
+from tests.servers.http_server import in_thread
 from tests.signed import post, signed
 from tests.waiting import HANG, LONG_HANG, until
 
@@ -116,7 +117,7 @@ def insist(send: Callable[[], tuple[int, str]]) -> tuple[int, str]:
     """Return an answer's status and text; what is lost, came too slowly, or is to be sent again is sent again."""
 
     def answered() -> tuple[int, str] | None:
-        with contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.suppress(OSError, http.client.HTTPException, httpx2.TransportError):
             answer = send()
             return None if answer[0] in {408, 503} else answer
         return None
@@ -125,17 +126,14 @@ def insist(send: Callable[[], tuple[int, str]]) -> tuple[int, str]:
     return found
 
 
-def fetched(url: str, **options: Any) -> httpx2.Response:
-    """Return the answer to a GET, which is sent again as in `insist`."""
+def fetched(url: str, **options: Any) -> tuple[int, str]:
+    """Return the status and the text of the answer to a GET, which is sent again as in `insist`."""
 
-    def answered() -> httpx2.Response | None:
-        with contextlib.suppress(httpx2.TransportError):
-            answer = httpx2.get(url, trust_env=False, timeout=HANG, **options)
-            return None if answer.status_code in {408, 503} else answer
-        return None
+    def send() -> tuple[int, str]:
+        answer = httpx2.get(url, trust_env=False, timeout=HANG, **options)
+        return answer.status_code, answer.text
 
-    found: httpx2.Response = until(answered)
-    return found
+    return insist(send)
 
 
 @dataclass(kw_only=True)
@@ -195,8 +193,8 @@ def listening(site: Site, *, replicas: int = 1, webhook: bool = True) -> Iterato
     secrets = {"WEBHOOK_SECRET": WEBHOOK_SECRET, "SUBMIT_SECRET": SUBMIT_SECRET, "STATUS_TOKEN": STATUS_TOKEN}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "builder-listener"}, "stringData": secrets}
     site.cluster.create(secret, namespace=site.namespace)
-    with Service(site.get, site.cluster.address) as service:
-        threading.Thread(target=service.serve_forever, daemon=True).start()
+    service = Service(site.get, site.cluster.address)
+    with in_thread(service):
         running = Listening(site=site, service=service)
         running.scale(replicas)
         environ = {"WEBHOOK_SECRET": WEBHOOK_SECRET}
@@ -208,6 +206,5 @@ def listening(site: Site, *, replicas: int = 1, webhook: bool = True) -> Iterato
         try:
             yield running
         finally:
-            service.shutdown()
             if identity:
                 site.builder("webhook", "delete", identity, **environ)

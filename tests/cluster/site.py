@@ -28,8 +28,6 @@ TEMPLATE_POD = "/spec/jobTemplate/spec/template/spec"
 JOB_ENDED = ("Complete", "Failed")
 # Of a CronJob that makes no Job by itself.
 ASLEEP = '[{"op": "add", "path": "/spec/suspend", "value": true}]'
-# What is answered late is not asked a second time, which tests that count or hold requests would take for another one.
-PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}"}
 READINGS = {"inputs": [{"bearing_celsius": 96, "vibration_mm_s": 2.8, "pressure_bar": 17}]}
 
 
@@ -157,7 +155,6 @@ def copy_of(template: Mapping[str, Any]) -> dict[str, Any]:
 def wait_for_templates(cluster: Cluster, namespace: str) -> None:
     """Wait until the policies know the templates as they are: the sweep's copies of them are admitted."""
     here, account = f"--namespace={namespace}", f"--as=system:serviceaccount:{namespace}:builder-sweep"
-
     refusals = []
 
     def admitted(job: dict[str, Any]) -> bool:

@@ -27,7 +27,6 @@ from tests.waiting import HANG, LONG_HANG, until
 K8S = Path(__file__).parents[2] / "k8s"
 METHODS = ("wheels", "dockerfile")
 DIFFERS = "The Pod of this Job differs from the one in the template"
-VERSION = {"builder/model-name": "Modell für Pumpe 7", "builder/model-version": "8"}
 OVERLAYS = ("base", "dockerfile", "single", "domino")
 COMPONENTS = ("air-gapped", "aks", "eks", "gke", "user-namespaces")
 

@@ -33,7 +33,7 @@ def observed(new_site):
 
 def metrics(pod: dict[str, Any]) -> Samples:
     """Return what a Pod of the listener exposes, by name."""
-    text = fetched(f"http://{pod['status']['podIP']}:9090/metrics", headers={"Accept": "text/plain"}).text
+    text = fetched(f"http://{pod['status']['podIP']}:9090/metrics", headers={"Accept": "text/plain"})[1]
     found: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -89,9 +89,9 @@ def test_metrics_and_page_are_those_of_mlflow_and_the_cluster(observed: Listenin
     slow = len(re.findall("its body took too long|its body was cut off", observed.log()))
     assert sum(total(each, "builder_deliveries_total", outcome="refused") for each in everywhere) <= slow
 
-    assert fetched(f"{observed.url}/status").status_code == 401
-    page = fetched(f"{observed.url}/status", auth=("x", STATUS_TOKEN))
-    assert "Published models" in page.text
+    assert fetched(f"{observed.url}/status")[0] == 401
+    _, page = fetched(f"{observed.url}/status", auth=("x", STATUS_TOKEN))
+    assert "Published models" in page
 
     def agree() -> bool:
         with contextlib.suppress(httpx2.HTTPError):

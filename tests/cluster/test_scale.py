@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import threading
-import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from builder.cluster.job import job_name
 from builder.settings import Settings
-from scripts.launch import clean_environ
 from tests.catalogue import insert, published, versions
 from tests.servers.forwarding import forwarding
-from tests.waiting import LONG_HANG
 
 PAGE = 500
 SEARCH = "model-versions/search"
@@ -137,32 +133,19 @@ def made(requests):
 
 def end_jobs(site, count, most):
     """Let Jobs of versions succeed, the first of them each time as many run as may; return their names in order."""
-    cluster = site.cluster
-    command = [str(cluster.kubectl_path), f"--kubeconfig={cluster.kubeconfig}", f"--namespace={site.namespace}"]
-    command += ["get", "jobs", "-l", "app.kubernetes.io/component=publish", "--watch", "-o", "name"]
     names, ended = [], []
-    environ = clean_environ(**cluster.environ)
-    deadline = time.monotonic() + LONG_HANG
-    # A watch may end before that, and is begun again with what there is.
-    while time.monotonic() < deadline:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
-            timer = threading.Timer(deadline - time.monotonic(), process.kill)
-            timer.start()
-            try:
-                for line in process.stdout:
-                    name = line.strip().partition("/")[2]
-                    if name not in names:
-                        names.append(name)
-                    while (len(names) == count and len(ended) < count) or len(names) - len(ended) == most:
-                        succeed(site, names[len(ended)])
-                        ended.append(names[len(ended)])
-                    if len(ended) == count:
-                        return ended
-            finally:
-                timer.cancel()
-                process.kill()
-    message = f"{len(names)} Jobs were made"
-    raise AssertionError(message)
+    what = ("jobs", "-l", "app.kubernetes.io/component=publish", "-o", "name")
+    with closing(site.cluster.changes(*what, namespace=site.namespace)) as lines:
+        for line in lines:
+            name = line.strip().partition("/")[2]
+            if name not in names:
+                names.append(name)
+            while (len(names) == count and len(ended) < count) or len(names) - len(ended) == most:
+                succeed(site, names[len(ended)])
+                ended.append(names[len(ended)])
+            if len(ended) == count:
+                break
+    return ended
 
 
 def succeed(site, name):

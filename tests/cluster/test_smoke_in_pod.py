@@ -13,9 +13,10 @@ import yaml
 from builder.reference import Platform
 from scripts.launch import clean_environ
 from scripts.machine import native_platform
-from tests.cluster.site import ASLEEP, PATIENT
+from tests.cluster.site import ASLEEP
 from tests.cluster.test_cluster import credential
 from tests.cluster.test_manifests import overlay
+from tests.patience import PATIENT
 from tests.smoke.test_smoke import LISTEN
 from tests.versions import MLMODEL, register
 from tests.waiting import LONG_HANG

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import threading
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import sleep, time
@@ -10,6 +9,7 @@ from time import sleep, time
 import pytest
 
 from tests.package_index.server import running
+from tests.servers.http_server import in_thread
 from tests.waiting import until
 
 
@@ -30,14 +30,8 @@ def clock_of(ahead):
             self.end_headers()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with in_thread(server):
         yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def test_clocks_that_agree(look):

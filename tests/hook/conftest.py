@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.hook.responder import Responder, responding
+from tests.patience import PATIENT
 from tests.servers.domino import Domino
 from tests.servers.registries import RegistryServer
-from tests.waiting import HANG
 
 ROOT = Path(__file__).parents[2]
 HOOK = f"{sys.executable} -m builder hook"
@@ -40,8 +40,7 @@ def train(domino: Domino) -> Callable[..., str]:
     """Return the command of a run that registers a version."""
     (domino.root / "train.py").write_text(TRAIN)
     domino.environ["PYTHONPATH"] = str(ROOT)
-    # MLflow's client would make a version once more where the first answer is late.
-    domino.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = f"{HANG:.0f}"
+    domino.environ.update(PATIENT)
     return lambda *arguments: " ".join([sys.executable, "train.py", *(f"'{each}'" for each in arguments)])
 
 

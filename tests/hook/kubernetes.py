@@ -9,7 +9,6 @@ import contextlib
 import json
 import re
 import ssl
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from scripts.certificates import for_loopback, self_signed
 from tests.hook.responder import IMAGE
+from tests.servers.http_server import in_thread
 
 TOKEN = "account-token-of-the-tests"
 MESSAGE = {"state": "published", "image": IMAGE, "platforms": ["linux/amd64"], "changed": True}
@@ -215,17 +215,11 @@ def serving(templates: Sequence[dict[str, Any]], folder: Path) -> Iterator[Api]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.path, certificate.key_path)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     api.environ = {
         "KUBE_API_URL": f"https://127.0.0.1:{server.server_port}",
         "KUBE_TOKEN": TOKEN,
         "KUBE_CA": str(authority.path),
         "KUBE_NAMESPACE": api.namespace,
     }
-    try:
+    with in_thread(server):
         yield api
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+
+from tests.servers.http_server import in_thread
 
 SECRET = "submit-secret-of-the-tests"
 IMAGE = "registry.example.com/models/pump@sha256:" + "a1" * 32
@@ -87,12 +88,6 @@ def responding() -> Iterator[Responder]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     responder.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with in_thread(server):
         yield responder
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.servers.http_server import in_thread
 
 _CONTENT = b"flavors: {}\n"
 
@@ -51,11 +52,5 @@ def attacker_server() -> Iterator[Attacker]:
 
     server = Server(("127.0.0.2", 0), Handler)
     attacker = Attacker(f"127.0.0.2:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with in_thread(server):
         yield attacker
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

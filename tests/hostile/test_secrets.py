@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
@@ -26,6 +25,7 @@ from builder.oci.authn import Credential, Credentials
 from builder.process import Lines
 from builder.reference import Reference
 from builder.settings import Settings
+from tests.servers.http_server import in_thread
 from tests.versions import register, seed_layout
 from tests.waiting import HANG, LONG_HANG
 
@@ -380,15 +380,12 @@ def test_a_signed_address_that_a_store_redirects_to_stays_out_of_errors(tmp_path
             pass
 
     seen = []
-    with ThreadingHTTPServer(("0.0.0.0", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+    with in_thread(server):
         uri = f"http://127.0.0.1:{server.server_port}"
         root = Root("mlflow-artifacts:/1/run/artifacts", "")
-        try:
-            with pytest.raises(PermissionRefused) as caught:
-                ArtifactStore(uri).download(root.artifact("MLmodel", 1), tmp_path / "MLmodel")
-        finally:
-            server.shutdown()
+        with pytest.raises(PermissionRefused) as caught:
+            ArtifactStore(uri).download(root.artifact("MLmodel", 1), tmp_path / "MLmodel")
     assert seen
     assert "/signed/MLmodel?" in str(caught.value)
     assert not any(secret in str(caught.value) for secret in ("AK1", "T0ken", "51gn"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ from builder.listener.deliveries import Event, Refused, Unsigned, Verifier, even
 from builder.models.catalog import MlflowCatalog
 from builder.models.webhooks import Webhooks
 from builder.settings import ListenSettings
+from tests.servers.http_server import in_thread
 from tests.servers.mlflow import run_mlflow
 from tests.signed import signed, tag_set
 from tests.waiting import HANG
@@ -76,12 +76,9 @@ class _Taking(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def receiving() -> Iterator[Receiver]:
-    with Receiver() as receiver:
-        threading.Thread(target=receiver.serve_forever, daemon=True).start()
-        try:
-            yield receiver
-        finally:
-            receiver.shutdown()
+    receiver = Receiver()
+    with in_thread(receiver):
+        yield receiver
 
 
 @pytest.fixture(scope="module")

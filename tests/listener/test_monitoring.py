@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +22,7 @@ from builder.listener.metrics import DELIVERIES, Metrics
 from scripts.launch import Processes, Program, clean_environ, free_port, running
 from tests.listener.site import moment, pod, terminated
 from tests.listener.site import running as runs
+from tests.servers.http_server import in_thread
 from tests.waiting import HANG, until
 
 FOLDER = Path(__file__).parents[2] / "k8s" / "monitoring"
@@ -319,7 +319,6 @@ def prometheus(busy, tmp_path) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     job = {"job_name": "builder-listener", "static_configs": [{"targets": [f"127.0.0.1:{server.server_port}"]}]}
     every = {"scrape_interval": "2s", "scrape_timeout": "2s"}
     config = {"global": every, "scrape_configs": [job]}
@@ -329,12 +328,8 @@ def prometheus(busy, tmp_path) -> Iterator[str]:
     argv = (*argv, f"--web.listen-address=127.0.0.1:{port}")
     ready = f"http://127.0.0.1:{port}/-/ready"
     each = Program(name=f"prometheus-{port}", kind="binary", argv=argv, port=port, ready=ready, folder=tmp_path)
-    try:
-        with running(Processes(), each):
-            yield f"http://127.0.0.1:{port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with in_thread(server), running(Processes(), each):
+        yield f"http://127.0.0.1:{port}"
 
 
 def ask(address: str, query: str) -> dict[tuple[str, ...], float]:

@@ -26,7 +26,6 @@ from builder.models.store import ArtifactRoots, ArtifactStore
 from builder.urls import parse_roots
 from scripts.certificates import self_signed
 from tests.models.http_answers import Answers, answering_server
-from tests.waiting import HANG
 
 PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
@@ -38,7 +37,6 @@ def mlflow_error(code):
 @pytest.fixture(autouse=True)
 def _one_try(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{HANG:.0f}")
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,7 @@ def executed(monkeypatch, **environ):
         notebook, timeout=HANG, startup_timeout=int(HANG), iopub_timeout=int(HANG),
         kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}},
     )  # fmt: skip
-    # A version is not made twice, however long the server takes.
-    patient = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}"}
-    client.execute(env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), **patient})
+    client.execute(env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)})
     return notebook
 
 

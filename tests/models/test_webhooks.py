@@ -22,13 +22,10 @@ from builder.models.webhooks import EVENTS, Webhooks, address_of
 from scripts.certificates import for_loopback, self_signed, signed
 from scripts.launch import clean_environ
 from tests.listener.test_deliveries import WEBHOOKS_HERE, receiving
+from tests.patience import PATIENT
 from tests.servers.mlflow import run_mlflow
-from tests.waiting import HANG
 
 SECRET = "a-secret-of-the-tests"
-# However long a server takes: what is asked for twice makes a second webhook, or a second delivery.
-PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG:.0f}"}
-WEBHOOKS = WEBHOOKS_HERE | {"MLFLOW_WEBHOOK_REQUEST_TIMEOUT": f"{HANG:.0f}"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,7 @@ def server(launcher, tmp_path_factory):
     """An MLflow that delivers to this machine."""
     folder = tmp_path_factory.mktemp("mlflow-webhooks")
     options = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
-    with run_mlflow(launcher, folder, *options, artifacts=str(folder), environ=WEBHOOKS) as running:
+    with run_mlflow(launcher, folder, *options, artifacts=str(folder), environ=WEBHOOKS_HERE) as running:
         yield running
 
 
@@ -144,7 +141,7 @@ def test_an_authority_is_trusted_that_was_added_as_the_page_says(launcher, tmp_p
 
     @contextlib.contextmanager
     def running():
-        with run_mlflow(launcher, tmp_path, *options, artifacts=str(tmp_path), environ=WEBHOOKS | paths) as found:
+        with run_mlflow(launcher, tmp_path, *options, artifacts=str(tmp_path), environ=WEBHOOKS_HERE | paths) as found:
             yield found
 
     # It has an address that is not in the certificate, too.
@@ -170,7 +167,7 @@ def test_a_server_without_webhooks_is_told(mlflow_file_server):
 
 def test_a_secret_that_the_server_cannot_read_any_more_is_told(launcher, tmp_path):
     options = ("--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db")
-    without = {name: value for name, value in WEBHOOKS.items() if "KEY" not in name}
+    without = {name: value for name, value in WEBHOOKS_HERE.items() if "KEY" not in name}
 
     @contextlib.contextmanager
     def running():

@@ -9,8 +9,10 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.servers.http_server import HttpServer, in_thread
 
 JSON = "application/json"
 
@@ -69,26 +71,17 @@ class Fake:
         return self.answers.pop(0)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-
 @contextlib.contextmanager
 def serve() -> Iterator[Fake]:
     """Run a server in a thread of this process."""
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = HttpServer(("127.0.0.1", 0), _Handler)
     fake = Fake(f"127.0.0.1:{server.server_address[1]}")
     server.fake = fake  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield fake
-    finally:
-        fake.over.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with in_thread(server):
+        try:
+            yield fake
+        finally:
+            fake.over.set()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from builder.oci.clouds import CloudIdentity
 from builder.oci.transport import Authorizer
 from builder.settings import Settings
 from tests.oci.test_credentials import auth, config
+from tests.servers.http_server import in_thread
 
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 ACR = "example.azurecr.io"
@@ -73,14 +73,8 @@ def running():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     cloud.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with in_thread(server):
         yield cloud
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture

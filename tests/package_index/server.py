@@ -9,14 +9,14 @@ import json
 import os
 import ssl
 import tarfile
-import threading
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from builder.package_index import Indexes
 from builder.settings import BuildSettings, Network
+from tests.servers.http_server import QuietServer, in_thread
 
 JSON = "application/vnd.pypi.simple.v1+json"
 
@@ -171,32 +171,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, content, "application/octet-stream", Accept_Ranges="bytes")
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request, client_address):
-        pass  # a client that goes away is what some tests are about
-
-
 @contextmanager
 def running(*, certificate=None, **behaviour):
     """Run an index on a free port; with a certificate it speaks TLS."""
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = QuietServer(("127.0.0.1", 0), _Handler)
     if certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate.path, certificate.key_path)
         server.socket = context.wrap_socket(server.socket, server_side=True)
     scheme = "https" if certificate else "http"
     server.index = PackageIndex(url=f"{scheme}://127.0.0.1:{server.server_address[1]}", **behaviour)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with in_thread(server):
         yield server.index
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def machine_indexes():

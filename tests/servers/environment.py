@@ -15,6 +15,7 @@ from builder import masking
 from builder.http import RetryPolicy
 from builder.settings import Settings
 from scripts.launch import ambient
+from tests.patience import PATIENT
 from tests.waiting import HANG
 
 # What a publish leaves in this process for MLflow's client (`builder.domino`): a test's own authorities
@@ -34,9 +35,9 @@ def _clean_environment(monkeypatch):
     for name in list(os.environ):
         if ambient(name):
             monkeypatch.delenv(name)
-    # A request that is answered late is not sent again, which would make a second version of a model. Where the program
-    # sets its own bound, it leaves this one.
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{HANG:.0f}")
+    # Where the program sets a bound of its own, it leaves this one.
+    for name, value in PATIENT.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("builder.clients._BASES_SECONDS", HANG)
     _run_no_image(monkeypatch)
     yield

@@ -8,8 +8,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
+from tests.servers.http_server import QuietServer, in_thread
 from tests.waiting import HANG
 
 _HOP = frozenset({"connection", "transfer-encoding", "keep-alive"})
@@ -177,14 +178,6 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request, client_address):
-        pass  # a client that is killed in the middle is what some tests are about
-
-
 @contextlib.contextmanager
 def forwarding(
     host: str, rule: Rule | None = None, adds: dict[str, str] | None = None, address: str = "127.0.0.1"
@@ -193,16 +186,10 @@ def forwarding(
 
     It hands on the name it was asked under, so that the registry's own addresses lead back to it.
     """
-    server = _Server((address, 0), _Handler)
+    server = QuietServer((address, 0), _Handler)
     server.upstream, server.number, server.lock = host, 0, threading.Lock()
     server.forwarding = Forwarding(host=f"{address}:{server.server_address[1]}", adds=adds or {})
     if rule:
         server.forwarding.rule = rule
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with in_thread(server):
         yield server.forwarding
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
